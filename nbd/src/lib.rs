@@ -1,0 +1,5 @@
+//! An asynchronous NBD server and client.
+
+pub mod disk;
+
+pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};

@@ -1,0 +1,78 @@
+//! Subcommands, one file each. `anyhow` lives here and nowhere else.
+//!
+//! Exit codes: 0 done, 1 failed, 2 the command line is wrong (clap's), 3 a difference was found where none was
+//! expected (`image verify`), 130 interrupted.
+
+mod completions;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Boots virtual machines, and starts containers, on many hosts before their disk image has arrived.
+#[derive(Debug, Parser)]
+#[command(name = "bootcache", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) globals: Globals,
+    /// Say more on stderr; twice for debugging. BOOTCACHE_LOG takes a filter such as `bootcache=debug`.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options that every subcommand takes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Globals {
+    /// Folder for images, overlays and sockets [default: /var/lib/bootcache for root, else the XDG data folder]
+    #[arg(long, global = true, env = "BOOTCACHE_STORE", value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Print JSON for programs
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+impl Globals {
+    /// The store's folder: as given, or the default for this user.
+    #[expect(dead_code, reason = "the first subcommand that opens a store uses it")]
+    pub(crate) fn store_dir(&self) -> PathBuf {
+        self.store.clone().unwrap_or_else(|| {
+            if rustix::process::geteuid().is_root() {
+                return PathBuf::from("/var/lib/bootcache");
+            }
+            let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".local/share");
+            std::env::var_os("XDG_DATA_HOME")
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+                .unwrap_or_else(home)
+                .join("bootcache")
+        })
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print a completion script for a shell
+    Completions(completions::Args),
+}
+
+/// Runs the chosen subcommand.
+pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Completions(args) => completions::run(&args),
+    }
+}
+
+/// Logs go to stderr: warnings by default, more with `-v`, or what `BOOTCACHE_LOG` says.
+pub(crate) fn set_up_logging(verbose: u8) {
+    let default = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = EnvFilter::try_from_env("BOOTCACHE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

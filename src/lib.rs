@@ -1,0 +1,8 @@
+//! bootcache boots virtual machines, and starts containers, on many hosts before their disk image has arrived.
+//!
+//! Modules in reading order: the vocabulary ([`block`], [`digest`], [`name`]), then what crosses a network ([`wire`]).
+
+pub mod block;
+pub mod digest;
+pub mod name;
+pub mod wire;

@@ -1,0 +1,52 @@
+//! Moves MFD frames over a connection. The only place that allocates for a length a peer has sent, after its check.
+
+use std::io;
+
+use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::frame::{self, FrameError, FrameType, HEADER_BYTES, Header};
+
+/// Why a frame could not be moved.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The connection broke.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The bytes are not what the protocol allows; the connection must be closed.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+}
+
+/// Reads one frame of at most `limit` payload bytes; `None` when the other side has closed between two frames.
+///
+/// Dropping the future may lose part of a frame: close the connection then.
+pub async fn read_frame<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    limit: usize,
+) -> Result<Option<(FrameType, Vec<u8>)>, WireError> {
+    let mut bytes = [0; HEADER_BYTES];
+    if reader.read(&mut bytes[..1]).await? == 0 {
+        return Ok(None);
+    }
+    reader.read_exact(&mut bytes[1..]).await?;
+    let header = Header::parse(bytes, limit)?;
+    let mut payload = Vec::new();
+    // Grows with what arrives, so that a header alone reserves no memory.
+    let got = (&mut *reader).take(header.length as u64).read_to_end(&mut payload).await?;
+    if got < header.length {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
+    Ok(Some((header.frame_type, payload)))
+}
+
+/// Writes one message frame and flushes it.
+pub async fn write_message<W: AsyncWrite + Unpin, T: Serialize>(
+    writer: &mut W,
+    frame_type: FrameType,
+    message: &T,
+) -> Result<(), WireError> {
+    writer.write_all(&frame::encode(frame_type, message)?).await?;
+    writer.flush().await?;
+    Ok(())
+}
