@@ -1,0 +1,226 @@
+//! The local control socket: how the other commands, and the agent, talk to a running `serve`.
+//!
+//! One MFD frame a request ([`FrameType::LOCAL_REQUEST`]), one a reply ([`FrameType::LOCAL_REPLY`]), MessagePack with
+//! field names, on the Unix socket `control.sock` in the store, which only its owner may open. One request at a time
+//! on a connection; a connection may send many. [`Request`] and [`Reply`] are the whole vocabulary; `crate::serve`
+//! carries them out.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+
+use crate::digest::Digest;
+use crate::name::{HostName, ImageName};
+use crate::wire::frame::{self, CONTROL_PAYLOAD_MAX, FrameType};
+use crate::wire::io::{WireError, read_frame, write_message};
+
+/// What a running `serve` is asked to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// What there is, and how far it is.
+    Status,
+    /// Makes an empty overlay on an image.
+    OverlayCreate {
+        /// The image below.
+        image: ImageName,
+        /// Name of the overlay, and of its export.
+        name: HostName,
+    },
+    /// Lists overlays.
+    OverlayList,
+    /// Seals an overlay as an incremental image. The overlay stays and must not be in use.
+    OverlayCommit {
+        /// The overlay.
+        name: HostName,
+        /// Name of the new image.
+        image: ImageName,
+    },
+    /// Deletes an overlay that is not in use.
+    OverlayRemove {
+        /// The overlay.
+        name: HostName,
+    },
+    /// Opens the VM's own socket: one export, the overlay of the same name, and no list of others.
+    VmOpen {
+        /// The VM, and its overlay.
+        name: HostName,
+        /// User that may open the socket, beside the one `serve` runs as.
+        owner: Option<Owner>,
+    },
+    /// Closes the VM's socket. The overlay stays.
+    VmClose {
+        /// The VM.
+        name: HostName,
+    },
+}
+
+/// A user and group by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// What came of a request.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// Done, and there is nothing to say.
+    Done,
+    /// Not done, and why: one line for a person.
+    Failed(String),
+    /// Answer to [`Request::Status`].
+    Status(Status),
+    /// Answer to [`Request::OverlayCreate`].
+    Overlay(OverlayInfo),
+    /// Answer to [`Request::OverlayList`].
+    Overlays(Vec<OverlayInfo>),
+    /// Answer to [`Request::OverlayCommit`].
+    Image {
+        /// Root digest of the new image.
+        root: Digest,
+    },
+    /// Answer to [`Request::VmOpen`].
+    Vm(VmInfo),
+}
+
+/// A node's data plane at one moment.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// Process id of `serve`.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Seconds since it was ready.
+    pub uptime_seconds: u64,
+    /// Images in the store.
+    pub images: Vec<ImageStatus>,
+    /// Overlays that are open.
+    pub overlays: Vec<OverlayInfo>,
+    /// Sockets of VMs.
+    pub vms: Vec<VmInfo>,
+}
+
+/// One image on this node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ImageStatus {
+    /// A name of it.
+    pub name: ImageName,
+    /// Its identity.
+    pub root: Digest,
+    /// Bytes that a guest sees.
+    pub size: u64,
+    /// Whether this node has it open.
+    pub open: bool,
+    /// Bytes of it that are here.
+    pub present: u64,
+    /// Bytes of it that there are, zeroes left out.
+    pub allocated: u64,
+}
+
+/// One overlay.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OverlayInfo {
+    /// Its name.
+    pub name: HostName,
+    /// Root digest of the image below.
+    pub base: Digest,
+    /// A name of the image below, if it has one still.
+    pub image: Option<ImageName>,
+    /// Bytes that a guest sees.
+    pub size: u64,
+    /// Bytes that the overlay holds itself.
+    pub data: u64,
+    /// NBD clients that have it open.
+    pub connections: u32,
+}
+
+/// The socket of one VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// The VM.
+    pub name: HostName,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// The name of the one export behind it.
+    pub export: String,
+}
+
+/// Why a request was not answered, or was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// No `serve` listens there.
+    #[error("no bootcache daemon runs on this store: start one with `bootcache serve`")]
+    NoDaemon,
+    /// The daemon said no.
+    #[error("{0}")]
+    Refused(String),
+    /// The connection broke or carried nonsense.
+    #[error("the bootcache daemon on {path} does not answer properly")]
+    Wire {
+        /// Its socket.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: WireError,
+    },
+    /// The daemon did not answer in time.
+    #[error("the bootcache daemon did not answer within {0:?}: see its log, or restart it")]
+    TimedOut(Duration),
+    /// The daemon answered something else than was asked.
+    #[error("the bootcache daemon answered out of turn: are both of one version?")]
+    Unexpected,
+}
+
+/// How long [`Client::call`] waits for an answer. Sealing a large overlay reads all of it.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A connection to a running `serve`.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    path: PathBuf,
+}
+
+impl Client {
+    /// Connects to the daemon that listens on `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::NoDaemon`] when the socket is not there, or is left from a daemon that is gone.
+    pub async fn connect(path: &Path) -> Result<Self, ControlError> {
+        match UnixStream::connect(path).await {
+            Ok(stream) => Ok(Self { stream, path: path.to_owned() }),
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                Err(ControlError::NoDaemon)
+            }
+            Err(error) => Err(ControlError::Wire { path: path.to_owned(), source: error.into() }),
+        }
+    }
+
+    /// Sends a request and waits for its answer. A refusal is an error here.
+    ///
+    /// Dropping the future leaves the connection unusable; the request may be carried out all the same.
+    pub async fn call(&mut self, request: &Request) -> Result<Reply, ControlError> {
+        let exchange = async {
+            write_message(&mut self.stream, FrameType::LOCAL_REQUEST, request).await?;
+            let closed = || io::Error::from(io::ErrorKind::UnexpectedEof);
+            let (_, payload) = read_frame(&mut self.stream, CONTROL_PAYLOAD_MAX).await?.ok_or_else(closed)?;
+            Ok(frame::decode(&payload)?)
+        };
+        match tokio::time::timeout(CALL_TIMEOUT, exchange).await {
+            Err(_) => Err(ControlError::TimedOut(CALL_TIMEOUT)),
+            Ok(Err(source)) => Err(ControlError::Wire { path: self.path.clone(), source }),
+            Ok(Ok(Reply::Failed(reason))) => Err(ControlError::Refused(reason)),
+            Ok(Ok(reply)) => Ok(reply),
+        }
+    }
+}
