@@ -5,5 +5,6 @@
 pub mod block;
 pub mod control;
 pub mod digest;
+pub mod image;
 pub mod name;
 pub mod wire;

@@ -1,0 +1,389 @@
+//! The digest tree of an image that is still arriving: parts come in any order, each is checked before it is kept.
+//!
+//! The file has the form of a whole tree ([`super::tree`]) from the start, with holes where nothing has come. No
+//! record is kept of what has: when the file is opened again, each part is known if it has the digest that its parent
+//! names. So a crash at any moment leaves nothing to be believed wrongly, and nothing has to be synced as it comes.
+//! The pages that are all zero are known with their group; they never have to be sent.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::digest::Digest;
+
+use super::page::{PAGE_BLOCKS, Page};
+use super::tree::{GROUP_PAGES, Layout, MappedTree, TreeError, group_digest, root_digest, zero_page_digest};
+use super::tree_builder::write_page;
+
+/// What is known of a block's content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is what the image has there.
+    Good,
+    /// It is not.
+    Bad,
+    /// The block's page has not come yet: add it first.
+    UnknownPage,
+}
+
+/// A digest tree that is being received. Shared between tasks; parts may be added from several at once.
+#[derive(Debug)]
+pub struct PartialTree {
+    file: File,
+    mapped: MappedTree,
+    groups: Known,
+    pages: Known,
+}
+
+impl PartialTree {
+    /// Starts the tree of image `root`, a disk of `size` bytes, at `path`; what was there is replaced.
+    /// `top` are the group digests, as the sender's [`super::tree::Tree::top_bytes`] gave them.
+    ///
+    /// # Errors
+    /// [`TreeError::Malformed`] when `size` and `top` do not have this root, [`TreeError::TooLarge`],
+    /// [`TreeError::Io`].
+    pub fn create(path: &Path, root: Digest, size: u64, top: &[u8]) -> Result<Self, TreeError> {
+        let layout = Layout::new(size)?;
+        if top.len() as u64 != layout.top_length() || root_digest(size, top) != root {
+            return Err(TreeError::Malformed("size and top do not have the image's root"));
+        }
+        let io_error = |source| TreeError::Io { path: path.to_owned(), source };
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)
+            .map_err(io_error)?;
+        let write = || {
+            file.set_len(layout.length())?;
+            file.write_all_at(top, layout.top_at())?;
+            file.write_all_at(&layout.header(root), 0)
+        };
+        write().map_err(io_error)?;
+        Self::load(file, path)
+    }
+
+    /// Opens what [`PartialTree::create`] began, and finds out what is known by checking it.
+    ///
+    /// # Errors
+    /// [`TreeError::Damaged`] when the top is not sound: start again; [`TreeError::OtherImage`], [`TreeError::Io`].
+    pub fn open(path: &Path, root: Digest) -> Result<Self, TreeError> {
+        let io_error = |source| TreeError::Io { path: path.to_owned(), source };
+        let file = File::options().read(true).write(true).open(path).map_err(io_error)?;
+        let tree = Self::load(file, path)?;
+        if tree.root() != root {
+            return Err(TreeError::OtherImage { path: path.to_owned(), found: tree.root(), expected: root });
+        }
+        Ok(tree)
+    }
+
+    fn load(file: File, path: &Path) -> Result<Self, TreeError> {
+        let mapped = MappedTree::new(&file, path)?;
+        let layout = mapped.layout;
+        let tree =
+            Self { file, mapped, groups: Known::new(layout.groups()), pages: Known::new(layout.pages()) };
+        for group in 0..layout.groups() {
+            if !tree.mapped.group_is_sound(group) {
+                continue;
+            }
+            tree.groups.set(group);
+            tree.group_pages(group).filter(|page| tree.mapped.page_is_sound(*page)).for_each(|page| {
+                tree.pages.set(page);
+            });
+        }
+        Ok(tree)
+    }
+
+    fn group_pages(&self, group: u64) -> std::ops::Range<u64> {
+        let first = group * GROUP_PAGES;
+        first..first + self.mapped.layout.pages_in_group(group)
+    }
+
+    /// Takes the page digests of `group`.
+    ///
+    /// # Errors
+    /// [`TreeError::Malformed`] when they are not this group's: the sender is wrong; [`TreeError::Io`].
+    pub fn add_group(&self, group: u64, bytes: &[u8]) -> Result<(), TreeError> {
+        let layout = self.mapped.layout;
+        if group >= layout.groups() {
+            return Err(TreeError::Malformed("there is no such group"));
+        }
+        if bytes.len() as u64 != layout.group_length(group)
+            || group_digest(bytes) != self.mapped.group_digest(group)
+        {
+            return Err(TreeError::Malformed("a group does not have its digest"));
+        }
+        if self.groups.has(group) {
+            return Ok(());
+        }
+        self.file.write_all_at(bytes, layout.group_at(group)).map_err(|source| self.io_error(source))?;
+        self.groups.set(group);
+        let zero = zero_page_digest();
+        for page in self.group_pages(group).filter(|page| self.mapped.page_digest(*page) == zero) {
+            // A crash may have left a torn page here before the group was known to be sound.
+            if self.mapped.bitmap(page) != 0 {
+                write_page(&self.file, layout, page, &Page::zero())
+                    .map_err(|source| self.io_error(source))?;
+            }
+            self.pages.set(page);
+        }
+        Ok(())
+    }
+
+    /// Takes page `page`; its group must be known.
+    ///
+    /// # Errors
+    /// [`TreeError::Malformed`] when it is not this page, or its group is not known; [`TreeError::Io`].
+    pub fn add_page(&self, page: u64, bytes: &[u8]) -> Result<(), TreeError> {
+        let layout = self.mapped.layout;
+        if page >= layout.pages() {
+            return Err(TreeError::Malformed("there is no such page"));
+        }
+        if !self.groups.has(page / GROUP_PAGES) {
+            return Err(TreeError::Malformed("a page came before its group"));
+        }
+        let parsed = Page::parse(bytes, layout.blocks_in_page(page))?;
+        if super::tree::page_digest(bytes) != self.mapped.page_digest(page) {
+            return Err(TreeError::Malformed("a page does not have its digest"));
+        }
+        if self.pages.has(page) {
+            return Ok(());
+        }
+        write_page(&self.file, layout, page, &parsed).map_err(|source| self.io_error(source))?;
+        self.pages.set(page);
+        Ok(())
+    }
+
+    /// Whether `data` is the content of `block`: 4096 bytes, or those that the disk has of its last block.
+    pub fn verify_block(&self, block: u64, data: &[u8]) -> Verdict {
+        if block >= self.mapped.layout.blocks() {
+            return Verdict::Bad;
+        }
+        match self.pages.has(block / PAGE_BLOCKS) {
+            false => Verdict::UnknownPage,
+            true if self.mapped.verify_block(block, data) => Verdict::Good,
+            true => Verdict::Bad,
+        }
+    }
+
+    /// Whether `block` is all zeroes; none when its page is not known.
+    pub fn is_zero(&self, block: u64) -> Option<bool> {
+        self.pages.has(block / PAGE_BLOCKS).then(|| self.mapped.is_zero(block))
+    }
+
+    /// The digest of `block`; none when it is all zeroes or its page is not known.
+    pub fn block_digest(&self, block: u64) -> Option<Digest> {
+        self.pages.has(block / PAGE_BLOCKS).then(|| self.mapped.block_digest(block)).flatten()
+    }
+
+    /// The image's identity.
+    pub const fn root(&self) -> Digest {
+        self.mapped.root
+    }
+
+    /// The disk's size in bytes.
+    pub const fn size(&self) -> u64 {
+        self.mapped.layout.size
+    }
+
+    /// Number of groups.
+    pub const fn groups(&self) -> u64 {
+        self.mapped.layout.groups()
+    }
+
+    /// Number of pages.
+    pub const fn pages(&self) -> u64 {
+        self.mapped.layout.pages()
+    }
+
+    /// Whether the page digests of `group` are known.
+    pub fn knows_group(&self, group: u64) -> bool {
+        self.groups.has(group)
+    }
+
+    /// Whether the block digests of `page` are known.
+    pub fn knows_page(&self, page: u64) -> bool {
+        self.pages.has(page)
+    }
+
+    /// The pages that have not come yet, in order.
+    pub fn missing_pages(&self) -> impl Iterator<Item = u64> + '_ {
+        (0..self.pages()).filter(|page| !self.pages.has(*page))
+    }
+
+    /// Whether everything has come; the file can then be opened as a [`super::tree::Tree`].
+    pub fn is_complete(&self) -> bool {
+        self.missing_pages().next().is_none()
+    }
+
+    /// The group digests, to send on.
+    pub fn top_bytes(&self) -> &[u8] {
+        self.mapped.top()
+    }
+
+    /// The page digests of `group`, to send on, once they are known.
+    pub fn group_bytes(&self, group: u64) -> Option<&[u8]> {
+        self.groups.has(group).then(|| self.mapped.group(group))
+    }
+
+    /// Page `page`, to send on, once it is known.
+    pub fn page_bytes(&self, page: u64) -> Option<Vec<u8>> {
+        self.pages.has(page).then(|| self.mapped.page(page).to_bytes())
+    }
+
+    /// Makes what has come durable; needed once, when the image is complete.
+    ///
+    /// # Errors
+    /// [`TreeError::Io`].
+    pub fn sync(&self) -> Result<(), TreeError> {
+        self.file.sync_all().map_err(|source| self.io_error(source))
+    }
+
+    fn io_error(&self, source: io::Error) -> TreeError {
+        TreeError::Io { path: self.mapped.path.clone(), source }
+    }
+}
+
+/// A set of indexes that only grows. A set bit publishes the bytes that were written before it.
+#[derive(Debug)]
+struct Known(Vec<AtomicU64>);
+
+impl Known {
+    fn new(length: u64) -> Self {
+        Self((0..length.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn word(&self, index: u64) -> Option<&AtomicU64> {
+        usize::try_from(index / 64).ok().and_then(|word| self.0.get(word))
+    }
+
+    fn has(&self, index: u64) -> bool {
+        self.word(index).is_some_and(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 == 1)
+    }
+
+    fn set(&self, index: u64) {
+        self.word(index)
+            .expect("indexes are checked against the disk's size")
+            .fetch_or(1 << (index % 64), Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::tree::Tree;
+    use super::super::tree_builder::build_from;
+    use super::*;
+    use crate::block::BLOCK_BYTES;
+
+    /// 130 MiB in three groups, mostly zero, with 5 data blocks.
+    fn whole(dir: &Path) -> (Tree, Vec<(u64, [u8; BLOCK_BYTES])>) {
+        let size = (130 << 20) + 100;
+        let source = File::options().read(true).write(true).create_new(true).open(dir.join("disk")).unwrap();
+        source.set_len(size).unwrap();
+        let blocks: Vec<(u64, [u8; BLOCK_BYTES])> = [0, 129, 16_384, 16_385, 33_279]
+            .into_iter()
+            .zip(1..)
+            .map(|(at, value)| (at, [value; _]))
+            .collect();
+        for (at, data) in &blocks {
+            source.write_all_at(data, at * 4096).unwrap();
+        }
+        let path = dir.join("whole");
+        build_from(&source, size, &path).unwrap();
+        (Tree::open(&path, None).unwrap(), blocks)
+    }
+
+    #[test]
+    fn parts_that_come_make_the_same_file_as_the_whole_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, blocks) = whole(dir.path());
+        let path = dir.path().join("partial");
+        let partial = PartialTree::create(&path, tree.root(), tree.size(), tree.top_bytes()).unwrap();
+        assert_eq!(partial.verify_block(0, &blocks[0].1), Verdict::UnknownPage);
+        for group in 0..tree.groups() {
+            assert!(partial.add_page(group * GROUP_PAGES, &tree.page_bytes(group * GROUP_PAGES)).is_err());
+            partial.add_group(group, tree.group_bytes(group)).unwrap();
+        }
+        assert_eq!(
+            partial.verify_block(300, &[0; BLOCK_BYTES]),
+            Verdict::Good,
+            "zero pages come with the group"
+        );
+        let missing: Vec<u64> = partial.missing_pages().collect();
+        assert_eq!(missing, [0, 1, 128, 259]);
+        for page in missing {
+            partial.add_page(page, &tree.page_bytes(page)).unwrap();
+        }
+        assert!(partial.is_complete());
+        for (at, data) in &blocks {
+            assert_eq!(partial.verify_block(*at, data), Verdict::Good);
+            assert_eq!(partial.verify_block(*at, &[9; BLOCK_BYTES]), Verdict::Bad);
+        }
+        partial.sync().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(dir.path().join("whole")).unwrap());
+        Tree::open(&path, Some(tree.root())).unwrap();
+    }
+
+    #[test]
+    fn a_torn_page_is_asked_for_again_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, _) = whole(dir.path());
+        let path = dir.path().join("partial");
+        let partial = PartialTree::create(&path, tree.root(), tree.size(), tree.top_bytes()).unwrap();
+        partial.add_group(0, tree.group_bytes(0)).unwrap();
+        partial.add_page(0, &tree.page_bytes(0)).unwrap();
+        partial.add_page(1, &tree.page_bytes(1)).unwrap();
+        let layout = partial.mapped.layout;
+        drop(partial);
+        let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[0; 32], layout.digest_at(129)).unwrap();
+        file.write_all_at(&[0xff; 16], layout.bitmap_at(5)).unwrap();
+        let partial = PartialTree::open(&path, tree.root()).unwrap();
+        assert!(partial.knows_group(0) && !partial.knows_group(1));
+        assert!(partial.knows_page(0) && !partial.knows_page(1) && !partial.knows_page(5));
+        partial.add_page(1, &tree.page_bytes(1)).unwrap();
+        partial.add_page(5, &tree.page_bytes(5)).unwrap();
+        assert!(partial.missing_pages().all(|page| page >= GROUP_PAGES));
+        assert_eq!(partial.is_zero(5 * PAGE_BLOCKS), Some(true));
+    }
+
+    #[test]
+    fn a_wrong_top_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, _) = whole(dir.path());
+        let path = dir.path().join("partial");
+        let create = |root, size, top: &[u8]| PartialTree::create(&path, root, size, top);
+        assert!(create(tree.root(), tree.size() + 1, tree.top_bytes()).is_err());
+        assert!(create(tree.root(), tree.size(), &tree.top_bytes()[32..]).is_err());
+        assert!(create(Digest::of(b""), tree.size(), tree.top_bytes()).is_err());
+        assert!(create(tree.root(), u64::MAX, tree.top_bytes()).is_err());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn a_flipped_bit_in_any_part_is_refused(at in any::<prop::sample::Index>(), bit in 0_u8..8, page in 0_u64..2) {
+            let dir = tempfile::tempdir().unwrap();
+            let (tree, _) = whole(dir.path());
+            let path = dir.path().join("partial");
+            let partial = PartialTree::create(&path, tree.root(), tree.size(), tree.top_bytes()).unwrap();
+            let mut group = tree.group_bytes(0).to_vec();
+            let place = at.index(group.len());
+            group[place] ^= 1_u8 << bit;
+            prop_assert!(partial.add_group(0, &group).is_err());
+            prop_assert!(partial.add_group(1, tree.group_bytes(0)).is_err());
+            partial.add_group(0, tree.group_bytes(0)).unwrap();
+            let mut bytes = tree.page_bytes(page);
+            let place = at.index(bytes.len());
+            bytes[place] ^= 1_u8 << bit;
+            prop_assert!(partial.add_page(page, &bytes).is_err());
+            prop_assert!(partial.add_page(1 - page, &tree.page_bytes(page)).is_err());
+            prop_assert!(!partial.knows_page(page));
+        }
+    }
+}
