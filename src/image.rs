@@ -1,9 +1,10 @@
 //! Images: what one is, how it is identified and checked, and how it comes into and out of a store.
 //!
 //! An image is immutable. Its identity is the root of its digest tree ([`tree`]), which binds its size and every
-//! block to its place; names are only labels that the store keeps.
+//! block to its place; names are only labels that a [`crate::store::Store`] keeps.
 
-mod extents;
+pub mod extents;
+pub mod manifest;
 pub mod page;
 pub mod partial_tree;
 pub mod tree;

@@ -8,4 +8,5 @@ pub mod control;
 pub mod digest;
 pub mod image;
 pub mod name;
+pub mod store;
 pub mod wire;

@@ -1,0 +1,392 @@
+//! The store: the one folder in which a node keeps its images, overlays and VMs, and the names of its images.
+//!
+//! ```text
+//! lock                    held by `serve` for as long as it runs
+//! lock.change             held for a moment by whoever changes names or adds and removes content
+//! names/NAME              root digest of the image that NAME means; several names may mean one image
+//! images/ROOT/            manifest, tree, disk, and what else the image has; see [`ImageEntry`]
+//! overlays/NAME/ vms/NAME/
+//! tmp/LABEL.N/            a half-made thing; its maker holds a lock on the folder
+//! ```
+//!
+//! Content is made whole under `tmp/`, made durable, and then renamed into place, so that nothing half-made is ever
+//! seen and commands can add images beside a running `serve`. All locks are `flock`: they end with their process,
+//! however it ends.
+
+pub mod atomic;
+pub mod evict;
+pub mod lock;
+pub mod remove;
+pub mod scratch;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::digest::Digest;
+use crate::image::manifest::{Boot, MANIFEST_BYTES_MAX, Manifest, ManifestError};
+use crate::name::{HostName, ImageName};
+
+pub use atomic::write_atomic;
+pub use lock::{ChangeLock, Hold, StoreLock};
+pub use scratch::Scratch;
+
+/// How long a change waits for another one to end.
+const CHANGE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Why the store cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file system says no.
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    /// Another process has the store.
+    #[error("store {} is in use by process {holder}: stop it, or choose another store with --store", dir.display())]
+    Locked { dir: PathBuf, holder: String },
+    /// Another process changes the store and does not end.
+    #[error("store {} is being changed by process {holder}: try again when it is done", dir.display())]
+    Busy { dir: PathBuf, holder: String },
+    /// No image has this name.
+    #[error("there is no image '{0}': `bootcache image list` shows those there are")]
+    NoSuchImage(ImageName),
+    /// No image has this root.
+    #[error("there is no image with root {}", .0.short())]
+    NoSuchRoot(Digest),
+    /// The name means another image.
+    #[error("the name '{0}' is taken: remove that image first, or choose another name")]
+    NameTaken(ImageName),
+    /// The image is open somewhere.
+    #[error("image {} is in use: stop the VMs and commands that use it first", .0.short())]
+    InUse(Digest),
+    /// Something builds on the image.
+    #[error("image {} is the base of {dependent}: remove that first", root.short())]
+    HasDependent { root: Digest, dependent: String },
+    /// A file of the store is not what it was.
+    #[error("{}: {what}", path.display())]
+    Damaged { path: PathBuf, what: String },
+    /// The manifest is not what it was.
+    #[error("{}: {source}", path.display())]
+    Manifest { path: PathBuf, source: ManifestError },
+}
+
+/// Ties an I/O error to its path.
+pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    move |source| StoreError::Io { path: path.to_owned(), source }
+}
+
+/// A store's folder. Cheap to clone; holds no lock by itself.
+#[derive(Debug, Clone)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+/// An image of the store: where it is, and its manifest.
+#[derive(Debug, Clone)]
+pub struct ImageEntry {
+    /// Its identity.
+    pub root: Digest,
+    /// Its folder.
+    pub dir: PathBuf,
+    /// What is known of it.
+    pub manifest: Manifest,
+}
+
+impl ImageEntry {
+    /// The digest tree.
+    pub fn tree_path(&self) -> PathBuf {
+        self.dir.join("tree")
+    }
+
+    /// The disk; of an increment, the blocks it adds.
+    pub fn disk_path(&self) -> PathBuf {
+        self.dir.join("disk")
+    }
+
+    /// The boot cache.
+    pub fn boot_path(&self) -> PathBuf {
+        self.dir.join("boot")
+    }
+
+    /// Increments only: which blocks are the image's own.
+    pub fn index_path(&self) -> PathBuf {
+        self.dir.join("index")
+    }
+
+    /// The presence bitmap of a disk that is still arriving.
+    pub fn present_path(&self) -> PathBuf {
+        self.dir.join("present")
+    }
+
+    /// Whether the whole disk is here.
+    pub fn is_complete(&self) -> bool {
+        !self.present_path().exists()
+    }
+
+    /// Bytes that the image takes in the file system.
+    pub fn stored_bytes(&self) -> u64 {
+        scratch::stored_bytes(&self.dir)
+    }
+}
+
+impl Store {
+    /// Opens the store in `dir`, makes its folders when they are missing, and removes what interrupted commands left.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        let make = |path: &Path, mode| {
+            fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(at(path))
+        };
+        make(dir, 0o755)?;
+        let dir = dir.canonicalize().map_err(at(dir))?;
+        let store = Self { dir };
+        // A QEMU that is not root must reach its socket in vms/, and nothing else.
+        for (name, mode) in
+            [("names", 0o755), ("images", 0o700), ("overlays", 0o700), ("vms", 0o711), ("tmp", 0o700)]
+        {
+            make(&store.dir.join(name), mode)?;
+        }
+        store.clean()?;
+        Ok(store)
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Takes the store for a daemon, until the lock is dropped or the process ends.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] names who has it; [`StoreError::Io`].
+    pub fn lock(&self) -> Result<StoreLock, StoreError> {
+        StoreLock::take(&self.dir)
+    }
+
+    /// Takes the short lock for a change of names or content; waits for another change to end, and tells `waiting`
+    /// once that it does, with the process that is in the way.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`] after 30 s; [`StoreError::Io`].
+    pub fn change(&self, waiting: impl FnOnce(&str)) -> Result<ChangeLock, StoreError> {
+        ChangeLock::take(&self.dir, CHANGE_DEADLINE, waiting)
+    }
+
+    /// The folder of image `root`.
+    pub fn image_dir(&self, root: Digest) -> PathBuf {
+        self.dir.join("images").join(root.to_string())
+    }
+
+    /// The folder of overlay `name`.
+    pub fn overlay_dir(&self, name: &HostName) -> PathBuf {
+        self.dir.join("overlays").join(name.as_str())
+    }
+
+    /// The folder of VM `name`.
+    pub fn vm_dir(&self, name: &HostName) -> PathBuf {
+        self.dir.join("vms").join(name.as_str())
+    }
+
+    /// The folder for half-made things; use [`Store::scratch`].
+    pub fn tmp(&self) -> PathBuf {
+        self.dir.join("tmp")
+    }
+
+    fn name_path(&self, name: &ImageName) -> PathBuf {
+        self.dir.join("names").join(name.as_str())
+    }
+
+    /// The names there are, in order, with the root of each.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Damaged`].
+    pub fn names(&self) -> Result<Vec<(ImageName, Digest)>, StoreError> {
+        let dir = self.dir.join("names");
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(at(&dir))? {
+            let entry = entry.map_err(at(&dir))?;
+            let Some(name) = entry.file_name().to_str().and_then(|text| text.parse::<ImageName>().ok())
+            else {
+                continue;
+            };
+            // A name may go while we look.
+            if let Some(root) = self.root_of(&name)? {
+                names.push((name, root));
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// The root that `name` means, if it is a name.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Damaged`].
+    pub fn root_of(&self, name: &ImageName) -> Result<Option<Digest>, StoreError> {
+        let path = self.name_path(name);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(at(&path)(error)),
+        };
+        match text.strip_suffix('\n').unwrap_or(&text).parse() {
+            Ok(root) => Ok(Some(root)),
+            Err(_) => Err(StoreError::Damaged {
+                path,
+                what: "the name's file is damaged; delete it and name the image again".to_owned(),
+            }),
+        }
+    }
+
+    /// The image that `name` means.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchImage`], and those of [`Store::image`].
+    pub fn resolve(&self, name: &ImageName) -> Result<ImageEntry, StoreError> {
+        let root = self.root_of(name)?.ok_or_else(|| StoreError::NoSuchImage(name.clone()))?;
+        self.image(root)
+    }
+
+    /// The image with `root`.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchRoot`], [`StoreError::Manifest`], [`StoreError::Damaged`], [`StoreError::Io`].
+    pub fn image(&self, root: Digest) -> Result<ImageEntry, StoreError> {
+        let dir = self.image_dir(root);
+        let path = dir.join("manifest");
+        let bytes = match read_bounded(&path, MANIFEST_BYTES_MAX) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::NoSuchRoot(root));
+            }
+            Err(error) => return Err(at(&path)(error)),
+        };
+        let manifest = Manifest::from_bytes(&bytes)
+            .map_err(|source| StoreError::Manifest { path: path.clone(), source })?;
+        if manifest.root != root {
+            let what = "the manifest is that of another image; remove the image and add it again".to_owned();
+            return Err(StoreError::Damaged { path, what });
+        }
+        Ok(ImageEntry { root, dir, manifest })
+    }
+
+    /// The roots of all images, named or not, in order.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn roots(&self) -> Result<Vec<Digest>, StoreError> {
+        let dir = self.dir.join("images");
+        let mut roots = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(at(&dir))? {
+            roots.extend(
+                entry.map_err(at(&dir))?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()),
+            );
+        }
+        roots.sort();
+        Ok(roots)
+    }
+
+    /// Keeps image `root` from being removed for as long as the result lives.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchRoot`], [`StoreError::InUse`] when it is being removed, [`StoreError::Io`].
+    pub fn hold(&self, root: Digest) -> Result<Hold, StoreError> {
+        Hold::shared(&self.image_dir(root), root)
+    }
+
+    /// Starts a half-made thing; its folder is removed unless it is published.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Busy`].
+    pub fn scratch(&self, label: &str) -> Result<Scratch, StoreError> {
+        let change = self.change(|_| ())?;
+        Scratch::create(&self.tmp(), label, &change)
+    }
+
+    /// Makes `scratch`, which holds manifest, tree and disk of image `root`, a part of the store, and `name` its name.
+    /// Its files must be durable. An image with this root that is here already is kept, and gets the name.
+    ///
+    /// # Errors
+    /// [`StoreError::NameTaken`], [`StoreError::InUse`] when the image is just being fetched from a peer,
+    /// [`StoreError::Io`].
+    pub fn publish(
+        &self,
+        scratch: Scratch,
+        root: Digest,
+        name: &ImageName,
+    ) -> Result<ImageEntry, StoreError> {
+        let change = self.change(|_| ())?;
+        self.check_name(name, root)?;
+        let dir = self.image_dir(root);
+        match self.image(root) {
+            Ok(entry) if entry.is_complete() => self.forget_pulled(root)?,
+            Ok(_) | Err(StoreError::Manifest { .. } | StoreError::Damaged { .. }) => {
+                let hold = Hold::exclusive(&dir, root)?;
+                self.delete_image(root, hold, &change)?;
+                scratch.rename_to(&dir)?;
+            }
+            Err(StoreError::NoSuchRoot(_)) => scratch.rename_to(&dir)?,
+            Err(error) => return Err(error),
+        }
+        self.write_name(name, root)?;
+        self.image(root)
+    }
+
+    /// Gives image `root`, which is here, the name `name`.
+    ///
+    /// # Errors
+    /// [`StoreError::NameTaken`], [`StoreError::NoSuchRoot`], [`StoreError::Io`].
+    pub fn add_name(&self, name: &ImageName, root: Digest) -> Result<(), StoreError> {
+        let _change = self.change(|_| ())?;
+        self.check_name(name, root)?;
+        self.image(root)?;
+        self.write_name(name, root)
+    }
+
+    /// Whether `name` is free, or means `root` already.
+    ///
+    /// # Errors
+    /// [`StoreError::NameTaken`], [`StoreError::Io`].
+    pub fn check_name(&self, name: &ImageName, root: Digest) -> Result<(), StoreError> {
+        match self.root_of(name)? {
+            Some(other) if other != root => Err(StoreError::NameTaken(name.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    fn write_name(&self, name: &ImageName, root: Digest) -> Result<(), StoreError> {
+        let path = self.name_path(name);
+        write_atomic(&path, format!("{root}\n").as_bytes()).map_err(at(&path))
+    }
+
+    /// Gives image `root` the boot cache in `file`, which must be durable and on the store's file system, and says so
+    /// in its manifest. In between the manifest names none, so that a crash leaves no boot cache believed wrongly.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchRoot`], [`StoreError::Io`].
+    pub fn set_boot(&self, root: Digest, file: &Path, boot: Boot) -> Result<ImageEntry, StoreError> {
+        let _change = self.change(|_| ())?;
+        let mut entry = self.image(root)?;
+        let path = entry.dir.join("manifest");
+        entry.manifest.boot = None;
+        write_atomic(&path, &entry.manifest.to_bytes()).map_err(at(&path))?;
+        fs::rename(file, entry.boot_path()).map_err(at(file))?;
+        atomic::sync_dir(&entry.dir).map_err(at(&entry.dir))?;
+        entry.manifest.boot = Some(boot);
+        write_atomic(&path, &entry.manifest.to_bytes()).map_err(at(&path))?;
+        Ok(entry)
+    }
+}
+
+/// Reads a file that must not be longer than `length_max` bytes.
+fn read_bounded(path: &Path, length_max: usize) -> io::Result<Vec<u8>> {
+    if fs::metadata(path)?.size() > length_max as u64 {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is too long"));
+    }
+    fs::read(path)
+}
+
+#[cfg(test)]
+mod tests;

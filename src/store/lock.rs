@@ -1,0 +1,169 @@
+//! The store's locks. All are `flock` on files or folders that stay: the kernel ends them with their process, so that
+//! `kill -9` leaves nothing to clear away, and what the file says of its holder is only for people.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use crate::digest::Digest;
+
+use super::{StoreError, at};
+
+const POLL: Duration = Duration::from_millis(50);
+
+/// The store is this process's, until this is dropped.
+#[derive(Debug)]
+pub struct StoreLock {
+    _file: File,
+}
+
+impl StoreLock {
+    pub(super) fn take(dir: &Path) -> Result<Self, StoreError> {
+        let path = dir.join("lock");
+        match try_exclusive(&path).map_err(at(&path))? {
+            Some(file) => Ok(Self { _file: file }),
+            None => Err(StoreError::Locked { dir: dir.to_owned(), holder: holder(&path) }),
+        }
+    }
+}
+
+/// Names and content may be changed by this process, until this is dropped. To be held for moments only.
+#[derive(Debug)]
+pub struct ChangeLock {
+    _file: File,
+}
+
+impl ChangeLock {
+    pub(super) fn take(
+        dir: &Path,
+        deadline: Duration,
+        waiting: impl FnOnce(&str),
+    ) -> Result<Self, StoreError> {
+        let path = dir.join("lock.change");
+        let start = Instant::now();
+        let mut waiting = Some(waiting);
+        loop {
+            if let Some(file) = try_exclusive(&path).map_err(at(&path))? {
+                return Ok(Self { _file: file });
+            }
+            if start.elapsed() > deadline {
+                return Err(StoreError::Busy { dir: dir.to_owned(), holder: holder(&path) });
+            }
+            if let Some(waiting) = waiting.take_if(|_| start.elapsed() > 4 * POLL) {
+                waiting(&holder(&path));
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+/// Locks the file at `path`, which is made when it is missing, and writes this process's id into it.
+fn try_exclusive(path: &Path) -> io::Result<Option<File>> {
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+    if !try_flock(&file, FlockOperation::NonBlockingLockExclusive)? {
+        return Ok(None);
+    }
+    file.set_len(0)?;
+    (&file).write_all(format!("{}\n", std::process::id()).as_bytes())?;
+    Ok(Some(file))
+}
+
+fn holder(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    match text.trim() {
+        "" => "unknown".to_owned(),
+        pid => pid.chars().take(20).collect(),
+    }
+}
+
+/// Whether the lock was got; not when another has it.
+pub(super) fn try_flock(file: &File, operation: FlockOperation) -> io::Result<bool> {
+    match flock(file, operation) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// An image's content stays where it is while this lives. Shared holds are for users, the exclusive one for removal.
+#[derive(Debug)]
+pub struct Hold {
+    _dir: File,
+}
+
+impl Hold {
+    pub(super) fn shared(dir: &Path, root: Digest) -> Result<Self, StoreError> {
+        Self::take(dir, root, FlockOperation::NonBlockingLockShared)
+    }
+
+    pub(super) fn exclusive(dir: &Path, root: Digest) -> Result<Self, StoreError> {
+        Self::take(dir, root, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// The folder itself is locked, not a file in it: files are replaced by rename, the folder stays the same.
+    fn take(path: &Path, root: Digest, operation: FlockOperation) -> Result<Self, StoreError> {
+        let dir = File::open(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => StoreError::NoSuchRoot(root),
+            _ => at(path)(error),
+        })?;
+        if !try_flock(&dir, operation).map_err(at(path))? {
+            return Err(StoreError::InUse(root));
+        }
+        // It may have been removed between open and lock.
+        if !path.exists() {
+            return Err(StoreError::NoSuchRoot(root));
+        }
+        Ok(Self { _dir: dir })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_daemon_is_told_who_has_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StoreLock::take(dir.path()).unwrap();
+        let error = StoreLock::take(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        drop(first);
+        StoreLock::take(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_file_that_a_killed_process_left_is_no_obstacle() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("lock"), "999999999 and more text than a number has\n").unwrap();
+        let _lock = StoreLock::take(dir.path()).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("lock")).unwrap(), format!("{}\n", std::process::id()));
+    }
+
+    #[test]
+    fn a_change_waits_for_another_and_says_so_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = ChangeLock::take(dir.path(), Duration::ZERO, |_| ()).unwrap();
+        let mut told = Vec::new();
+        let error =
+            ChangeLock::take(dir.path(), Duration::from_millis(400), |holder| told.push(holder.to_owned()));
+        assert!(matches!(error, Err(StoreError::Busy { .. })));
+        assert_eq!(told, [std::process::id().to_string()]);
+        drop(first);
+        ChangeLock::take(dir.path(), Duration::ZERO, |_| ()).unwrap();
+    }
+
+    #[test]
+    fn an_image_in_use_cannot_be_held_for_removal() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Digest::of(b"");
+        let users = [Hold::shared(dir.path(), root).unwrap(), Hold::shared(dir.path(), root).unwrap()];
+        assert!(matches!(Hold::exclusive(dir.path(), root), Err(StoreError::InUse(_))));
+        drop(users);
+        let _removal = Hold::exclusive(dir.path(), root).unwrap();
+        assert!(Hold::shared(dir.path(), root).is_err());
+    }
+}
