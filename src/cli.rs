@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 the command line is wrong (clap's), 3 a difference was found where none was
 //! expected (`image verify`), 130 interrupted.
 
+mod ca;
 mod completions;
 
 use std::path::PathBuf;
@@ -37,7 +38,6 @@ pub(crate) struct Globals {
 
 impl Globals {
     /// The store's folder: as given, or the default for this user.
-    #[expect(dead_code, reason = "the first subcommand that opens a store uses it")]
     pub(crate) fn store_dir(&self) -> PathBuf {
         self.store.clone().unwrap_or_else(|| {
             if rustix::process::geteuid().is_root() {
@@ -55,6 +55,8 @@ impl Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Make the cluster's certificate authority, and certificates for its members
+    Ca(ca::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
 }
@@ -62,6 +64,7 @@ enum Command {
 /// Runs the chosen subcommand.
 pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
+        Command::Ca(args) => ca::run(&cli.globals, args),
         Command::Completions(args) => completions::run(&args),
     }
 }

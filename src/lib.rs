@@ -9,4 +9,5 @@ pub mod digest;
 pub mod image;
 pub mod name;
 pub mod store;
+pub mod tls;
 pub mod wire;
