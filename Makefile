@@ -1,0 +1,30 @@
+# What a person runs. `make` alone explains; every target installs what it needs (Debian 12, root or sudo).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+CARGO ?= cargo
+
+.PHONY: help setup build test check clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## install what is missing on this machine (quick when nothing is)
+	@scripts/setup
+
+build: setup ## the release binary, target/release/bootcache
+	$(CARGO) build --release --locked
+
+test: setup ## all tests, the end-to-end ones with real QEMU, libvirt and Docker too
+	$(CARGO) test --locked --workspace --no-fail-fast
+
+check: setup ## formatting, lints, documentation, licences
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --locked check; \
+	else echo 'check: cargo-deny is not installed, licences not checked (cargo install cargo-deny)'; fi
+
+clean: ## remove what was built (guests and images kept in the cache folder stay)
+	$(CARGO) clean
