@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup build test check clean
+.PHONY: help setup guests build test check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -13,10 +13,13 @@ help: ## this list
 setup: ## install what is missing on this machine (quick when nothing is)
 	@scripts/setup
 
+guests: setup ## the disks that the tests boot: a tiny one and a Debian (kept in ~/.cache/bootcache)
+	@for guest in tiny fast; do scripts/guest $$guest >/dev/null; done
+
 build: setup ## the release binary, target/release/bootcache
 	$(CARGO) build --release --locked
 
-test: setup ## all tests, the end-to-end ones with real QEMU, libvirt and Docker too
+test: guests ## all tests, the end-to-end ones with real QEMU, libvirt and Docker too
 	$(CARGO) test --locked --workspace --no-fail-fast
 
 check: setup ## formatting, lints, documentation, licences
