@@ -7,6 +7,7 @@ pub mod boot_cache;
 pub mod control;
 pub mod digest;
 pub mod image;
+pub mod local_cache;
 pub mod name;
 pub mod store;
 pub mod tls;

@@ -1,0 +1,505 @@
+//! A node's copy of an image: a sparse file with each block at its own offset, and which blocks are there.
+//!
+//! Read-only to guests and shared by all VMs of the image. What is here is read inline from the page cache; a read of
+//! what is not here tells [`Fetch`] and waits until its own blocks have come. Once everything is here the bits are no
+//! longer looked at.
+//!
+//! Order of writes, each kept by a test: verify → write the data → set the bit in memory → wake who waits; and for
+//! the disk: copy the bits → sync the data → replace the saved bits. So a saved bit always names data that was
+//! synced, and after a crash nothing else is believed, but what [`LocalCache::recover`] has verified again.
+//!
+//! Not here: where blocks come from, and whether they are right. Callers of [`LocalCache::insert`] have verified.
+
+mod presence;
+mod saved;
+mod waiters;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bootcache_nbd::disk::{Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, StatusExtent};
+use roaring::RoaringBitmap;
+use rustix::io::{Errno, ReadWriteFlags};
+use tokio::time::Instant;
+
+use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent, blocks_for, bytes_in_block};
+use crate::digest::Digest;
+use crate::image::extents::data_extents;
+use crate::image::page;
+use crate::store::atomic::sync_dir;
+
+use presence::Presence;
+use waiters::Waiters;
+
+/// The metadata context of an export that tells which bytes are on this node.
+pub const CONTEXT_PRESENT: &str = "bootcache:present";
+/// [`CONTEXT_PRESENT`]: the range is here.
+pub const STATE_PRESENT: u32 = 1;
+
+/// A read that waits longer is logged, and again at every multiple.
+const SLOW_READ: Duration = Duration::from_secs(5);
+
+/// How an absent block will come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coming {
+    /// The boot stream is about to bring it.
+    Stream,
+    /// It is fetched for this read.
+    Demand,
+}
+
+/// Brings absent blocks. Owned by the transfer engine of the image.
+pub trait Fetch: Send + Sync {
+    /// A reader waits for the blocks of `absent`. Does not block; called once a read.
+    fn want(&self, absent: &[Extent]) -> Coming;
+}
+
+/// Where the time and the bytes of reads went.
+#[derive(Debug, Default)]
+pub struct ReadCounters {
+    /// Reads that found all their blocks here.
+    pub hits: AtomicU64,
+    /// Reads that waited for the stream.
+    pub stream_waits: AtomicU64,
+    /// Microseconds they waited, summed over reads.
+    pub stream_wait_us: AtomicU64,
+    /// Reads that waited for a fetch of their own: misses outside the boot map.
+    pub demand_waits: AtomicU64,
+    /// Microseconds they waited, summed over reads.
+    pub demand_wait_us: AtomicU64,
+    /// Reads that wait now.
+    pub waiting: AtomicU64,
+    /// Bytes read.
+    pub bytes: AtomicU64,
+}
+
+/// One image's blocks on this node; see the module's documentation.
+pub struct LocalCache {
+    file: Arc<File>,
+    dir: PathBuf,
+    root: Digest,
+    size: u64,
+    presence: Presence,
+    waiters: Waiters,
+    fetch: OnceLock<Arc<dyn Fetch>>,
+    counters: ReadCounters,
+    deadline: Option<Duration>,
+    /// Blocks that the saved bitmap names; held while it is replaced.
+    saved: Mutex<u64>,
+    /// A sync has failed: what is on disk is no longer known, so nothing more is claimed of it.
+    latched: AtomicBool,
+}
+
+impl LocalCache {
+    /// Opens the copy of image `root` in its store folder `dir`: `disk`, and `present` unless it is complete.
+    ///
+    /// # Errors
+    /// When the files cannot be opened, or `disk` is not `size` bytes long.
+    pub fn open(dir: &Path, root: Digest, size: u64) -> io::Result<Self> {
+        let complete = !dir.join("present").exists();
+        let file = File::options().read(true).write(!complete).open(dir.join("disk"))?;
+        if file.metadata()?.len() != size {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the image's disk file does not have the image's size: remove the image and pull it again",
+            ));
+        }
+        let presence = Presence::new(blocks_for(size));
+        let saved = if complete {
+            presence.set(Extent::new(0, presence.blocks()));
+            presence.blocks()
+        } else {
+            let bitmap = saved::load(&dir.join("present"), root, size)?;
+            for block in bitmap.iter().map(u64::from).filter(|block| *block < presence.blocks()) {
+                presence.set(Extent::new(block, 1));
+            }
+            presence.count()
+        };
+        Ok(Self {
+            file: Arc::new(file),
+            dir: dir.to_owned(),
+            root,
+            size,
+            presence,
+            waiters: Waiters::default(),
+            fetch: OnceLock::new(),
+            counters: ReadCounters::default(),
+            deadline: None,
+            saved: Mutex::new(saved),
+            latched: AtomicBool::new(false),
+        })
+    }
+
+    /// Makes an empty copy in `dir`, for [`LocalCache::open`].
+    ///
+    /// # Errors
+    /// When a file cannot be made.
+    pub fn create(dir: &Path, root: Digest, size: u64) -> io::Result<()> {
+        File::options().write(true).create(true).truncate(true).open(dir.join("disk"))?.set_len(size)?;
+        saved::save(&dir.join("present"), root, size, &RoaringBitmap::new())
+    }
+
+    /// Ends reads that have waited `deadline` with an error. By default they wait for ever.
+    #[must_use]
+    pub const fn with_deadline(mut self, deadline: Option<Duration>) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Holds every block that is in the file against `verify`: keeps those that are right, forgets the others.
+    ///
+    /// With `trust_saved`, the saved bits are believed and only what was written after them is looked at, which is
+    /// what a daemon that was killed had not saved yet. Returns how many blocks were won, less those lost.
+    /// `verify` says whether the bytes are right; blocks it cannot judge are left as they are saved.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn recover(
+        &mut self,
+        trust_saved: bool,
+        mut verify: impl FnMut(u64, &[u8]) -> Option<bool>,
+    ) -> io::Result<i64> {
+        let before = self.presence.count().cast_signed();
+        let mut block_bytes = [0; BLOCK_BYTES];
+        for extent in data_extents(&self.file, 0..self.size) {
+            let extent = extent?;
+            for block in Extent::touching(extent.start, extent.end - extent.start).blocks() {
+                if trust_saved && self.presence.has(Extent::new(block, 1)) {
+                    continue;
+                }
+                let length = usize::try_from(bytes_in_block(block, self.size)).expect("at most a block");
+                let bytes = &mut block_bytes[..length];
+                self.file.read_exact_at(bytes, block * BLOCK_SIZE)?;
+                match verify(block, bytes) {
+                    Some(true) => {
+                        self.presence.set(Extent::new(block, 1));
+                    }
+                    Some(false) => self.presence.clear(block),
+                    None => {}
+                }
+            }
+        }
+        Ok(self.presence.count().cast_signed() - before)
+    }
+
+    /// Says who brings absent blocks; once. Until then reads of them wait.
+    pub fn set_fetch(&self, fetch: Arc<dyn Fetch>) {
+        if self.fetch.set(fetch).is_ok() {
+            let wanted = self.waiters.wanted();
+            self.want(&wanted);
+        }
+    }
+
+    /// The image's identity.
+    pub const fn root(&self) -> Digest {
+        self.root
+    }
+
+    /// Number of blocks.
+    pub const fn blocks(&self) -> u64 {
+        self.presence.blocks()
+    }
+
+    /// Blocks that are here, zero blocks that are known to be zero included.
+    pub fn blocks_present(&self) -> u64 {
+        self.presence.count()
+    }
+
+    /// Whether every block is here.
+    pub fn is_complete(&self) -> bool {
+        self.presence.is_complete()
+    }
+
+    /// Whether all of `extent` is here.
+    pub fn has(&self, extent: Extent) -> bool {
+        self.presence.has(extent)
+    }
+
+    /// The runs of `extent` that are not here.
+    pub fn absent(&self, extent: Extent) -> Vec<Extent> {
+        self.presence.runs(extent, false)
+    }
+
+    /// The runs of `extent` that are here.
+    pub fn present(&self, extent: Extent) -> Vec<Extent> {
+        self.presence.runs(extent, true)
+    }
+
+    /// The extents that readers wait for now.
+    pub fn wanted(&self) -> Vec<Extent> {
+        self.waiters.wanted().into_iter().flat_map(|extent| self.absent(extent)).collect()
+    }
+
+    /// Where the time of reads went, over all VMs.
+    pub const fn counters(&self) -> &ReadCounters {
+        &self.counters
+    }
+
+    /// Keeps verified `data`, which begins at block `start` and ends with a block or with the disk. Blocks.
+    ///
+    /// Zero blocks become present without being written: the file has a hole there. Whether any block was new.
+    ///
+    /// # Errors
+    /// Of the write; nothing is then marked.
+    pub fn insert(&self, start: u64, data: &[u8]) -> io::Result<bool> {
+        let extent = Extent::touching(start * BLOCK_SIZE, data.len() as u64);
+        let bytes_of = |run: Extent| {
+            let from = usize::try_from((run.start - start) * BLOCK_SIZE).expect("within the slice");
+            let to = usize::try_from((run.end() - start) * BLOCK_SIZE).expect("within the slice");
+            &data[from..to.min(data.len())]
+        };
+        for run in self.absent(extent) {
+            let mut at = run.start;
+            while at < run.end() {
+                let zero = page::is_zero(bytes_of(Extent::new(at, 1)));
+                let same = (at..run.end())
+                    .take_while(|block| page::is_zero(bytes_of(Extent::new(*block, 1))) == zero)
+                    .count() as u64;
+                if !zero {
+                    self.file.write_all_at(bytes_of(Extent::new(at, same)), at * BLOCK_SIZE)?;
+                }
+                at += same;
+            }
+        }
+        Ok(self.mark(extent))
+    }
+
+    /// Marks blocks present that are known to be zero. Their place in the file is a hole.
+    pub fn insert_zero(&self, extent: Extent) {
+        self.mark(extent);
+    }
+
+    fn mark(&self, extent: Extent) -> bool {
+        let fresh = self.presence.set(extent);
+        if fresh {
+            self.waiters.wake(extent);
+        }
+        fresh
+    }
+
+    /// Makes the bits of what is here durable, after its data. When everything is here the saved bits are removed,
+    /// which is what says so. Blocks; call it every few seconds and before the end. Whether there was anything to do.
+    ///
+    /// # Errors
+    /// The first failure latches: what the disk holds is then unknown, and nothing more is claimed of it.
+    pub fn save(&self) -> io::Result<bool> {
+        let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.latched.load(Ordering::Relaxed) {
+            return Err(io::Error::other("an earlier sync failed"));
+        }
+        let path = self.dir.join("present");
+        let bitmap = self.presence.snapshot();
+        let complete = bitmap.len() == self.presence.blocks();
+        if bitmap.len() == *saved && !(complete && path.exists()) {
+            return Ok(false);
+        }
+        let result = self.file.sync_data().and_then(|()| match complete {
+            true => std::fs::remove_file(&path).and_then(|()| sync_dir(&self.dir)),
+            false => saved::save(&path, self.root, self.size, &bitmap),
+        });
+        match result {
+            Ok(()) => {
+                *saved = bitmap.len();
+                Ok(true)
+            }
+            Err(error) => {
+                self.latched.store(true, Ordering::Relaxed);
+                Err(error)
+            }
+        }
+    }
+
+    fn want(&self, absent: &[Extent]) -> Coming {
+        match self.fetch.get() {
+            Some(fetch) if !absent.is_empty() => fetch.want(absent),
+            _ => Coming::Demand,
+        }
+    }
+
+    /// Waits until all of `extent` is here; says what was waited for, and how long.
+    async fn wait(&self, extent: Extent) -> io::Result<Option<(Coming, Duration)>> {
+        if self.has(extent) {
+            return Ok(None);
+        }
+        let waiting = self.waiters.register(extent);
+        let _count = CountGuard::new(&self.counters.waiting);
+        let began = Instant::now();
+        let absent = self.absent(extent);
+        let coming = self.want(&absent);
+        let mut log_at = began + SLOW_READ;
+        while !self.has(extent) {
+            let until = self.deadline.map_or(log_at, |deadline| log_at.min(began + deadline));
+            if tokio::time::timeout_at(until, waiting.woken()).await.is_ok() {
+                continue;
+            }
+            if self.deadline.is_some_and(|deadline| began.elapsed() >= deadline) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            tracing::warn!(
+                image = %self.root.short(), blocks = ?self.absent(extent), seconds = began.elapsed().as_secs(),
+                "a guest's read waits: no source brings its blocks"
+            );
+            log_at += SLOW_READ;
+        }
+        Ok(Some((coming, began.elapsed())))
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Attempt {
+        let slices = &mut [io::IoSliceMut::new(buf)];
+        match rustix::io::preadv2(&*self.file, slices, offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) if read == buf.len() => Attempt::Ready(Ok(())),
+            Ok(_) | Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR) => Attempt::WouldBlock,
+            Err(error) => Attempt::Ready(Err(error.into())),
+        }
+    }
+
+    /// Reads what is here, whether or not it is in the page cache.
+    async fn read_file(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        if let Attempt::Ready(result) = self.read_now(offset, buf) {
+            return result;
+        }
+        let file = Arc::clone(&self.file);
+        let length = buf.len();
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; length];
+            file.read_exact_at(&mut bytes, offset).map(|()| bytes)
+        });
+        buf.copy_from_slice(&read.await.map_err(io::Error::other)??);
+        Ok(())
+    }
+
+    /// The asynchronous read, with what it waited for.
+    pub async fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> io::Result<Option<(Coming, Duration)>> {
+        let waited = self.wait(Extent::touching(offset, buf.len() as u64)).await?;
+        self.counters.count(buf.len(), waited);
+        self.read_file(offset, buf).await?;
+        Ok(waited)
+    }
+}
+
+impl ReadCounters {
+    /// Counts one read of `bytes` that `waited`.
+    pub fn count(&self, bytes: usize, waited: Option<(Coming, Duration)>) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        let add = |number: &AtomicU64, time: &AtomicU64, waited: Duration| {
+            number.fetch_add(1, Ordering::Relaxed);
+            time.fetch_add(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        };
+        match waited {
+            None => {
+                self.hits.fetch_add(1, Ordering::Relaxed);
+            }
+            Some((Coming::Stream, time)) => add(&self.stream_waits, &self.stream_wait_us, time),
+            Some((Coming::Demand, time)) => add(&self.demand_waits, &self.demand_wait_us, time),
+        }
+    }
+}
+
+/// Counts itself for as long as it lives.
+struct CountGuard<'a>(&'a AtomicU64);
+
+impl<'a> CountGuard<'a> {
+    fn new(count: &'a AtomicU64) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for CountGuard<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Debug for LocalCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LocalCache")
+            .field("root", &self.root.short())
+            .field("blocks", &self.blocks())
+            .field("present", &self.blocks_present())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Disk for LocalCache {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn features(&self) -> Features {
+        Features { prefetch: true, ..Features::READ_ONLY }
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Attempt {
+        if !self.presence.has(Extent::touching(offset, buf.len() as u64)) {
+            return Attempt::WouldBlock;
+        }
+        let attempt = self.read_now(offset, buf);
+        if matches!(attempt, Attempt::Ready(Ok(()))) {
+            self.counters.count(buf.len(), None);
+        }
+        attempt
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move { self.read_waiting(offset, buf).await.map(|_| ()) })
+    }
+
+    fn contexts(&self) -> &'static [&'static str] {
+        &[BASE_ALLOCATION, CONTEXT_PRESENT]
+    }
+
+    fn status(
+        &self,
+        context: &str,
+        offset: u64,
+        length: u64,
+        extents_max: usize,
+    ) -> BoxFuture<'_, io::Result<Vec<StatusExtent>>> {
+        let here = context == CONTEXT_PRESENT;
+        Box::pin(async move {
+            if !here {
+                return Ok(vec![StatusExtent { length, flags: 0 }]);
+            }
+            Ok(self.present_status(offset, length, extents_max))
+        })
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let absent = self.absent(Extent::touching(offset, length));
+            self.want(&absent);
+            Ok(())
+        })
+    }
+}
+
+impl LocalCache {
+    fn present_status(&self, offset: u64, length: u64, extents_max: usize) -> Vec<StatusExtent> {
+        let end = offset + length;
+        let range = Extent::touching(offset, length);
+        let mut status = Vec::new();
+        let mut at = offset;
+        let mut push = |until: u64, flags: u32| {
+            if until > at && status.len() < extents_max {
+                status.push(StatusExtent { length: until - at, flags });
+                at = until;
+            }
+        };
+        for run in self.present(range) {
+            push(run.offset().clamp(offset, end), 0);
+            push((run.end() * BLOCK_SIZE).clamp(offset, end), STATE_PRESENT);
+        }
+        push(end, 0);
+        status
+    }
+}
+
+#[cfg(test)]
+mod tests;
