@@ -10,7 +10,8 @@ fn block(index: u64) -> Vec<u8> {
     if index % 7 == 3 {
         return vec![0; BLOCK_BYTES];
     }
-    (0..BLOCK_BYTES).map(|at| (index * 31 + at as u64 % 251) as u8 | 1).collect()
+    let byte = |at: u64| u8::try_from((index * 31 + at) % 251).expect("less than 251") | 1;
+    (0..BLOCK_SIZE).map(byte).collect()
 }
 
 fn image(size: u64) -> Vec<u8> {
