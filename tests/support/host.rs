@@ -1,0 +1,78 @@
+//! A compute node with a libvirtd and a dockerd of its own (`scripts/host`), on one host of a [`Net`].
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::net::Net;
+
+/// The node's daemons run until drop, which is a power loss: guests and containers go with them.
+#[derive(Debug)]
+pub struct Host {
+    folder: PathBuf,
+    libvirt: String,
+}
+
+impl Host {
+    /// Starts libvirtd in the network namespace of `net`'s host, with its state below `parent`.
+    #[track_caller]
+    pub fn up(parent: &Path, net: &Net, host: usize) -> Self {
+        let folder = parent.join(net.namespace(host));
+        let libvirt = script("up", &folder, &[&net.namespace(host)]);
+        Self { folder, libvirt }
+    }
+
+    /// The URI for libvirt; works from anywhere on this machine.
+    pub fn libvirt(&self) -> &str {
+        &self.libvirt
+    }
+
+    /// Starts dockerd; returns the address of its API.
+    #[track_caller]
+    pub fn docker(&self) -> String {
+        script("docker", &self.folder, &[])
+    }
+
+    /// A command that will run inside: its processes, network and libvirt folders.
+    pub fn command<S: AsRef<std::ffi::OsStr>>(&self, command: impl IntoIterator<Item = S>) -> Command {
+        let mut inside = Command::new(super::checkout("scripts/host"));
+        inside.arg("exec").arg(&self.folder).args(command);
+        inside
+    }
+
+    /// Everything in it is killed at once, with nobody told.
+    pub fn power_loss(&self) {
+        script("down", &self.folder, &[]);
+    }
+
+    /// Starts it again after a power loss; what was on its disk is there.
+    #[track_caller]
+    pub fn power_on(&self, net: &Net, host: usize) {
+        script("up", &self.folder, &[&net.namespace(host)]);
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let mut command = Command::new(super::checkout("scripts/host"));
+        let _best_effort = command.arg("remove").arg(&self.folder).output();
+    }
+}
+
+#[track_caller]
+fn script(verb: &str, folder: &Path, arguments: &[&str]) -> String {
+    // Its daemons inherit stdout, so its answer goes through a file.
+    let answer = tempfile::NamedTempFile::new().expect("a temporary file");
+    let complaint = tempfile::NamedTempFile::new().expect("a temporary file");
+    let status = Command::new(super::checkout("scripts/host"))
+        .arg(verb)
+        .arg(folder)
+        .args(arguments)
+        .stdin(std::process::Stdio::null())
+        .stdout(answer.reopen().expect("it was just made"))
+        .stderr(complaint.reopen().expect("it was just made"))
+        .status()
+        .expect("scripts/host runs");
+    let text = |path: &Path| std::fs::read_to_string(path).unwrap_or_default().trim_end().to_owned();
+    assert!(status.success(), "host {verb} {}: {}", folder.display(), text(complaint.path()));
+    text(answer.path())
+}

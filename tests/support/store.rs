@@ -1,0 +1,86 @@
+//! A store of the test's own, and the `bootcache` binary on it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use super::process::Process;
+
+/// The line that `serve` prints when its exports can be used.
+const READY: &str = "ready";
+
+/// A store in a temporary folder, removed on drop.
+#[derive(Debug)]
+pub struct Store {
+    folder: tempfile::TempDir,
+}
+
+impl Store {
+    pub fn new() -> Self {
+        let folder =
+            tempfile::Builder::new().prefix("bootcache-test-").tempdir().expect("a temporary folder");
+        Self { folder }
+    }
+
+    /// The store's folder; below it `nbd.sock`, `images`, …
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("store")
+    }
+
+    /// A place for other files of the test, beside the store.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// `bootcache ARGUMENTS` on this store.
+    pub fn command<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(bootcache());
+        command.args(arguments).env("BOOTCACHE_STORE", self.path());
+        command
+    }
+
+    /// Runs it; it must succeed. Returns its stdout.
+    #[track_caller]
+    pub fn run<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> String {
+        super::run(&mut self.command(arguments))
+    }
+
+    /// Runs it; it must fail, within a minute, with one short message, which is returned.
+    #[track_caller]
+    pub fn refused<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> String {
+        let mut command = self.command(arguments);
+        let mut process = Process::start(&mut command);
+        let status = process.wait(Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(50)); // its last lines
+        let said = process.said();
+        assert!(!status.success(), "{command:?} succeeded:\n{said}");
+        assert!(status.code().is_some(), "{command:?} ended by {status}:\n{said}");
+        assert!(!said.contains("panicked"), "{command:?}:\n{said}");
+        said
+    }
+
+    /// Starts `bootcache serve ARGUMENTS` and waits until it is ready.
+    #[track_caller]
+    pub fn serve<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Process {
+        let mut command = self.command(["serve"]);
+        command.args(arguments);
+        let process = Process::start(&mut command);
+        process.wait_for(READY, Duration::from_secs(20));
+        process
+    }
+
+    /// The NBD URI of an export on the store's own socket.
+    pub fn uri(&self, export: &str) -> String {
+        uri(&self.path().join("nbd.sock"), export)
+    }
+}
+
+/// The NBD URI of an export on a Unix socket.
+pub fn uri(socket: &Path, export: &str) -> String {
+    format!("nbd+unix:///{export}?socket={}", socket.display())
+}
+
+/// The binary under test.
+pub fn bootcache() -> &'static str {
+    env!("CARGO_BIN_EXE_bootcache")
+}
