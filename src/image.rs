@@ -4,8 +4,13 @@
 //! block to its place; names are only labels that a [`crate::store::Store`] keeps.
 
 pub mod extents;
+pub mod format;
+pub mod import;
+pub mod increment_tree;
 pub mod manifest;
 pub mod page;
 pub mod partial_tree;
+pub mod qemu_img;
+pub mod scan;
 pub mod tree;
 pub mod tree_builder;

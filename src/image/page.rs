@@ -7,6 +7,8 @@
 //!
 //! The form is canonical: a run of blocks has exactly one page, so equal content has equal digests.
 
+use std::ops::Range;
+
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE};
 use crate::digest::{DIGEST_BYTES, Digest};
 
@@ -111,11 +113,35 @@ impl Page {
         self.bitmap
     }
 
+    /// The runs of blocks that are not all zero, in order, as places in the page.
+    pub fn data_runs(&self) -> impl Iterator<Item = Range<usize>> {
+        runs(self.bitmap)
+    }
+
+    /// The runs of zero blocks among the first `blocks` of the page, in order, as places in the page.
+    pub fn zero_runs(&self, blocks: usize) -> impl Iterator<Item = Range<usize>> {
+        let past_end = u128::MAX.checked_shl(u32::try_from(blocks).unwrap_or(u32::MAX)).unwrap_or(0);
+        runs(!self.bitmap & !past_end)
+    }
+
     /// The digest of each block that is not zero, with its place in the page.
     pub fn digests(&self) -> impl Iterator<Item = (usize, Digest)> {
         let bitmap = self.bitmap;
         (0..128).filter(move |i| bitmap >> i & 1 == 1).zip(self.digests.iter().copied())
     }
+}
+
+/// The runs of set bits, in order.
+fn runs(mut bitmap: u128) -> impl Iterator<Item = Range<usize>> {
+    std::iter::from_fn(move || {
+        if bitmap == 0 {
+            return None;
+        }
+        let start = bitmap.trailing_zeros();
+        let end = start + (bitmap >> start).trailing_ones();
+        bitmap &= u128::MAX.checked_shl(end).unwrap_or(0);
+        Some(start as usize..end as usize)
+    })
 }
 
 #[cfg(test)]
@@ -137,7 +163,11 @@ mod tests {
             }
             let places: Vec<usize> = page.digests().map(|(i, _)| i).collect();
             let expected: Vec<usize> = (0..blocks.len()).filter(|i| blocks[*i]).collect();
-            prop_assert_eq!(places, expected);
+            prop_assert_eq!(&places, &expected);
+            prop_assert_eq!(page.data_runs().flatten().collect::<Vec<_>>(), expected);
+            let zero: Vec<usize> = (0..blocks.len()).filter(|i| !blocks[*i]).collect();
+            prop_assert_eq!(page.zero_runs(blocks.len()).flatten().collect::<Vec<_>>(), zero);
+            prop_assert!(page.data_runs().zip(page.data_runs().skip(1)).all(|(a, b)| a.end < b.start));
         }
     }
 

@@ -1,0 +1,318 @@
+//! How a file becomes an image of the store.
+//!
+//! The guest-visible disk is made as a sparse raw file in a scratch folder, then one pass by all cores makes the digest
+//! tree and the plain BLAKE3 and turns the last zero blocks into holes; for a raw file the same pass also copies, so
+//! that it is read once. Everything is durable before the folder is renamed into the store, so an interruption at
+//! any moment leaves a scratch folder that the next start removes, and nothing else.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use rustix::fs::{FallocateFlags, fallocate, ioctl_ficlone};
+use rustix::io::Errno;
+
+use crate::block::{BLOCK_BYTES, BLOCK_SIZE};
+use crate::digest::Digest;
+use crate::name::ImageName;
+use crate::store::{ImageEntry, Scratch, Store, StoreError};
+
+use super::format::{FormatError, Head, refuse_truncated};
+use super::manifest::{ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
+use super::page::{PAGE_SPAN, Page};
+use super::qemu_img::{self, QemuImgError};
+use super::scan::{DiskSource, FileSource, PageView, ScanError, Watch, scan};
+use super::tree::{SIZE_MAX, TreeError};
+use super::tree_builder::TreeBuilder;
+
+/// Why a file did not become an image. Nothing of it is left in the store then.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Source { path: PathBuf, source: io::Error },
+    /// It is a folder, a pipe or the like.
+    #[error("{}: it is neither a file nor a block device", .0.display())]
+    NotAFile(PathBuf),
+    /// It is empty.
+    #[error("{}: it is empty", .0.display())]
+    Empty(PathBuf),
+    /// Its format is not what it should be.
+    #[error("{}: {source}", path.display())]
+    Format { path: PathBuf, source: FormatError },
+    /// Its disk is larger than an image may be.
+    #[error("{}: {source}", path.display())]
+    TooLarge { path: PathBuf, source: TreeError },
+    /// It is said to be a container but is no archive.
+    #[error("{}: it is not a tar archive, so not a container: leave --type out, or state --type vm", .0.display())]
+    NotAnArchive(PathBuf),
+    /// `qemu-img` cannot read it.
+    #[error("{}: {source}", path.display())]
+    QemuImg { path: PathBuf, source: QemuImgError },
+    /// There is no room for it.
+    #[error("{}: the disk is full: free some space, or choose another --store", .0.display())]
+    NoSpace(PathBuf),
+    /// The store's folder cannot be written.
+    #[error("{}: {source}", path.display())]
+    Target { path: PathBuf, source: io::Error },
+    /// The store cannot take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The watcher wanted it.
+    #[error("interrupted; nothing was added")]
+    Cancelled,
+}
+
+/// What the user says of a file.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ImportOptions {
+    /// Its format; otherwise found by the rule of [`super::format`].
+    pub format: Option<SourceFormat>,
+    /// What it is for; otherwise a container when it is a tar archive, a VM's disk when not.
+    pub kind: Option<ImageKind>,
+    /// Files outside the given one may be opened.
+    pub allow_backing_files: bool,
+}
+
+/// What is known of a file before it is read.
+#[derive(Debug)]
+struct Source {
+    path: PathBuf,
+    file: File,
+    format: SourceFormat,
+    kind: ImageKind,
+    /// Bytes that a guest sees.
+    size: u64,
+}
+
+/// Adds `file` to `store` as an image called `name`. Ends early, with nothing left, when `watch` says so.
+///
+/// # Errors
+/// [`ImportError`]; the store is as it was.
+pub fn import(
+    store: &Store,
+    name: &ImageName,
+    file: &Path,
+    options: ImportOptions,
+    watch: &Watch,
+) -> Result<ImageEntry, ImportError> {
+    if store.root_of(name)?.is_some() {
+        return Err(StoreError::NameTaken(name.clone()).into());
+    }
+    let source = inspect(file, options, watch)?;
+    let scratch = store.scratch("import")?;
+    let disk = make_disk(&source, &scratch, watch)?;
+    let manifest = Manifest {
+        version: MANIFEST_VERSION,
+        size: source.size,
+        root: disk.root,
+        raw_blake3: Some(disk.raw),
+        kind: source.kind,
+        source_format: source.format,
+        base: None,
+        allocated: disk.allocated,
+        boot: None,
+    };
+    let path = scratch.join("manifest");
+    crate::store::write_atomic(&path, &manifest.to_bytes()).map_err(|error| target_error(&path, error))?;
+    Ok(store.publish(scratch, disk.root, name)?)
+}
+
+/// Finds out format, kind and size, and refuses what should not be read any further.
+fn inspect(given: &Path, options: ImportOptions, watch: &Watch) -> Result<Source, ImportError> {
+    let source_error = |source| ImportError::Source { path: given.to_owned(), source };
+    let format_error = |source| ImportError::Format { path: given.to_owned(), source };
+    let path = given.canonicalize().map_err(source_error)?;
+    let file_type = fs::metadata(&path).map_err(source_error)?.file_type();
+    if !file_type.is_file() && !file_type.is_block_device() {
+        return Err(ImportError::NotAFile(given.to_owned()));
+    }
+    let file = File::open(&path).map_err(source_error)?;
+    let length =
+        rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|error| source_error(error.into()))?;
+    if length == 0 {
+        return Err(ImportError::Empty(given.to_owned()));
+    }
+    let head = Head::read(&file).map_err(source_error)?;
+    let archive = options.kind.is_none() && options.format.is_none() && head.is_tar();
+    let kind = options.kind.unwrap_or(if archive { ImageKind::Container } else { ImageKind::Vm });
+    let format = match kind {
+        ImageKind::Container if !head.is_archive() => {
+            return Err(ImportError::NotAnArchive(given.to_owned()));
+        }
+        ImageKind::Container => SourceFormat::Raw,
+        ImageKind::Vm => head.choose(given, options.format).map_err(format_error)?,
+    };
+    let size = if format == SourceFormat::Raw {
+        if kind == ImageKind::Vm && options.format.is_none() {
+            refuse_truncated(&head, length).map_err(format_error)?;
+        }
+        length
+    } else {
+        if !options.allow_backing_files {
+            head.refuse_outside_files(format).map_err(format_error)?;
+        }
+        ask_qemu_img(given, &path, format, options, watch)?
+    };
+    if size > SIZE_MAX {
+        return Err(ImportError::TooLarge { path: given.to_owned(), source: TreeError::TooLarge(size) });
+    }
+    Ok(Source { path, file, format, kind, size })
+}
+
+/// The guest-visible size, once `qemu-img` finds the image sound and names no file that it should not.
+fn ask_qemu_img(
+    given: &Path,
+    path: &Path,
+    format: SourceFormat,
+    options: ImportOptions,
+    watch: &Watch,
+) -> Result<u64, ImportError> {
+    let qemu_error = |source| qemu_error(given, given, source);
+    let format_error = |source| ImportError::Format { path: given.to_owned(), source };
+    let infos = qemu_img::info(path, format, options.allow_backing_files, watch).map_err(qemu_error)?;
+    for info in &infos {
+        let outside = info.outside_files(path).into_iter().next();
+        if let Some(name) = outside.filter(|_| !options.allow_backing_files) {
+            return Err(format_error(FormatError::OutsideFile(format!("'{}'", name.escape_debug()))));
+        }
+        if info.backing.is_some() && info.backing_format.is_none() {
+            return Err(format_error(FormatError::Unsound(
+                "it does not say what format its backing file has: set it (`qemu-img rebase -u -F FORMAT`)",
+            )));
+        }
+        if info.encrypted {
+            return Err(format_error(FormatError::Unsound("it is encrypted: decrypt it first")));
+        }
+    }
+    qemu_img::check(path, format, watch).map_err(qemu_error)?;
+    Ok(infos.first().map_or(0, |info| info.virtual_size))
+}
+
+/// What one pass over a disk finds out.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Digests {
+    pub(super) root: Digest,
+    pub(super) raw: Digest,
+    /// Bytes of blocks that are not all zero.
+    pub(super) allocated: u64,
+}
+
+/// Makes `disk` and `tree` in `scratch`, durable.
+fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digests, ImportError> {
+    let (path, tree) = (scratch.join("disk"), scratch.join("tree"));
+    let target = |error| target_error(&path, error);
+    if source.format != SourceFormat::Raw {
+        qemu_img::convert((&source.path, source.format), (&path, SourceFormat::Raw), source.size, watch)
+            .map_err(|error| qemu_error(&source.path, &path, error))?;
+        let disk = File::options().read(true).write(true).open(&path).map_err(target)?;
+        disk.set_len(source.size).map_err(target)?;
+        return digest_in_place(&disk, &tree, watch).map_err(|error| scan_error(&path, error));
+    }
+    let disk = File::options().read(true).write(true).create_new(true).open(&path).map_err(target)?;
+    if ioctl_ficlone(&disk, &source.file).is_ok() {
+        return digest_in_place(&disk, &tree, watch).map_err(|error| scan_error(&path, error));
+    }
+    disk.set_len(source.size).map_err(target)?;
+    let from = FileSource::new(&source.file, source.size)
+        .map_err(|error| ImportError::Source { path: source.path.clone(), source: error })?;
+    let copied = digest(&from, &tree, watch, |view, page| copy_data(&disk, view, page))
+        .and_then(|digests| disk.sync_all().map(|()| digests).map_err(ScanError::Io));
+    copied.map_err(|error| scan_error(&path, error))
+}
+
+/// Digests a raw disk and makes holes of its zero blocks. Writing it out begins before the pass, beside it.
+fn digest_in_place(disk: &File, tree: &Path, watch: &Watch) -> Result<Digests, ScanError> {
+    let source = FileSource::new(disk, disk.metadata()?.len())?;
+    let digests = thread::scope(|scope| {
+        let early = scope.spawn(|| disk.sync_data());
+        let digests = digest(&source, tree, watch, |view, page| punch_zeroes(disk, view, page));
+        early.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        digests
+    })?;
+    disk.sync_all()?;
+    Ok(digests)
+}
+
+/// Makes the tree of `source` at `tree`, and shows every page that is not a hole to `visit`.
+pub(super) fn digest(
+    source: &impl DiskSource,
+    tree: &Path,
+    watch: &Watch,
+    visit: impl Fn(&PageView<'_>, &Page) -> io::Result<()> + Sync,
+) -> Result<Digests, ScanError> {
+    watch.start(source.size());
+    let builder = TreeBuilder::create(tree, source.size())?;
+    let blocks = AtomicU64::new(0);
+    let raw = scan(source, watch, |view| {
+        let Some(data) = view.data else { return Ok(()) };
+        let page = Page::of(data);
+        blocks.fetch_add(u64::from(page.bitmap().count_ones()), Ordering::Relaxed);
+        builder.put(view.index, &page)?;
+        Ok(visit(view, &page)?)
+    })?;
+    let root = builder.finish()?;
+    Ok(Digests { root, raw, allocated: blocks.into_inner() * BLOCK_SIZE })
+}
+
+/// Writes the blocks of a page that are not all zero to the same place in `disk`.
+fn copy_data(disk: &File, view: &PageView<'_>, page: &Page) -> io::Result<()> {
+    let data = view.data.unwrap_or_default();
+    for run in page.data_runs() {
+        let end = data.len().min(run.end * BLOCK_BYTES);
+        let at = run.start * BLOCK_BYTES;
+        disk.write_all_at(&data[at..end], view.index * PAGE_SPAN + at as u64)?;
+    }
+    Ok(())
+}
+
+/// Makes holes of the blocks of a page that are all zero and not holes yet.
+fn punch_zeroes(disk: &File, view: &PageView<'_>, page: &Page) -> io::Result<()> {
+    let first = view.index * PAGE_SPAN;
+    for run in page.zero_runs(view.data.map_or(0, |data| data.len().div_ceil(BLOCK_BYTES))) {
+        let zeroes = first + (run.start * BLOCK_BYTES) as u64..first + (run.end * BLOCK_BYTES) as u64;
+        for extent in view.extents.iter().take_while(|extent| extent.start < zeroes.end) {
+            punch(disk, extent.start.max(zeroes.start)..extent.end.min(zeroes.end))?;
+        }
+    }
+    Ok(())
+}
+
+fn punch(disk: &File, range: Range<u64>) -> io::Result<()> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(disk, mode, range.start, range.end - range.start) {
+        // A file system without holes keeps the zeroes, which read the same.
+        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn target_error(path: &Path, source: io::Error) -> ImportError {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ImportError::NoSpace(path.to_owned()),
+        _ => ImportError::Target { path: path.to_owned(), source },
+    }
+}
+
+fn qemu_error(source_path: &Path, target: &Path, source: QemuImgError) -> ImportError {
+    match source {
+        QemuImgError::NoSpace => ImportError::NoSpace(target.to_owned()),
+        QemuImgError::Cancelled => ImportError::Cancelled,
+        source => ImportError::QemuImg { path: source_path.to_owned(), source },
+    }
+}
+
+fn scan_error(path: &Path, error: ScanError) -> ImportError {
+    match error {
+        ScanError::Cancelled => ImportError::Cancelled,
+        ScanError::Io(source) | ScanError::Tree(TreeError::Io { source, .. }) => target_error(path, source),
+        ScanError::Tree(source) => ImportError::TooLarge { path: path.to_owned(), source },
+    }
+}
