@@ -4,6 +4,7 @@
 
 pub mod block;
 pub mod boot_cache;
+pub mod choose;
 pub mod control;
 pub mod digest;
 pub mod image;

@@ -1,0 +1,330 @@
+//! The relay topology: who asks whom for which frame of the boot stream when many nodes start at once.
+//!
+//! # The problem
+//!
+//! N nodes want the same stream, in order, now; at first only the origin has it, and every link carries B in each
+//! direction. Whoever takes the least loaded source that *has* a frame builds a star: only the origin has anything. A
+//! tree over whole streams leaves the links of its leaves unused, halves the rate at each fork of two, and hangs
+//! everybody below a slow node. A chain adds up its hops. To give all nodes the stream at rate B while the origin sends
+//! it once, every node must send as much as it receives, all the time.
+//!
+//! # The topology
+//!
+//! Frames are dealt onto [`Relay::stripes`] stripes (frame modulo stripes), and every stripe has a tree of its own. For
+//! each stripe, the nodes that take part are put in the order of a hash of (stripe, node): rendezvous hashing, so that
+//! all nodes come to the same order without talking about it, and a node that joins or leaves moves only its own
+//! neighbours. Ranks form a heap of fan-out [`Relay::fan_out`]: rank p asks rank (p − 1) ÷ fan-out; rank 0 asks the
+//! origin. As the order differs from stripe to stripe, each node is a leaf in some trees and inside others, and all
+//! links are used. The origin sends each frame once; a frame is log(N) hops away from everybody.
+//!
+//! A node asks its parent *before* the parent has the frame: the parent answers as soon as it has it. So nothing needs
+//! to be announced, and a hop costs a frame's time on the link, not a round trip more.
+//!
+//! # What keeps it sound
+//!
+//! * **No circles.** A node waits only for a node before it in that stripe's order, or asks one that already has the
+//!   frame. The order does not depend on who else is known, so nodes with different views never wait in a circle.
+//! * **Never behind.** A node that fell more than [`Relay::lag_max`] frames behind the asker, rests after a failure, or
+//!   is not known is passed over for its siblings, then for their parents. A slow node loses its children.
+//! * **Late comers** find nodes that have what they want: their parents by rank, or, at rank 0, any other node. The
+//!   origin is asked only when nobody else will do.
+//! * **Load** decides among the parent and its siblings ([`Relay::alternates`]), by the [`Chooser`].
+//! * **Failover** ([`Relay::again`]) asks only those that *have* the frame, the origin last, never who was tried.
+//! * **At the origin**, [`Ledger`] sends a frame that several claim at once (their views differ in the first moments of
+//!   a burst) to one of them and points the others there.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::policy::eligible;
+use super::{Candidate, Chooser, Draw, Need, PeerKey, mix};
+
+/// The nodes that take part in the relay of one image, in the order of each stripe.
+///
+/// Everybody who is receiving the image or has received it, this node included, without the origin.
+#[derive(Debug, Clone)]
+pub struct Roster {
+    orders: Vec<Vec<(u64, PeerKey)>>,
+}
+
+impl Roster {
+    /// Nobody yet, for the stripes of `relay`.
+    pub fn new(relay: &Relay) -> Self {
+        Self { orders: vec![Vec::new(); relay.stripes.max(1) as usize] }
+    }
+
+    /// Adds a node; nothing happens when it is there.
+    pub fn insert(&mut self, peer: PeerKey) {
+        for (stripe, order) in self.orders.iter_mut().enumerate() {
+            let place = placed(stripe, peer);
+            if let Err(at) = order.binary_search(&place) {
+                order.insert(at, place);
+            }
+        }
+    }
+
+    /// Adds many nodes at the cost of one sort.
+    pub fn extend(&mut self, peers: impl IntoIterator<Item = PeerKey> + Clone) {
+        for (stripe, order) in self.orders.iter_mut().enumerate() {
+            order.extend(peers.clone().into_iter().map(|peer| placed(stripe, peer)));
+            order.sort_unstable();
+            order.dedup();
+        }
+    }
+
+    /// Takes a node out.
+    pub fn remove(&mut self, peer: PeerKey) {
+        for (stripe, order) in self.orders.iter_mut().enumerate() {
+            if let Ok(at) = order.binary_search(&placed(stripe, peer)) {
+                order.remove(at);
+            }
+        }
+    }
+
+    /// Number of nodes.
+    pub fn len(&self) -> usize {
+        self.orders[0].len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The order of the stripe that `frame` is in.
+    fn order_of(&self, frame: u32) -> (usize, &[(u64, PeerKey)]) {
+        let stripe = frame as usize % self.orders.len();
+        (stripe, &self.orders[stripe])
+    }
+}
+
+fn placed(stripe: usize, peer: PeerKey) -> (u64, PeerKey) {
+    (mix(peer.0 ^ mix(stripe as u64 + 1)), peer)
+}
+
+/// The shape of the relay. The default is what the simulator found best over 3 to 1,000 nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Relay {
+    /// Stripes of the stream, each with a tree of its own; bounds the number of parents, and so of connections.
+    pub stripes: u32,
+    /// Children of a node in one tree.
+    pub fan_out: u32,
+    /// Nodes at the parent's place that the chooser may choose among, the parent included.
+    pub alternates: usize,
+    /// Frames by which a parent may be behind its child.
+    pub lag_max: u32,
+}
+
+impl Default for Relay {
+    fn default() -> Self {
+        Self { stripes: 64, fan_out: 2, alternates: 3, lag_max: 32 }
+    }
+}
+
+/// Which source to ask for which frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Assignment {
+    /// Frame of the boot stream.
+    pub frame: u32,
+    /// Whom to ask. It may not have the frame yet, and answers when it has.
+    pub source: PeerKey,
+}
+
+/// The node that asks, and what it knows.
+#[derive(Debug, Clone, Copy)]
+pub struct Asker<'a> {
+    /// Itself.
+    pub me: PeerKey,
+    /// The first frame that it lacks.
+    pub position: u32,
+    /// Who takes part.
+    pub roster: &'a Roster,
+    /// Milliseconds of the clock that [`super::Seen`] is kept in.
+    pub now_ms: u64,
+}
+
+impl Relay {
+    /// One tree for the whole stream, as VMThunder and others build, to compare with.
+    pub const fn tree(fan_out: u32) -> Self {
+        Self { stripes: 1, fan_out, alternates: 1, lag_max: u32::MAX }
+    }
+
+    /// Assigns `frames`, in stream order, to sources; each is noted as asked in `candidates`. Frames that nobody can
+    /// give now are left out: ask again when something has changed.
+    pub fn assign(
+        &self,
+        asker: Asker<'_>,
+        frames: &[u32],
+        candidates: &mut BTreeMap<PeerKey, Candidate>,
+        chooser: &dyn Chooser,
+        draw: &mut Draw,
+    ) -> Vec<Assignment> {
+        let mut assignments = Vec::with_capacity(frames.len());
+        for &frame in frames {
+            let offer = if chooser.relays() {
+                self.offer(asker, frame, candidates, draw)
+            } else {
+                eligible(Need::Frame(frame), candidates.values(), asker.now_ms, chooser)
+            };
+            let Some(index) = chooser.choose(Need::Frame(frame), &offer, draw) else { continue };
+            let source = offer[index].peer;
+            if let Some(candidate) = candidates.get_mut(&source) {
+                candidate.seen.asked();
+            }
+            assignments.push(Assignment { frame, source });
+        }
+        assignments
+    }
+
+    /// Whom to ask for `frame` instead, when those in `tried` failed, stalled, or are slow: only who has it, the origin
+    /// last. Noted as asked. None when nobody is left.
+    pub fn again(
+        &self,
+        asker: Asker<'_>,
+        frame: u32,
+        tried: &[PeerKey],
+        candidates: &mut BTreeMap<PeerKey, Candidate>,
+        chooser: &dyn Chooser,
+        draw: &mut Draw,
+    ) -> Option<PeerKey> {
+        let untried = candidates.values().filter(|c| !tried.contains(&c.peer) && c.peer != asker.me);
+        let offer = eligible(Need::Frame(frame), untried, asker.now_ms, chooser);
+        let source = offer[chooser.choose(Need::Frame(frame), &offer, draw)?].peer;
+        candidates.get_mut(&source)?.seen.asked();
+        Some(source)
+    }
+
+    /// The nodes whose candidates [`Relay::assign`] looks at for `frame` before it looks for anybody else: the places
+    /// of the parent, its parent and so on. For who keeps the whole roster and tells a node only what it needs.
+    pub fn relevant(&self, roster: &Roster, me: PeerKey, frame: u32) -> Vec<PeerKey> {
+        let (stripe, order) = roster.order_of(frame);
+        let own = rank(stripe, order, me);
+        self.levels(own).flat_map(|level| self.level_ranks(level, own)).map(|at| order[at].1).collect()
+    }
+
+    /// The eligible sources for `frame`: all at the nearest place above this node that has any.
+    fn offer<'c>(
+        &self,
+        asker: Asker<'_>,
+        frame: u32,
+        candidates: &'c BTreeMap<PeerKey, Candidate>,
+        draw: &mut Draw,
+    ) -> Vec<&'c Candidate> {
+        let (stripe, order) = asker.roster.order_of(frame);
+        let own = rank(stripe, order, asker.me);
+        let keeps_up = |candidate: &&Candidate| {
+            has(candidate, frame, asker.now_ms)
+                || (candidate.seen.is_ready(asker.now_ms) && self.is_near(candidate, asker.position))
+        };
+        for level in self.levels(own) {
+            let at_level = self.level_ranks(level, own).filter_map(|at| candidates.get(&order[at].1));
+            let offer: Vec<&Candidate> = at_level.filter(keeps_up).collect();
+            if !offer.is_empty() {
+                return offer;
+            }
+        }
+        self.offer_holders(asker, frame, candidates, draw)
+    }
+
+    /// Anybody who has `frame`, the origin last. Of many, a few drawn together.
+    fn offer_holders<'c>(
+        &self,
+        asker: Asker<'_>,
+        frame: u32,
+        candidates: &'c BTreeMap<PeerKey, Candidate>,
+        draw: &mut Draw,
+    ) -> Vec<&'c Candidate> {
+        let usable = |c: &&Candidate| has(c, frame, asker.now_ms) && c.peer != asker.me;
+        let (origins, mut holders): (Vec<&Candidate>, Vec<_>) =
+            candidates.values().filter(usable).partition(|c| c.origin);
+        if holders.is_empty() {
+            return origins;
+        }
+        let first = draw.below(holders.len());
+        holders.rotate_left(first);
+        holders.truncate(self.alternates.max(1));
+        holders
+    }
+
+    fn is_near(&self, candidate: &Candidate, position: u32) -> bool {
+        match candidate.has {
+            super::Has::Stream(theirs) => theirs.saturating_add(self.lag_max) >= position,
+            super::Has::Complete => true,
+            super::Has::Answer(_) => false,
+        }
+    }
+
+    /// The ranks of the parent, the parent's parent, and so on to 0.
+    fn levels(&self, own: usize) -> impl Iterator<Item = usize> {
+        let fan_out = self.fan_out.max(1) as usize;
+        std::iter::successors(Some(own), move |rank| rank.checked_sub(1).map(|before| before / fan_out))
+            .skip(1)
+    }
+
+    /// `rank` and the ranks beside it, all before `own`.
+    fn level_ranks(&self, rank: usize, own: usize) -> impl Iterator<Item = usize> {
+        let beside = (1..).flat_map(move |step: usize| [rank.checked_add(step), rank.checked_sub(step)]);
+        let near = std::iter::once(Some(rank)).chain(beside);
+        let reach = 2 * self.alternates + 1;
+        near.take(reach).flatten().filter(move |at| *at < own).take(self.alternates.max(1))
+    }
+}
+
+fn has(candidate: &Candidate, frame: u32, now_ms: u64) -> bool {
+    candidate.seen.is_ready(now_ms) && candidate.has.covers(Need::Frame(frame))
+}
+
+/// The rank of `peer`; after everybody when it does not take part.
+fn rank(stripe: usize, order: &[(u64, PeerKey)], peer: PeerKey) -> usize {
+    match order.binary_search(&placed(stripe, peer)) {
+        Ok(at) => at,
+        Err(_) => order.len(),
+    }
+}
+
+/// What a source does with a request for a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Send it.
+    Send,
+    /// Point to this node: it has the frame or is about to.
+    Ask(PeerKey),
+}
+
+/// Kept by the origin: to whom each frame was sent, so that it is sent about once.
+///
+/// Those who ask for one frame form a heap in the order in which they ask; only the first is served, and each other
+/// is pointed to the one above it. Who asks for the same frame again is served: whom it was pointed to has failed it.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    fan_out: usize,
+    askers: HashMap<u32, Vec<PeerKey>>,
+}
+
+impl Ledger {
+    /// Nothing sent yet.
+    pub fn new(relay: &Relay) -> Self {
+        Self { fan_out: relay.fan_out.max(1) as usize, askers: HashMap::new() }
+    }
+
+    /// `peer` asks for `frame`.
+    pub fn ask(&mut self, frame: u32, peer: PeerKey) -> Answer {
+        let askers = self.askers.entry(frame).or_default();
+        let again = askers.contains(&peer);
+        if again || askers.is_empty() {
+            if !again {
+                askers.push(peer);
+            }
+            return Answer::Send;
+        }
+        askers.push(peer);
+        Answer::Ask(askers[(askers.len() - 2) / self.fan_out])
+    }
+
+    /// `peer` is gone: nobody is pointed to it any more.
+    pub fn forget(&mut self, peer: PeerKey) {
+        self.askers.values_mut().for_each(|askers| askers.retain(|other| *other != peer));
+    }
+}
+
+#[cfg(test)]
+mod tests;
