@@ -5,6 +5,8 @@
 
 mod ca;
 mod completions;
+mod image;
+mod progress;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -57,6 +59,8 @@ impl Globals {
 enum Command {
     /// Make the cluster's certificate authority, and certificates for its members
     Ca(ca::Args),
+    /// Add, list, show, verify, remove and export images
+    Image(image::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
 }
@@ -65,6 +69,7 @@ enum Command {
 pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Ca(args) => ca::run(&cli.globals, args),
+        Command::Image(args) => image::run(&cli.globals, args),
         Command::Completions(args) => completions::run(&args),
     }
 }

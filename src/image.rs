@@ -3,6 +3,7 @@
 //! An image is immutable. Its identity is the root of its digest tree ([`tree`]), which binds its size and every
 //! block to its place; names are only labels that a [`crate::store::Store`] keeps.
 
+pub mod export;
 pub mod extents;
 pub mod format;
 pub mod import;
@@ -12,5 +13,7 @@ pub mod page;
 pub mod partial_tree;
 pub mod qemu_img;
 pub mod scan;
+pub mod stored_disk;
 pub mod tree;
 pub mod tree_builder;
+pub mod verify;

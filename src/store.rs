@@ -40,8 +40,8 @@ const CHANGE_DEADLINE: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The file system says no.
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
     /// Another process has the store.
     #[error("store {} is in use by process {holder}: stop it, or choose another store with --store", dir.display())]
     Locked { dir: PathBuf, holder: String },
@@ -67,13 +67,13 @@ pub enum StoreError {
     #[error("{}: {what}", path.display())]
     Damaged { path: PathBuf, what: String },
     /// The manifest is not what it was.
-    #[error("{}: {source}", path.display())]
-    Manifest { path: PathBuf, source: ManifestError },
+    #[error("{}: {error}", path.display())]
+    Manifest { path: PathBuf, error: ManifestError },
 }
 
 /// Ties an I/O error to its path.
 pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
-    move |source| StoreError::Io { path: path.to_owned(), source }
+    move |error| StoreError::Io { path: path.to_owned(), error }
 }
 
 /// A store's folder. Cheap to clone; holds no lock by itself.
@@ -264,7 +264,7 @@ impl Store {
             Err(error) => return Err(at(&path)(error)),
         };
         let manifest = Manifest::from_bytes(&bytes)
-            .map_err(|source| StoreError::Manifest { path: path.clone(), source })?;
+            .map_err(|error| StoreError::Manifest { path: path.clone(), error })?;
         if manifest.root != root {
             let what = "the manifest is that of another image; remove the image and add it again".to_owned();
             return Err(StoreError::Damaged { path, what });

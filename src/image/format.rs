@@ -157,7 +157,8 @@ impl Head {
             Some(stated) => return Err(FormatError::NotAsStated(stated)),
             None => {}
         }
-        let named = path.extension().and_then(|extension| extension.to_str()).and_then(format_of_extension);
+        let named =
+            path.extension().and_then(|extension| extension.to_str()).and_then(SourceFormat::of_extension);
         match (named, found) {
             (Some(name), Some(found)) if name != found => Err(FormatError::NameContradicts { name, found }),
             (_, Some(found)) => Ok(found),
@@ -222,17 +223,6 @@ impl Head {
             }
         }
         Ok(())
-    }
-}
-
-fn format_of_extension(extension: &str) -> Option<SourceFormat> {
-    match extension.to_ascii_lowercase().as_str() {
-        "raw" => Some(SourceFormat::Raw),
-        "qcow2" => Some(SourceFormat::Qcow2),
-        "vmdk" => Some(SourceFormat::Vmdk),
-        "vdi" => Some(SourceFormat::Vdi),
-        "vhdx" => Some(SourceFormat::Vhdx),
-        _ => None,
     }
 }
 

@@ -33,8 +33,8 @@ use super::tree_builder::TreeBuilder;
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
     /// The file cannot be read.
-    #[error("{}: {source}", path.display())]
-    Source { path: PathBuf, source: io::Error },
+    #[error("{}: {error}", path.display())]
+    Source { path: PathBuf, error: io::Error },
     /// It is a folder, a pipe or the like.
     #[error("{}: it is neither a file nor a block device", .0.display())]
     NotAFile(PathBuf),
@@ -42,23 +42,23 @@ pub enum ImportError {
     #[error("{}: it is empty", .0.display())]
     Empty(PathBuf),
     /// Its format is not what it should be.
-    #[error("{}: {source}", path.display())]
-    Format { path: PathBuf, source: FormatError },
+    #[error("{}: {error}", path.display())]
+    Format { path: PathBuf, error: FormatError },
     /// Its disk is larger than an image may be.
-    #[error("{}: {source}", path.display())]
-    TooLarge { path: PathBuf, source: TreeError },
+    #[error("{}: {error}", path.display())]
+    TooLarge { path: PathBuf, error: TreeError },
     /// It is said to be a container but is no archive.
     #[error("{}: it is not a tar archive, so not a container: leave --type out, or state --type vm", .0.display())]
     NotAnArchive(PathBuf),
     /// `qemu-img` cannot read it.
-    #[error("{}: {source}", path.display())]
-    QemuImg { path: PathBuf, source: QemuImgError },
+    #[error("{}: {error}", path.display())]
+    QemuImg { path: PathBuf, error: QemuImgError },
     /// There is no room for it.
     #[error("{}: the disk is full: free some space, or choose another --store", .0.display())]
     NoSpace(PathBuf),
     /// The store's folder cannot be written.
-    #[error("{}: {source}", path.display())]
-    Target { path: PathBuf, source: io::Error },
+    #[error("{}: {error}", path.display())]
+    Target { path: PathBuf, error: io::Error },
     /// The store cannot take it.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -124,8 +124,8 @@ pub fn import(
 
 /// Finds out format, kind and size, and refuses what should not be read any further.
 fn inspect(given: &Path, options: ImportOptions, watch: &Watch) -> Result<Source, ImportError> {
-    let source_error = |source| ImportError::Source { path: given.to_owned(), source };
-    let format_error = |source| ImportError::Format { path: given.to_owned(), source };
+    let source_error = |error| ImportError::Source { path: given.to_owned(), error };
+    let format_error = |error| ImportError::Format { path: given.to_owned(), error };
     let path = given.canonicalize().map_err(source_error)?;
     let file_type = fs::metadata(&path).map_err(source_error)?.file_type();
     if !file_type.is_file() && !file_type.is_block_device() {
@@ -159,7 +159,7 @@ fn inspect(given: &Path, options: ImportOptions, watch: &Watch) -> Result<Source
         ask_qemu_img(given, &path, format, options, watch)?
     };
     if size > SIZE_MAX {
-        return Err(ImportError::TooLarge { path: given.to_owned(), source: TreeError::TooLarge(size) });
+        return Err(ImportError::TooLarge { path: given.to_owned(), error: TreeError::TooLarge(size) });
     }
     Ok(Source { path, file, format, kind, size })
 }
@@ -172,8 +172,8 @@ fn ask_qemu_img(
     options: ImportOptions,
     watch: &Watch,
 ) -> Result<u64, ImportError> {
-    let qemu_error = |source| qemu_error(given, given, source);
-    let format_error = |source| ImportError::Format { path: given.to_owned(), source };
+    let qemu_error = |error| qemu_error(given, given, error);
+    let format_error = |error| ImportError::Format { path: given.to_owned(), error };
     let infos = qemu_img::info(path, format, options.allow_backing_files, watch).map_err(qemu_error)?;
     for info in &infos {
         let outside = info.outside_files(path).into_iter().next();
@@ -219,7 +219,7 @@ fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digest
     }
     disk.set_len(source.size).map_err(target)?;
     let from = FileSource::new(&source.file, source.size)
-        .map_err(|error| ImportError::Source { path: source.path.clone(), source: error })?;
+        .map_err(|error| ImportError::Source { path: source.path.clone(), error })?;
     let copied = digest(&from, &tree, watch, |view, page| copy_data(&disk, view, page))
         .and_then(|digests| disk.sync_all().map(|()| digests).map_err(ScanError::Io));
     copied.map_err(|error| scan_error(&path, error))
@@ -294,25 +294,25 @@ fn punch(disk: &File, range: Range<u64>) -> io::Result<()> {
     }
 }
 
-fn target_error(path: &Path, source: io::Error) -> ImportError {
-    match source.kind() {
+fn target_error(path: &Path, error: io::Error) -> ImportError {
+    match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ImportError::NoSpace(path.to_owned()),
-        _ => ImportError::Target { path: path.to_owned(), source },
+        _ => ImportError::Target { path: path.to_owned(), error },
     }
 }
 
-fn qemu_error(source_path: &Path, target: &Path, source: QemuImgError) -> ImportError {
-    match source {
+fn qemu_error(source_path: &Path, target: &Path, error: QemuImgError) -> ImportError {
+    match error {
         QemuImgError::NoSpace => ImportError::NoSpace(target.to_owned()),
         QemuImgError::Cancelled => ImportError::Cancelled,
-        source => ImportError::QemuImg { path: source_path.to_owned(), source },
+        error => ImportError::QemuImg { path: source_path.to_owned(), error },
     }
 }
 
 fn scan_error(path: &Path, error: ScanError) -> ImportError {
     match error {
         ScanError::Cancelled => ImportError::Cancelled,
-        ScanError::Io(source) | ScanError::Tree(TreeError::Io { source, .. }) => target_error(path, source),
-        ScanError::Tree(source) => ImportError::TooLarge { path: path.to_owned(), source },
+        ScanError::Io(error) | ScanError::Tree(TreeError::Io { error, .. }) => target_error(path, error),
+        ScanError::Tree(error) => ImportError::TooLarge { path: path.to_owned(), error },
     }
 }

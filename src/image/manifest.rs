@@ -50,6 +50,20 @@ pub enum SourceFormat {
     Overlay,
 }
 
+impl SourceFormat {
+    /// The format that a file name's extension speaks of, if any.
+    pub fn of_extension(extension: &str) -> Option<Self> {
+        match extension.to_ascii_lowercase().as_str() {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            "vmdk" => Some(Self::Vmdk),
+            "vdi" => Some(Self::Vdi),
+            "vhdx" => Some(Self::Vhdx),
+            _ => None,
+        }
+    }
+}
+
 impl std::fmt::Display for SourceFormat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(match self {

@@ -49,7 +49,7 @@ impl PartialTree {
         if top.len() as u64 != layout.top_length() || root_digest(size, top) != root {
             return Err(TreeError::Malformed("size and top do not have the image's root"));
         }
-        let io_error = |source| TreeError::Io { path: path.to_owned(), source };
+        let io_error = |error| TreeError::Io { path: path.to_owned(), error };
         let file = File::options()
             .read(true)
             .write(true)
@@ -71,7 +71,7 @@ impl PartialTree {
     /// # Errors
     /// [`TreeError::Damaged`] when the top is not sound: start again; [`TreeError::OtherImage`], [`TreeError::Io`].
     pub fn open(path: &Path, root: Digest) -> Result<Self, TreeError> {
-        let io_error = |source| TreeError::Io { path: path.to_owned(), source };
+        let io_error = |error| TreeError::Io { path: path.to_owned(), error };
         let file = File::options().read(true).write(true).open(path).map_err(io_error)?;
         let tree = Self::load(file, path)?;
         if tree.root() != root {
@@ -119,14 +119,13 @@ impl PartialTree {
         if self.groups.has(group) {
             return Ok(());
         }
-        self.file.write_all_at(bytes, layout.group_at(group)).map_err(|source| self.io_error(source))?;
+        self.file.write_all_at(bytes, layout.group_at(group)).map_err(|error| self.io_error(error))?;
         self.groups.set(group);
         let zero = zero_page_digest();
         for page in self.group_pages(group).filter(|page| self.mapped.page_digest(*page) == zero) {
             // A crash may have left a torn page here before the group was known to be sound.
             if self.mapped.bitmap(page) != 0 {
-                write_page(&self.file, layout, page, &Page::zero())
-                    .map_err(|source| self.io_error(source))?;
+                write_page(&self.file, layout, page, &Page::zero()).map_err(|error| self.io_error(error))?;
             }
             self.pages.set(page);
         }
@@ -152,7 +151,7 @@ impl PartialTree {
         if self.pages.has(page) {
             return Ok(());
         }
-        write_page(&self.file, layout, page, &parsed).map_err(|source| self.io_error(source))?;
+        write_page(&self.file, layout, page, &parsed).map_err(|error| self.io_error(error))?;
         self.pages.set(page);
         Ok(())
     }
@@ -239,11 +238,11 @@ impl PartialTree {
     /// # Errors
     /// [`TreeError::Io`].
     pub fn sync(&self) -> Result<(), TreeError> {
-        self.file.sync_all().map_err(|source| self.io_error(source))
+        self.file.sync_all().map_err(|error| self.io_error(error))
     }
 
-    fn io_error(&self, source: io::Error) -> TreeError {
-        TreeError::Io { path: self.mapped.path.clone(), source }
+    fn io_error(&self, error: io::Error) -> TreeError {
+        TreeError::Io { path: self.mapped.path.clone(), error }
     }
 }
 

@@ -55,8 +55,8 @@ const DIGEST_LENGTH: u64 = DIGEST_BYTES as u64;
 #[derive(Debug, thiserror::Error)]
 pub enum TreeError {
     /// The file cannot be read or written.
-    #[error("digest tree {}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    #[error("digest tree {}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
     /// The file is not what was once written: the image must be fetched or added again.
     #[error("digest tree {}: {what}; the file is damaged, remove the image and add it again", path.display())]
     Damaged { path: PathBuf, what: &'static str },
@@ -195,7 +195,7 @@ pub(super) struct MappedTree {
 impl MappedTree {
     /// Maps `file`, after checks of magic, version, length, and that the top has the root which the header names.
     pub(super) fn new(file: &File, path: &Path) -> Result<Self, TreeError> {
-        let io_error = |source| TreeError::Io { path: path.to_owned(), source };
+        let io_error = |error| TreeError::Io { path: path.to_owned(), error };
         let damaged = |what| TreeError::Damaged { path: path.to_owned(), what };
         let mut header = [0; HEADER_BYTES];
         file.read_exact_at(&mut header, 0).map_err(|error| match error.kind() {
@@ -311,7 +311,7 @@ impl Tree {
     /// [`TreeError::Damaged`] when a byte is not what it was, [`TreeError::OtherImage`] when `expected` is given and
     /// is not the root, [`TreeError::Io`].
     pub fn open(path: &Path, expected: Option<Digest>) -> Result<Self, TreeError> {
-        let io_error = |source| TreeError::Io { path: path.to_owned(), source };
+        let io_error = |error| TreeError::Io { path: path.to_owned(), error };
         let file = File::open(path).map_err(io_error)?;
         let mapped = MappedTree::new(&file, path)?;
         if let Some(expected) = expected.filter(|expected| *expected != mapped.root) {
@@ -343,7 +343,7 @@ impl Tree {
             return Err(tree.damaged("bytes without meaning are not zero"));
         }
         // Only what is stored is looked at: touching the holes would fill memory with zeroes.
-        let io_error = |source| TreeError::Io { path: tree.path.clone(), source };
+        let io_error = |error| TreeError::Io { path: tree.path.clone(), error };
         for extent in data_extents(file, layout.digest_at(0)..layout.length()) {
             let extent = extent.map_err(io_error)?;
             let first = (extent.start - layout.digest_at(0)) / DIGEST_LENGTH;

@@ -29,7 +29,7 @@ impl TreeBuilder {
     /// [`TreeError::TooLarge`], [`TreeError::Io`].
     pub fn create(path: &Path, size: u64) -> Result<Self, TreeError> {
         let layout = Layout::new(size)?;
-        let io_error = |source| TreeError::Io { path: path.to_owned(), source };
+        let io_error = |error| TreeError::Io { path: path.to_owned(), error };
         let file = File::options()
             .read(true)
             .write(true)
@@ -56,7 +56,7 @@ impl TreeBuilder {
         }
         write_page(&self.file, self.layout, index, page)
             .and_then(|()| self.file.write_all_at(&page.digest().0, self.layout.page_digest_at(index)))
-            .map_err(|source| self.io_error(source))
+            .map_err(|error| self.io_error(error))
     }
 
     /// Computes groups and root, makes the file durable, and returns the root.
@@ -64,7 +64,7 @@ impl TreeBuilder {
     /// # Errors
     /// [`TreeError::Io`].
     pub fn finish(self) -> Result<Digest, TreeError> {
-        self.write_top().map_err(|source| self.io_error(source))
+        self.write_top().map_err(|error| self.io_error(error))
     }
 
     fn write_top(&self) -> io::Result<Digest> {
@@ -89,8 +89,8 @@ impl TreeBuilder {
         Ok(root)
     }
 
-    fn io_error(&self, source: io::Error) -> TreeError {
-        TreeError::Io { path: self.path.clone(), source }
+    fn io_error(&self, error: io::Error) -> TreeError {
+        TreeError::Io { path: self.path.clone(), error }
     }
 }
 
@@ -112,12 +112,12 @@ pub fn build_from(disk: &File, size: u64, path: &Path) -> Result<Digest, TreeErr
     let mut buffer = vec![0; usize::try_from(PAGE_SPAN).expect("a page spans 512 KiB")];
     let mut done = 0;
     for extent in data_extents(disk, 0..size) {
-        let extent = extent.map_err(|source| builder.io_error(source))?;
+        let extent = extent.map_err(|error| builder.io_error(error))?;
         let pages = done.max(extent.start / PAGE_SPAN)..extent.end.div_ceil(PAGE_SPAN);
         for page in pages.clone() {
             let at = page * PAGE_SPAN;
             let length = usize::try_from(PAGE_SPAN.min(size - at)).expect("a page spans 512 KiB");
-            disk.read_exact_at(&mut buffer[..length], at).map_err(|source| builder.io_error(source))?;
+            disk.read_exact_at(&mut buffer[..length], at).map_err(|error| builder.io_error(error))?;
             builder.put(page, &Page::of(&buffer[..length]))?;
         }
         done = done.max(pages.end);

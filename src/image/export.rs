@@ -1,0 +1,207 @@
+//! How an image leaves the store as a file of the user's: raw, or in another disk format through `qemu-img`.
+//!
+//! Every block is checked against the digest tree on its way out. The file appears under its name only when it is
+//! whole and durable.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
+use crate::block::BLOCK_BYTES;
+use crate::digest::Digest;
+use crate::store::{ImageEntry, Store, StoreError};
+
+use super::manifest::{ImageKind, SourceFormat};
+use super::page::{PAGE_BLOCKS, PAGE_SPAN, is_zero};
+use super::qemu_img::{self, QemuImgError};
+use super::scan::{DiskSource, PageView, ScanError, Watch, scan};
+use super::stored_disk::StoredDisk;
+use super::tree::{Tree, TreeError};
+
+/// Why an image was not exported. No file is left then.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// The file exists.
+    #[error("{}: it exists already: choose another name, or remove it", .0.display())]
+    Exists(PathBuf),
+    /// The image has not arrived completely.
+    #[error("image {} has not arrived completely: wait for it, or use `bootcache pull`", .0.short())]
+    Incomplete(Digest),
+    /// A container's archive is no disk.
+    #[error("a container image is exported as it is: leave --format out")]
+    Container,
+    /// What is stored is not the image.
+    #[error("image {}: block {block} is damaged: see `bootcache image verify`", root.short())]
+    Damaged { root: Digest, block: u64 },
+    /// The file cannot be written, or the image not read.
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
+    /// The digest tree cannot be used.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// `qemu-img` cannot write the format.
+    #[error("{}: {error}", path.display())]
+    QemuImg { path: PathBuf, error: QemuImgError },
+    /// The store cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The watcher wanted it.
+    #[error("interrupted; nothing was exported")]
+    Cancelled,
+}
+
+/// Writes the disk of `entry` to `path`, which must not exist, in `format`.
+///
+/// # Errors
+/// [`ExportError`]; no file is left.
+pub fn export(
+    store: &Store,
+    entry: &ImageEntry,
+    path: &Path,
+    format: SourceFormat,
+    watch: &Watch,
+) -> Result<(), ExportError> {
+    if !entry.is_complete() {
+        return Err(ExportError::Incomplete(entry.root));
+    }
+    if entry.manifest.kind == ImageKind::Container && format != SourceFormat::Raw {
+        return Err(ExportError::Container);
+    }
+    let io_error = |error| ExportError::Io { path: path.to_owned(), error };
+    let target = NewFile::create(path)?;
+    let disk = StoredDisk::open(store, entry)?;
+    let copier = Copier { tree: Tree::open(&entry.tree_path(), Some(entry.root))?, disk: &disk, watch };
+    if format == SourceFormat::Raw {
+        copier.copy_to(Some(&target.file)).map_err(|failure| failure.explain(path))?;
+        return target.finish();
+    }
+    let scratch = store.scratch("export")?;
+    let source = if entry.manifest.base.is_none() {
+        copier.copy_to(None).map_err(|failure| failure.explain(path))?;
+        entry.disk_path()
+    } else {
+        let whole = scratch.join("disk");
+        let file = File::create_new(&whole).map_err(io_error)?;
+        copier.copy_to(Some(&file)).map_err(|failure| failure.explain(path))?;
+        whole
+    };
+    let new_path = target.path.canonicalize().map_err(io_error)?;
+    qemu_img::convert((&source, SourceFormat::Raw), (&new_path, format), entry.manifest.size, watch)
+        .map_err(|error| match error {
+            QemuImgError::Cancelled => ExportError::Cancelled,
+            error => ExportError::QemuImg { path: path.to_owned(), error },
+        })?;
+    target.finish()
+}
+
+/// Reads a whole image, checks every block, and writes what is not zero.
+struct Copier<'a> {
+    tree: Tree,
+    disk: &'a StoredDisk,
+    watch: &'a Watch,
+}
+
+enum CopyFailure {
+    Damaged { root: Digest, block: u64 },
+    Scan(ScanError),
+}
+
+impl CopyFailure {
+    fn explain(self, path: &Path) -> ExportError {
+        match self {
+            Self::Damaged { root, block } => ExportError::Damaged { root, block },
+            Self::Scan(ScanError::Cancelled) => ExportError::Cancelled,
+            Self::Scan(ScanError::Io(error)) => ExportError::Io { path: path.to_owned(), error },
+            Self::Scan(ScanError::Tree(error)) => error.into(),
+        }
+    }
+}
+
+impl Copier<'_> {
+    /// Copies to `target`, or only checks.
+    fn copy_to(&self, target: Option<&File>) -> Result<(), CopyFailure> {
+        self.watch.start(self.disk.size());
+        if let Some(target) = target {
+            target.set_len(self.disk.size()).map_err(|error| CopyFailure::Scan(error.into()))?;
+        }
+        let damaged = OnceLock::new();
+        let scanned = scan(self.disk, self.watch, |view| {
+            if let Some(block) = self.bad_block(view) {
+                // Another thread may have found one too; either will do.
+                let _ = damaged.set(block);
+                return Err(ScanError::Cancelled);
+            }
+            target.map_or(Ok(()), |target| write_data(target, view)).map_err(ScanError::Io)
+        });
+        match damaged.into_inner() {
+            Some(block) => Err(CopyFailure::Damaged { root: self.tree.root(), block }),
+            None => scanned.map(|_| ()).map_err(CopyFailure::Scan),
+        }
+    }
+
+    fn bad_block(&self, view: &PageView<'_>) -> Option<u64> {
+        let first = view.index * PAGE_BLOCKS;
+        let Some(data) = view.data else {
+            return (first..self.tree.blocks().min(first + PAGE_BLOCKS))
+                .find(|block| !self.tree.is_zero(*block));
+        };
+        let mut blocks = (first..).zip(data.chunks(BLOCK_BYTES));
+        blocks.find(|(block, data)| !self.tree.verify_block(*block, data)).map(|(block, _)| block)
+    }
+}
+
+fn write_data(target: &File, view: &PageView<'_>) -> io::Result<()> {
+    let places = (view.index * PAGE_SPAN..).step_by(BLOCK_BYTES);
+    for (at, block) in places.zip(view.data.unwrap_or_default().chunks(BLOCK_BYTES)) {
+        if !is_zero(block) {
+            target.write_all_at(block, at)?;
+        }
+    }
+    Ok(())
+}
+
+/// A file that appears under its name when it is finished, and not at all when it is not.
+#[derive(Debug)]
+pub(super) struct NewFile {
+    pub(super) file: File,
+    path: PathBuf,
+    target: PathBuf,
+}
+
+impl NewFile {
+    /// Starts the file that is to be `target`, beside it.
+    pub(super) fn create(target: &Path) -> Result<Self, ExportError> {
+        let io_error = |error| ExportError::Io { path: target.to_owned(), error };
+        if target.symlink_metadata().is_ok() {
+            return Err(ExportError::Exists(target.to_owned()));
+        }
+        let name = target.file_name().ok_or_else(|| io_error(io::ErrorKind::InvalidFilename.into()))?;
+        let path =
+            target.with_file_name(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).map_err(io_error)?;
+        Ok(Self { file, path, target: target.to_owned() })
+    }
+
+    /// Makes it durable and gives it its name.
+    pub(super) fn finish(self) -> Result<(), ExportError> {
+        let io_error = |error| ExportError::Io { path: self.target.clone(), error };
+        self.file.sync_all().map_err(io_error)?;
+        renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE).map_err(|error| match error
+        {
+            Errno::EXIST => ExportError::Exists(self.target.clone()),
+            error => io_error(error.into()),
+        })
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        // After `finish` there is nothing under this name.
+        let _ = fs::remove_file(&self.path);
+    }
+}
