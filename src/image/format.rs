@@ -255,6 +255,24 @@ pub fn refuse_truncated(head: &Head, size: u64) -> Result<(), FormatError> {
     if is_table && entries.into_iter().any(reaches_past) { Err(TRUNCATED) } else { Ok(()) }
 }
 
+/// Refuses a VDI file of `length` bytes that does not hold the blocks its header says it holds: `qemu-img check` finds
+/// nothing wrong with it, and `convert` would read the missing ones as zeroes.
+///
+/// # Errors
+/// [`FormatError::Unsound`].
+pub fn refuse_truncated_vdi(head: &Head, length: u64) -> Result<(), FormatError> {
+    const DATA_AT: usize = 0x158; // u32 offset of the first block
+    const BLOCK_SIZE: usize = 0x178; // u32 bytes, u32 extra bytes
+    const BLOCKS_ALLOCATED: usize = 0x184; // u32
+    let field = |at: usize| head.little_endian(at) & 0xffff_ffff;
+    let block = field(BLOCK_SIZE) + field(BLOCK_SIZE + 4);
+    let end = block.saturating_mul(field(BLOCKS_ALLOCATED)).saturating_add(field(DATA_AT));
+    if end > length {
+        return Err(FormatError::Unsound("it is truncated: its header tells of blocks past its end"));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -338,5 +356,16 @@ mod tests {
         mbr[544..552].copy_from_slice(&9999_u64.to_le_bytes());
         assert!(refuse_truncated(&head(&mbr), 10_000 * 512).is_ok());
         assert!(refuse_truncated(&head(&mbr), 9_999 * 512).is_err());
+    }
+
+    #[test]
+    fn a_vdi_that_ends_before_its_last_block_is_truncated() {
+        let mut bytes = vec![0; 512];
+        for (at, value) in [(0x158, 4096_u32), (0x178, 1 << 20), (0x17c, 0), (0x184, 3)] {
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        let end = 4096 + (3 << 20);
+        assert!(refuse_truncated_vdi(&head(&bytes), end).is_ok());
+        assert!(refuse_truncated_vdi(&head(&bytes), end - 1).is_err());
     }
 }

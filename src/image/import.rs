@@ -21,7 +21,7 @@ use crate::digest::Digest;
 use crate::name::ImageName;
 use crate::store::{ImageEntry, Scratch, Store, StoreError};
 
-use super::format::{FormatError, Head, refuse_truncated};
+use super::format::{FormatError, Head, refuse_truncated, refuse_truncated_vdi};
 use super::manifest::{ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
 use super::page::{PAGE_SPAN, Page};
 use super::qemu_img::{self, QemuImgError};
@@ -155,6 +155,9 @@ fn inspect(given: &Path, options: ImportOptions, watch: &Watch) -> Result<Source
     } else {
         if !options.allow_backing_files {
             head.refuse_outside_files(format).map_err(format_error)?;
+        }
+        if format == SourceFormat::Vdi {
+            refuse_truncated_vdi(&head, length).map_err(format_error)?;
         }
         ask_qemu_img(given, &path, format, options, watch)?
     };
