@@ -1,0 +1,183 @@
+//! What people get wrong and what disks do: one clear line, an exit code, nothing lost and nothing half-made.
+
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use support::store::Store;
+
+/// A small raw disk, 1 MiB of noise in 2 MiB.
+fn small_disk(store: &Store, name: &str, seed: u64) -> PathBuf {
+    let path = store.beside(name);
+    let mut disk = support::noise(seed, 1 << 20);
+    disk.resize(2 << 20, 0);
+    std::fs::write(&path, disk).unwrap();
+    path
+}
+
+fn qemu_img(arguments: &[&str]) {
+    support::run(Command::new("qemu-img").args(arguments));
+}
+
+fn names(store: &Store) -> Vec<String> {
+    let list: serde_json::Value = serde_json::from_str(&store.run(["image", "list", "--json"])).unwrap();
+    let names = list.as_array().unwrap().iter().flat_map(|image| image["names"].as_array().unwrap().clone());
+    names.map(|name| name.as_str().unwrap().to_owned()).collect()
+}
+
+fn nothing_half_made(store: &Store) {
+    for folder in ["tmp", "images"] {
+        let left: Vec<_> =
+            std::fs::read_dir(store.path().join(folder)).into_iter().flatten().flatten().collect();
+        assert!(left.is_empty(), "left in {folder}: {left:?}");
+    }
+}
+
+/// One line of at most 300 characters that says what is wrong.
+#[track_caller]
+fn one_line(said: &str, about: &str) {
+    let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
+    assert_eq!(lines.len(), 1, "one line, not:\n{said}");
+    assert!(said.len() <= 300, "too long: {said}");
+    assert!(said.to_lowercase().contains(about), "it should name `{about}`: {said}");
+}
+
+#[test]
+fn files_that_are_no_images_are_refused_and_leave_nothing() {
+    if !support::require(&["qemu-img"]) {
+        return;
+    }
+    let store = Store::new();
+    let raw = small_disk(&store, "small.raw", 1);
+    let path = |name: &str| store.beside(name).to_str().unwrap().to_owned();
+    let add = |name: &str, arguments: &[&str]| {
+        let mut all = vec!["image", "add", "image"];
+        let file = path(name);
+        all.push(&file);
+        all.extend(arguments);
+        store.refused(all)
+    };
+    for (format, file) in [("qcow2", "cut.qcow2"), ("vdi", "cut.vdi"), ("vmdk", "cut.vmdk")] {
+        qemu_img(&["convert", "-f", "raw", "-O", format, raw.to_str().unwrap(), &path(file)]);
+        let whole = std::fs::read(path(file)).unwrap();
+        std::fs::write(path(file), &whole[..whole.len() / 3]).unwrap();
+        one_line(&add(file, &[]), file);
+    }
+    one_line(&add("small.raw", &["--format", "qcow2"]), "small.raw");
+    one_line(&add("is-not-there", &[]), "is-not-there");
+    std::fs::create_dir(path("folder")).unwrap();
+    one_line(&add("folder", &[]), "folder");
+    std::fs::write(path("empty"), b"").unwrap();
+    one_line(&add("empty", &[]), "empty");
+
+    // Another file of the host, through a backing file.
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", &path("spy.qcow2"), "1M"]);
+    one_line(&add("spy.qcow2", &[]), "--allow-backing-files");
+    nothing_half_made(&store);
+    assert_eq!(names(&store), [""; 0]);
+}
+
+#[test]
+fn names_that_could_be_paths_are_refused() {
+    let store = Store::new();
+    let file = small_disk(&store, "small.raw", 1);
+    let too_long = "a".repeat(64);
+    for name in ["..", "a/b", "/etc", ".hidden", "", "UPPER", "a b", "a\u{e9}", &too_long] {
+        let said = store.refused(["image".as_ref(), "add".as_ref(), name.as_ref(), file.as_os_str()]);
+        assert!(said.contains("name"), "{name}: {said}");
+        store.refused(["image", "show", name]);
+        store.refused(["image", "remove", name]);
+    }
+    for entry in std::fs::read_dir(store.beside("")).unwrap() {
+        let name = entry.unwrap().file_name();
+        assert!(name == "small.raw" || name == "store", "{name:?} was made");
+    }
+}
+
+#[test]
+fn a_name_that_is_taken_keeps_its_image() {
+    let store = Store::new();
+    let (first, second) = (small_disk(&store, "first.raw", 1), small_disk(&store, "second.raw", 2));
+    store.run(["image", "add", "golden", first.to_str().unwrap()]);
+    let before = store.run(["image", "show", "golden"]);
+    one_line(&store.refused(["image", "add", "golden", second.to_str().unwrap()]), "taken");
+    assert_eq!(store.run(["image", "show", "golden"]), before);
+    assert_eq!(names(&store), ["golden"]);
+    one_line(&store.refused(["image", "show", "silver"]), "silver");
+    one_line(&store.refused(["image", "remove", "silver"]), "silver");
+    let there = second.to_str().unwrap();
+    one_line(&store.refused(["image", "export", "golden", there]), "second.raw");
+    assert!(std::fs::read(&second).unwrap() == std::fs::read(small_disk(&store, "again.raw", 2)).unwrap());
+}
+
+/// The only file of this name below `images`.
+fn file_of_image(store: &Store, name: &str) -> PathBuf {
+    let shown: serde_json::Value =
+        serde_json::from_str(&store.run(["image", "show", "golden", "--json"])).unwrap();
+    Path::new(shown["path"].as_str().unwrap()).join(name)
+}
+
+#[test]
+fn any_changed_byte_of_an_image_is_found() {
+    let store = Store::new();
+    let raw = small_disk(&store, "small.raw", 3);
+    store.run(["image", "add", "golden", raw.to_str().unwrap()]);
+    let files: Vec<PathBuf> = ["disk", "tree", "manifest"].map(|name| file_of_image(&store, name)).into();
+    for file in files {
+        let whole = std::fs::read(&file).unwrap();
+        for place in [0, 1, whole.len() / 3, whole.len() / 2, whole.len() - 2, whole.len() - 1] {
+            let mut changed = whole.clone();
+            changed[place] ^= 0x10;
+            std::fs::write(&file, &changed).unwrap();
+            let said = store.refused(["image", "verify", "golden"]);
+            assert!(said.lines().count() <= 3, "byte {place} of {}:\n{said}", file.display());
+        }
+        for cut in [0, whole.len() / 2, whole.len() - 1] {
+            std::fs::write(&file, &whole[..cut]).unwrap();
+            store.refused(["image", "verify", "golden"]);
+        }
+        std::fs::write(&file, &whole).unwrap();
+        store.run(["image", "verify", "golden"]);
+    }
+}
+
+/// A small file system in memory, unmounted on drop.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: PathBuf, megabytes: u32) -> Self {
+        std::fs::create_dir_all(&at).unwrap();
+        support::run(
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "small"])
+                .arg(&at),
+        );
+        Self(at)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _best_effort = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+#[test]
+fn a_full_disk_is_said_to_be_full_and_the_store_works_on() {
+    if !support::require(&["mount", "umount"]) || !support::require_root() {
+        return;
+    }
+    let store = Store::new();
+    let small = small_disk(&store, "small.raw", 4);
+    let large = store.beside("large.raw");
+    std::fs::write(&large, support::noise(5, 24 << 20)).unwrap();
+    let _disk = SmallDisk::mount(store.path(), 16);
+    one_line(&store.refused(["image", "add", "large", large.to_str().unwrap()]), "space");
+    nothing_half_made(&store);
+    store.run(["image", "add", "small", small.to_str().unwrap()]);
+    store.run(["image", "verify", "small"]);
+    assert_eq!(names(&store), ["small"]);
+}
