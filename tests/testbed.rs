@@ -1,5 +1,7 @@
 //! The testbed itself: what the other end-to-end tests stand on works on this machine.
 
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
 mod support;
 
 use std::process::Command;
