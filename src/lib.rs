@@ -10,6 +10,8 @@ pub mod digest;
 pub mod image;
 pub mod local_cache;
 pub mod name;
+pub mod overlay;
 pub mod store;
 pub mod tls;
+
 pub mod wire;

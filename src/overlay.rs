@@ -1,0 +1,290 @@
+//! A VM's private, writable layer over an image that never changes.
+//!
+//! A block that the VM wrote is in the *diff*, a sparse file with every block at its own offset; which blocks those are
+//! says the *index*, two bits a block in memory ([`map`]) and a log of runs on disk ([`log`]). Everything else is read
+//! from the base. Reads need no lock ([`layer`]); how writes merge is in [`write`], what FLUSH and FUA do, in which
+//! order and why, in [`flush`]. Sealed ([`seal`]), the same two files are an incremental image.
+//!
+//! It knows nothing of names or folders beyond its own two files; one process has them open at a time.
+//!
+//! Invariant: after a crash at any instant each block holds what was last flushed, or something newer.
+
+mod dirty;
+mod flush;
+pub(crate) mod layer;
+mod log;
+mod map;
+mod range_lock;
+mod seal;
+mod storage;
+mod write;
+
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bootcache_nbd::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
+
+use crate::digest::Digest;
+use dirty::DirtySet;
+use flush::Flusher;
+use layer::Layer;
+use log::Log;
+pub use log::{Header, IndexError, SIZE_MAX};
+use map::BlockMap;
+pub use map::{BlockState, Run};
+use range_lock::RangeLock;
+pub use seal::Sealed;
+pub use storage::{DiffFile, FileDiff, FileLog, LogFile};
+
+/// The index's file name within an overlay's folder.
+pub const INDEX_FILE: &str = "index";
+/// The diff's file name within an overlay's folder.
+pub const DIFF_FILE: &str = "diff";
+
+/// Why an overlay cannot be made or opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OverlayError {
+    /// Its index is bad.
+    #[error("cannot use the index {path}: {source}")]
+    Index { path: String, source: IndexError },
+    /// Its diff is bad.
+    #[error("cannot use the diff {path}: {source}")]
+    Diff { path: String, source: io::Error },
+    /// Another process has it open.
+    #[error("the overlay {0} is in use by another process; stop its VM or its server first")]
+    InUse(String),
+    /// It belongs to another image.
+    #[error("the overlay was made over image {expected}, not over {found}")]
+    OtherBase { expected: String, found: String },
+    /// It belongs to a disk of another size.
+    #[error("the overlay was made over a disk of {expected} bytes, not of {found}")]
+    OtherSize { expected: u64, found: u64 },
+}
+
+/// An overlay, open for reading and writing. Owner of its map, its diff and its index.
+#[derive(Debug, Clone)]
+pub struct Overlay(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    layer: Layer,
+    header: Header,
+    dirty: DirtySet,
+    locks: RangeLock,
+    /// Count of changes, so that a flush with nothing to do costs nothing.
+    written: AtomicU64,
+    flusher: Flusher,
+    latched: AtomicBool,
+    sealed: AtomicBool,
+}
+
+/// How much an overlay holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Blocks in the diff.
+    pub data_blocks: u64,
+    /// Blocks that read as zeroes whatever the base has.
+    pub zero_blocks: u64,
+}
+
+impl Overlay {
+    /// Makes an empty overlay in the existing folder `dir`, over an image of `size` bytes.
+    ///
+    /// Durable when it returns. The diff comes first: a folder without an index is no overlay.
+    pub fn create(dir: &Path, base: Digest, size: u64) -> Result<(), OverlayError> {
+        let (index, diff) = (dir.join(INDEX_FILE), dir.join(DIFF_FILE));
+        if size > SIZE_MAX {
+            return Err(index_error(&index, IndexError::TooLarge(size)));
+        }
+        FileDiff::create(&diff, size)
+            .map_err(|source| OverlayError::Diff { path: diff.display().to_string(), source })?;
+        FileLog::create(&index, &Header { base, size }.encode())
+            .map_err(|source| index_error(&index, source.into()))?;
+        Ok(())
+    }
+
+    /// What the overlay in `dir` was made over, without opening it.
+    pub fn header(dir: &Path) -> Result<Header, OverlayError> {
+        let index = dir.join(INDEX_FILE);
+        let read = std::fs::read(&index).map_err(IndexError::from);
+        read.and_then(|bytes| log::parse(&bytes))
+            .map(|content| content.header)
+            .map_err(|source| index_error(&index, source))
+    }
+
+    /// Opens the overlay in `dir` over `base`, whose root digest must be `base_root`.
+    pub fn open(dir: &Path, base: SharedDisk, base_root: Digest) -> Result<Self, OverlayError> {
+        let (index, diff) = (dir.join(INDEX_FILE), dir.join(DIFF_FILE));
+        let diff_error = |source: io::Error| match source.kind() {
+            io::ErrorKind::WouldBlock => OverlayError::InUse(dir.display().to_string()),
+            _ => OverlayError::Diff { path: diff.display().to_string(), source },
+        };
+        let diff_file = FileDiff::open(&diff).map_err(diff_error)?;
+        let length = diff_file.length().map_err(diff_error)?;
+        let log_file = FileLog::open(&index).map_err(|error| index_error(&index, error.into()))?;
+        let overlay = Self::from_files(Arc::new(log_file), Arc::new(diff_file), base)
+            .map_err(|source| index_error(&index, source))?;
+        let header = overlay.0.header;
+        if header.base != base_root {
+            return Err(OverlayError::OtherBase { expected: header.base.short(), found: base_root.short() });
+        }
+        for found in [overlay.0.layer.base.size(), length] {
+            if found != header.size {
+                return Err(OverlayError::OtherSize { expected: header.size, found });
+            }
+        }
+        Ok(overlay)
+    }
+
+    /// Opens an overlay on any two files. The sizes of log, diff and base must agree.
+    pub fn from_files(
+        log: Arc<dyn LogFile>,
+        diff: Arc<dyn DiffFile>,
+        base: SharedDisk,
+    ) -> Result<Self, IndexError> {
+        let (log, runs) = Log::open(log)?;
+        let header = log.header();
+        let map = map_of(header.size, &runs);
+        let dirty = DirtySet::new(map.words());
+        Ok(Self(Arc::new(Inner {
+            layer: Layer { map: Arc::new(map), diff, base, size: header.size },
+            header,
+            dirty,
+            locks: RangeLock::default(),
+            written: AtomicU64::new(0),
+            flusher: Flusher::new(log),
+            latched: AtomicBool::new(false),
+            sealed: AtomicBool::new(false),
+        })))
+    }
+
+    /// Root digest of the image below.
+    pub fn base_root(&self) -> Digest {
+        self.0.header.base
+    }
+
+    /// How much it holds now.
+    pub fn usage(&self) -> Usage {
+        let (data_blocks, zero_blocks) = self.0.layer.map.counts();
+        Usage { data_blocks, zero_blocks }
+    }
+
+    /// Whether a sync has failed, so that writes are refused until the overlay is opened again.
+    pub fn is_latched(&self) -> bool {
+        self.0.latched.load(Ordering::SeqCst)
+    }
+}
+
+/// The map that a log's runs add up to.
+fn map_of(size: u64, runs: &[Run]) -> BlockMap {
+    let map = BlockMap::new(size);
+    for run in runs {
+        map.set(run.extent, run.state, |_, _| ());
+    }
+    map
+}
+
+fn index_error(path: &Path, source: IndexError) -> OverlayError {
+    OverlayError::Index { path: path.display().to_string(), source }
+}
+
+/// The reading half of an increment: `index` and `disk` of an image, over its base.
+#[expect(dead_code, reason = "the image disk opens increments through it")]
+pub(crate) fn open_increment(
+    index: &Path,
+    disk: Arc<dyn DiffFile>,
+    base: SharedDisk,
+) -> Result<(Header, Layer), OverlayError> {
+    let bytes = std::fs::read(index).map_err(|error| index_error(index, error.into()))?;
+    let content = log::parse(&bytes).map_err(|source| index_error(index, source))?;
+    let header = content.header;
+    if header.size != base.size() {
+        return Err(OverlayError::OtherSize { expected: header.size, found: base.size() });
+    }
+    let map = Arc::new(map_of(header.size, &content.runs));
+    Ok((header, Layer { map, diff: disk, base, size: header.size }))
+}
+
+impl Disk for Overlay {
+    fn size(&self) -> u64 {
+        self.0.layer.size
+    }
+
+    fn features(&self) -> Features {
+        let base = self.0.layer.base.features();
+        Features { fast_zero: true, prefetch: true, rotational: base.rotational, ..Features::WRITABLE }
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Attempt {
+        self.0.layer.try_read(offset, buf)
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(self.0.layer.read(offset, buf))
+    }
+
+    fn try_write(&self, offset: u64, data: &[u8]) -> Attempt {
+        self.0.try_write(offset, data)
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8], fua: bool) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            // The server has tried a plain write already; one with FUA comes here at once.
+            match if fua { self.0.try_write(offset, data) } else { Attempt::WouldBlock } {
+                Attempt::Ready(result) => result?,
+                Attempt::WouldBlock => self.0.write(offset, data).await?,
+            }
+            self.flush_if(fua).await
+        })
+    }
+
+    fn flush(&self) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(self.0.flush())
+    }
+
+    fn trim(&self, offset: u64, length: u64, fua: bool) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            self.0.trim(offset, length).await?;
+            self.flush_if(fua).await
+        })
+    }
+
+    fn zero(&self, offset: u64, length: u64, flags: ZeroFlags, fua: bool) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            self.0.zero(offset, length, flags).await?;
+            self.flush_if(fua).await
+        })
+    }
+
+    fn contexts(&self) -> &'static [&'static str] {
+        self.0.layer.base.contexts()
+    }
+
+    fn status(
+        &self,
+        context: &str,
+        offset: u64,
+        length: u64,
+        extents_max: usize,
+    ) -> BoxFuture<'_, io::Result<Vec<StatusExtent>>> {
+        let context = context.to_owned();
+        Box::pin(async move { self.0.layer.status(&context, offset, length, extents_max).await })
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(self.0.layer.prefetch(offset, length))
+    }
+}
+
+impl Overlay {
+    async fn flush_if(&self, fua: bool) -> io::Result<()> {
+        if fua { self.0.flush().await } else { Ok(()) }
+    }
+}

@@ -1,0 +1,436 @@
+//! Power loss at every step, on a storage whose cache is volatile.
+//!
+//! The simulated files keep two contents, what a reader sees and what is durable, in sectors of 512 bytes. A crash makes
+//! every sector that was written since the last sync either one of its versions, at random, and cuts the log anywhere
+//! between its lengths. Each sector of the disk must then hold what was last flushed or something written since.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+
+use proptest::prelude::*;
+use rustix::io::Errno;
+
+use super::tests::{MemoryBase, ROOT, read, runtime, write};
+use super::*;
+
+const SECTOR: usize = 512;
+const SIZE: usize = 12 * 4096 + 1024;
+
+/// Fails every step from the chosen one on, as a machine without power does.
+#[derive(Debug)]
+struct Power {
+    steps: AtomicUsize,
+    off_at: usize,
+    /// The step that fails alone, and how.
+    fault: Option<(usize, Errno)>,
+}
+
+impl Power {
+    fn new(off_at: usize, fault: Option<(usize, Errno)>) -> Arc<Self> {
+        Arc::new(Self { steps: AtomicUsize::new(0), off_at, fault })
+    }
+
+    fn step(&self) -> io::Result<()> {
+        let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        if step >= self.off_at {
+            return Err(Errno::IO.into());
+        }
+        match self.fault {
+            Some((at, errno)) if at == step => Err(errno.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct VolatileDiff {
+    power: Arc<Power>,
+    state: Mutex<DiffState>,
+}
+
+#[derive(Debug)]
+struct DiffState {
+    seen: Vec<u8>,
+    durable: Vec<u8>,
+    versions: BTreeMap<usize, Vec<Vec<u8>>>,
+}
+
+impl DiffState {
+    fn put(&mut self, at: usize, data: &[u8]) {
+        self.seen[at..at + data.len()].copy_from_slice(data);
+        for sector in at / SECTOR..(at + data.len()).div_ceil(SECTOR) {
+            let start = sector * SECTOR;
+            let bytes = self.seen[start..(start + SECTOR).min(self.seen.len())].to_vec();
+            self.versions.entry(sector).or_default().push(bytes);
+        }
+    }
+}
+
+impl VolatileDiff {
+    fn new(power: Arc<Power>, content: Vec<u8>) -> Arc<Self> {
+        let state = DiffState { seen: content.clone(), durable: content, versions: BTreeMap::new() };
+        Arc::new(Self { power, state: Mutex::new(state) })
+    }
+
+    /// What is there after the power was lost.
+    fn crash(&self, random: &mut Random) -> Vec<u8> {
+        let state = self.state.lock().unwrap();
+        let mut bytes = state.durable.clone();
+        for (sector, versions) in &state.versions {
+            if let Some(version) = random.below(versions.len() + 1).checked_sub(1) {
+                bytes[sector * SECTOR..][..versions[version].len()].copy_from_slice(&versions[version]);
+            }
+        }
+        bytes
+    }
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).unwrap()
+}
+
+impl DiffFile for VolatileDiff {
+    fn try_read_at(&self, _: &mut [u8], _: u64) -> Attempt {
+        Attempt::WouldBlock
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let state = self.state.lock().unwrap();
+        buf.copy_from_slice(&state.seen[index(offset)..][..buf.len()]);
+        Ok(())
+    }
+
+    fn write_at(&self, parts: [&[u8]; 3], offset: u64) -> io::Result<()> {
+        let data = parts.concat();
+        let mut state = self.state.lock().unwrap();
+        if let Err(error) = self.power.step() {
+            // A write that fails leaves its first half behind, in whole sectors as devices do.
+            state.put(index(offset), &data[..data.len() / 2 / SECTOR * SECTOR]);
+            return Err(error);
+        }
+        state.put(index(offset), &data);
+        Ok(())
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.power.step()?;
+        self.state.lock().unwrap().put(index(offset), &vec![0; index(length)]);
+        Ok(())
+    }
+
+    fn allocate_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.punch(offset, length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.power.step()?;
+        let mut state = self.state.lock().unwrap();
+        state.durable = state.seen.clone();
+        state.versions.clear();
+        Ok(())
+    }
+
+    fn read_ahead(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct VolatileLog {
+    power: Arc<Power>,
+    /// Seen, durable.
+    state: Mutex<(Vec<u8>, Vec<u8>)>,
+}
+
+impl VolatileLog {
+    fn new(power: Arc<Power>, content: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self { power, state: Mutex::new((content.clone(), content)) })
+    }
+
+    fn crash(&self, random: &mut Random) -> Vec<u8> {
+        let (seen, durable) = &*self.state.lock().unwrap();
+        let (short, long) = (seen.len().min(durable.len()), seen.len().max(durable.len()));
+        let mut bytes = vec![0; short + random.below(long - short + 1)];
+        for start in (0..bytes.len()).step_by(SECTOR) {
+            let end = (start + SECTOR).min(bytes.len());
+            let source = if random.below(2) == 0 { seen } else { durable };
+            let source = source.get(start..end.min(source.len())).unwrap_or_default();
+            bytes[start..start + source.len()].copy_from_slice(source);
+        }
+        bytes
+    }
+}
+
+impl LogFile for VolatileLog {
+    fn load(&self) -> io::Result<Vec<u8>> {
+        Ok(self.state.lock().unwrap().0.clone())
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let failed = self.power.step();
+        let bytes = if failed.is_err() { &bytes[..bytes.len() / 2] } else { bytes };
+        state.0.truncate(index(offset));
+        state.0.extend_from_slice(bytes);
+        failed
+    }
+
+    fn truncate(&self, length: u64) -> io::Result<()> {
+        self.power.step()?;
+        self.state.lock().unwrap().0.truncate(index(length));
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.power.step()?;
+        let mut state = self.state.lock().unwrap();
+        state.1 = state.0.clone();
+        Ok(())
+    }
+
+    fn replace(&self, bytes: &[u8]) -> io::Result<()> {
+        self.power.step()?;
+        *self.state.lock().unwrap() = (bytes.to_vec(), bytes.to_vec());
+        self.power.step().map_err(|_| Errno::IO.into())
+    }
+}
+
+/// A small generator, so that a case is its seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        // splitmix64
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        usize::try_from((z ^ z >> 31) % limit as u64).unwrap()
+    }
+}
+
+/// What each sector may hold: the last value flushed, and those written since. A write that failed may have been
+/// done or not, so it is allowed without putting an end to what was before.
+struct Model(Vec<Vec<Version>>);
+
+struct Version {
+    bytes: Vec<u8>,
+    answered: bool,
+}
+
+impl Model {
+    fn new(content: &[u8]) -> Self {
+        let version = |sector: &[u8]| vec![Version { bytes: sector.to_vec(), answered: true }];
+        Self(content.chunks(SECTOR).map(version).collect())
+    }
+
+    fn put(&mut self, sectors: std::ops::Range<usize>, byte: u8, result: &io::Result<()>) {
+        for allowed in &mut self.0[sectors] {
+            allowed.push(Version { bytes: vec![byte; SECTOR], answered: result.is_ok() });
+        }
+    }
+
+    fn flushed(&mut self, result: &io::Result<()>) {
+        if result.is_ok() {
+            for allowed in &mut self.0 {
+                let last = allowed.iter().rposition(|version| version.answered).expect("the first one was");
+                allowed.drain(..last);
+            }
+        }
+    }
+
+    /// After a crash what was found is what there is.
+    fn check(&self, found: &[u8], what: &str) {
+        for (sector, (bytes, allowed)) in found.chunks(SECTOR).zip(&self.0).enumerate() {
+            assert!(
+                allowed.iter().any(|version| version.bytes == bytes),
+                "{what}: sector {sector} holds {:?}",
+                &bytes[..4]
+            );
+        }
+    }
+}
+
+/// Runs a workload until the power goes, then opens what is left. Gives the steps that were taken and what was found.
+async fn one_life(seed: u64, power: Arc<Power>, log: Vec<u8>, diff: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
+    let base = MemoryBase::patterned(SIZE);
+    let log = VolatileLog::new(power.clone(), log);
+    let diff = VolatileDiff::new(power.clone(), diff);
+    let mut random = Random(seed);
+    let overlay = Overlay::from_files(log.clone(), diff.clone(), base.clone()).unwrap();
+    let mut model = Model::new(&read(&overlay, 0, SIZE).await);
+    for round in 0..60u8 {
+        let first = random.below(SIZE / SECTOR);
+        let last = (first + 1 + random.below(20)).min(SIZE / SECTOR);
+        let (at, length) = ((first * SECTOR) as u64, ((last - first) * SECTOR) as u64);
+        match random.below(8) {
+            0..4 => {
+                let fua = random.below(4) == 0;
+                let result = write(&overlay, at, &vec![round + 100; index(length)], fua).await;
+                model.put(first..last, round + 100, &result);
+                if fua {
+                    model.flushed(&result);
+                }
+            }
+            4 => {
+                let flags = ZeroFlags { no_hole: random.below(2) == 0, fast: false };
+                model.put(first..last, 0, &overlay.zero(at, length, flags, false).await);
+            }
+            5 => {
+                let (start, end) = (at.div_ceil(4096), (at + length) / 4096);
+                if start < end {
+                    let result = overlay.trim(start * 4096, (end - start) * 4096, false).await;
+                    model.put(index(start) * 8..index(end) * 8, 0, &result);
+                }
+            }
+            6 => model.flushed(&overlay.0.rewrite_index(overlay.all_runs_for_test()).await),
+            _ => model.flushed(&overlay.flush().await),
+        }
+    }
+    drop(overlay);
+    let left = (log.crash(&mut random), diff.crash(&mut random));
+    let quiet = Power::new(usize::MAX, None);
+    let (log, diff) =
+        (VolatileLog::new(quiet.clone(), left.0.clone()), VolatileDiff::new(quiet, left.1.clone()));
+    let overlay = Overlay::from_files(log, diff, base).unwrap();
+    let what = format!("seed {seed}, power off at step {}", power.off_at);
+    model.check(&read(&overlay, 0, SIZE).await, &what);
+    left
+}
+
+impl Overlay {
+    fn all_runs_for_test(&self) -> Vec<Run> {
+        let map = &self.0.layer.map;
+        map.runs(crate::block::Extent::new(0, map.blocks()))
+            .filter(|run| run.state != BlockState::Absent)
+            .collect()
+    }
+}
+
+fn empty_log() -> Vec<u8> {
+    Header { base: ROOT, size: SIZE as u64 }.encode().to_vec()
+}
+
+#[test]
+fn power_lost_at_every_step_keeps_what_was_flushed() {
+    runtime().block_on(async {
+        for seed in 0..4 {
+            let counter = Power::new(usize::MAX, None);
+            one_life(seed, counter.clone(), empty_log(), vec![0; SIZE]).await;
+            let steps = counter.steps.load(Ordering::SeqCst);
+            assert!(steps > 50, "the workload does something");
+            for off_at in 0..steps {
+                one_life(seed, Power::new(off_at, None), empty_log(), vec![0; SIZE]).await;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_step_that_fails_alone_loses_nothing_whatever_the_error() {
+    runtime().block_on(async {
+        for errno in [Errno::NOSPC, Errno::IO] {
+            for at in 0..150 {
+                one_life(at as u64, Power::new(usize::MAX, Some((at, errno))), empty_log(), vec![0; SIZE])
+                    .await;
+            }
+        }
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #[test]
+    fn several_crashes_in_a_row_keep_what_was_flushed(lives in proptest::collection::vec((any::<u64>(), 0usize..200), 1..8)) {
+        runtime().block_on(async {
+            let (mut log, mut diff) = (empty_log(), vec![0; SIZE]);
+            for (seed, off_at) in lives {
+                (log, diff) = one_life(seed, Power::new(off_at, None), log, diff).await;
+            }
+        });
+    }
+}
+
+#[test]
+fn every_prefix_of_a_log_opens_as_some_whole_number_of_flushes() {
+    runtime().block_on(async {
+        let quiet = Power::new(usize::MAX, None);
+        let log = VolatileLog::new(quiet.clone(), empty_log());
+        let diff = VolatileDiff::new(quiet, vec![0; SIZE]);
+        let base = MemoryBase::patterned(SIZE);
+        let overlay = Overlay::from_files(log.clone(), diff.clone(), base.clone()).unwrap();
+        let mut flushed = vec![overlay.usage()];
+        for block in 0..4u64 {
+            write(&overlay, block * 3 * 4096, &[1; 4096], false).await.unwrap();
+            overlay.trim((block * 3 + 1) * 4096, 4096, true).await.unwrap();
+            flushed.push(overlay.usage());
+        }
+        let whole = log.load().unwrap();
+        for length in 0..=whole.len() {
+            let quiet = Power::new(usize::MAX, None);
+            let log = VolatileLog::new(quiet, whole[..length].to_vec());
+            let opened = Overlay::from_files(log, diff.clone(), base.clone());
+            if length < empty_log().len() {
+                assert!(matches!(opened, Err(IndexError::Header)), "{length}");
+            } else {
+                let batches = (length - empty_log().len()) / 64;
+                assert_eq!(opened.unwrap().usage(), flushed[batches], "{length}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_failed_sync_latches_and_a_full_disk_does_not() {
+    runtime().block_on(async {
+        // Steps: 0 write, 1 sync of the diff, 2 append, 3 (truncate or) sync of the index.
+        for (at, errno, latches) in
+            [(0, Errno::NOSPC, false), (1, Errno::IO, true), (2, Errno::NOSPC, false), (3, Errno::IO, true)]
+        {
+            let power = Power::new(usize::MAX, Some((at, errno)));
+            let log = VolatileLog::new(power.clone(), empty_log());
+            let diff = VolatileDiff::new(power, vec![0; SIZE]);
+            let base = MemoryBase::patterned(SIZE);
+            let overlay = Overlay::from_files(log, diff, base.clone()).unwrap();
+            let error = write(&overlay, 100, &[1; 4096], true).await.unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(errno.raw_os_error()), "step {at}");
+            if at == 0 {
+                assert!(read(&overlay, 0, SIZE).await == base.bytes, "no half block is seen");
+            }
+            assert_eq!(overlay.is_latched(), latches, "step {at}");
+            assert_eq!(write(&overlay, 100, &[1; 4096], true).await.is_err(), latches, "step {at}");
+            assert_eq!(overlay.flush().await.is_err(), latches, "step {at}");
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flushes_that_arrive_together_share_a_sync() {
+    let power = Power::new(usize::MAX, None);
+    let log = VolatileLog::new(power.clone(), empty_log());
+    let diff = VolatileDiff::new(power.clone(), vec![0; SIZE]);
+    let overlay = Overlay::from_files(log, diff, MemoryBase::patterned(SIZE)).unwrap();
+    write(&overlay, 0, &[1; 4096], false).await.unwrap();
+    let progress = overlay.0.flusher.progress_for_test().await;
+    let tasks: Vec<_> = (0..32)
+        .map(|_| {
+            tokio::spawn({
+                let overlay = overlay.clone();
+                async move { overlay.flush().await }
+            })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let before = power.steps.load(Ordering::SeqCst);
+    drop(progress);
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    assert_eq!(
+        power.steps.load(Ordering::SeqCst) - before,
+        3,
+        "one sync of the diff, one batch, one sync of the index"
+    );
+}
