@@ -8,10 +8,10 @@ pub mod choose;
 pub mod control;
 pub mod digest;
 pub mod image;
+pub mod image_disk;
 pub mod local_cache;
 pub mod name;
 pub mod overlay;
 pub mod store;
 pub mod tls;
-
 pub mod wire;

@@ -32,6 +32,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use bootcache_nbd::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
 
 use crate::digest::Digest;
+use crate::image_disk::padded::Padded;
+use crate::store::atomic::sync_dir;
 use dirty::DirtySet;
 use flush::Flusher;
 use layer::Layer;
@@ -95,7 +97,7 @@ pub struct Usage {
 }
 
 impl Overlay {
-    /// Makes an empty overlay in the existing folder `dir`, over an image of `size` bytes.
+    /// Makes an empty overlay in the folder `dir`, which is made if it is missing, over an image of `size` bytes.
     ///
     /// Durable when it returns. The diff comes first: a folder without an index is no overlay.
     pub fn create(dir: &Path, base: Digest, size: u64) -> Result<(), OverlayError> {
@@ -103,7 +105,10 @@ impl Overlay {
         if size > SIZE_MAX {
             return Err(index_error(&index, IndexError::TooLarge(size)));
         }
-        FileDiff::create(&diff, size)
+        let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+        std::fs::create_dir_all(dir)
+            .and_then(|()| sync_dir(parent.unwrap_or_else(|| Path::new("."))))
+            .and_then(|()| FileDiff::create(&diff, size))
             .map_err(|source| OverlayError::Diff { path: diff.display().to_string(), source })?;
         FileLog::create(&index, &Header { base, size }.encode())
             .map_err(|source| index_error(&index, source.into()))?;
@@ -112,11 +117,7 @@ impl Overlay {
 
     /// What the overlay in `dir` was made over, without opening it.
     pub fn header(dir: &Path) -> Result<Header, OverlayError> {
-        let index = dir.join(INDEX_FILE);
-        let read = std::fs::read(&index).map_err(IndexError::from);
-        read.and_then(|bytes| log::parse(&bytes))
-            .map(|content| content.header)
-            .map_err(|source| index_error(&index, source))
+        read_index(&dir.join(INDEX_FILE)).map(|(header, _)| header)
     }
 
     /// Opens the overlay in `dir` over `base`, whose root digest must be `base_root`.
@@ -195,20 +196,35 @@ fn index_error(path: &Path, source: IndexError) -> OverlayError {
     OverlayError::Index { path: path.display().to_string(), source }
 }
 
-/// The reading half of an increment: `index` and `disk` of an image, over its base.
-#[expect(dead_code, reason = "the image disk opens increments through it")]
+/// What the index file at `path` says: the runs that are not absent, in ascending order, without overlaps.
+pub fn read_index(path: &Path) -> Result<(Header, Vec<Run>), OverlayError> {
+    let bytes = std::fs::read(path).map_err(|error| index_error(path, error.into()))?;
+    let content = log::parse(&bytes).map_err(|source| index_error(path, source))?;
+    Ok((content.header, map_of(content.header.size, &content.runs).own_runs()))
+}
+
+/// Makes the index file at `path` say this, durably and atomically. `runs` lie within the disk.
+pub fn write_index(path: &Path, header: Header, runs: &[Run]) -> Result<(), OverlayError> {
+    let create = || -> Result<(), IndexError> {
+        let (mut log, _) = Log::open(Arc::new(FileLog::create(path, &header.encode())?))?;
+        Ok(log.replace(runs)?)
+    };
+    create().map_err(|source| index_error(path, source))
+}
+
+/// The reading half of an increment: its `index` and `disk` over its base, which is as large or smaller.
 pub(crate) fn open_increment(
     index: &Path,
     disk: Arc<dyn DiffFile>,
     base: SharedDisk,
 ) -> Result<(Header, Layer), OverlayError> {
-    let bytes = std::fs::read(index).map_err(|error| index_error(index, error.into()))?;
-    let content = log::parse(&bytes).map_err(|source| index_error(index, source))?;
-    let header = content.header;
-    if header.size != base.size() {
+    let (header, runs) = read_index(index)?;
+    if header.size < base.size() {
         return Err(OverlayError::OtherSize { expected: header.size, found: base.size() });
     }
-    let map = Arc::new(map_of(header.size, &content.runs));
+    let map = Arc::new(map_of(header.size, &runs));
+    let base =
+        if base.size() == header.size { base } else { Arc::new(Padded { disk: base, size: header.size }) };
     Ok((header, Layer { map, diff: disk, base, size: header.size }))
 }
 

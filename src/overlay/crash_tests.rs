@@ -284,7 +284,7 @@ async fn one_life(seed: u64, power: Arc<Power>, log: Vec<u8>, diff: Vec<u8>) -> 
                     model.put(index(start) * 8..index(end) * 8, 0, &result);
                 }
             }
-            6 => model.flushed(&overlay.0.rewrite_index(overlay.all_runs_for_test()).await),
+            6 => model.flushed(&overlay.0.rewrite_index(overlay.0.layer.map.own_runs()).await),
             _ => model.flushed(&overlay.flush().await),
         }
     }
@@ -297,15 +297,6 @@ async fn one_life(seed: u64, power: Arc<Power>, log: Vec<u8>, diff: Vec<u8>) -> 
     let what = format!("seed {seed}, power off at step {}", power.off_at);
     model.check(&read(&overlay, 0, SIZE).await, &what);
     left
-}
-
-impl Overlay {
-    fn all_runs_for_test(&self) -> Vec<Run> {
-        let map = &self.0.layer.map;
-        map.runs(crate::block::Extent::new(0, map.blocks()))
-            .filter(|run| run.state != BlockState::Absent)
-            .collect()
-    }
 }
 
 fn empty_log() -> Vec<u8> {

@@ -26,8 +26,7 @@ use super::Inner;
 use super::dirty::runs_of;
 use super::layer::blocking;
 use super::log::Log;
-use super::map::{BlockState, Run};
-use crate::block::Extent;
+use super::map::Run;
 
 /// Flush state: the log, and the numbers by which flushes find out whether another one covers them.
 #[derive(Debug)]
@@ -86,7 +85,7 @@ impl Inner {
         let dirty = self.dirty.take();
         if written != progress.covered || !dirty.is_empty() || anew.is_some() {
             let batch = runs_of(&self.layer.map, &dirty);
-            let compacted = progress.log.wants_compaction().then(|| self.all_runs());
+            let compacted = progress.log.wants_compaction().then(|| self.layer.map.own_runs());
             self.layer.diff.sync().map_err(|error| self.latch("diff", &error))?;
             let recorded = match anew {
                 Some(runs) => self.replace(&mut progress.log, &runs),
@@ -117,12 +116,6 @@ impl Inner {
     /// Puts `runs` in place of the log. Anything but a full disk leaves in doubt which of the two is there: it latches.
     fn replace(&self, log: &mut Log, runs: &[Run]) -> io::Result<()> {
         log.replace(runs).map_err(|error| if is_full(&error) { error } else { self.latch("index", &error) })
-    }
-
-    /// Every run that is not absent.
-    fn all_runs(&self) -> Vec<Run> {
-        let map = &self.layer.map;
-        map.runs(Extent::new(0, map.blocks())).filter(|run| run.state != BlockState::Absent).collect()
     }
 
     fn latch(&self, file: &'static str, error: &io::Error) -> io::Error {

@@ -13,6 +13,7 @@ use futures_util::future::try_join_all;
 use super::map::{BlockMap, BlockState};
 use super::storage::DiffFile;
 use crate::block::{BLOCK_SIZE, Extent};
+use crate::local_cache::{CONTEXT_PRESENT, STATE_PRESENT};
 
 /// Map, diff and base of one disk.
 #[derive(Clone)]
@@ -45,6 +46,11 @@ impl Layer {
             let last = (run.extent.end() * BLOCK_SIZE).min(end);
             Piece { offset: first, length: last - first, state: run.state }
         })
+    }
+
+    /// Size of the disk in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
     }
 
     /// See [`bootcache_nbd::Disk::try_read`].
@@ -82,8 +88,7 @@ impl Layer {
         try_join_all(waiting).await.map(|_| ())
     }
 
-    /// See [`bootcache_nbd::Disk::status`]. What is the layer's own has flags of `base:allocation`; in every other
-    /// context it has `own_flags`, since only the base knows what its contexts mean.
+    /// See [`bootcache_nbd::Disk::status`]. What is the layer's own is on this node.
     pub(crate) async fn status(
         &self,
         context: &str,
@@ -91,13 +96,16 @@ impl Layer {
         length: u64,
         extents_max: usize,
     ) -> io::Result<Vec<StatusExtent>> {
-        let allocation = context == BASE_ALLOCATION;
+        let (data, zero) = match context {
+            BASE_ALLOCATION => (0, STATE_HOLE | STATE_ZERO),
+            CONTEXT_PRESENT => (STATE_PRESENT, STATE_PRESENT),
+            _ => (0, 0),
+        };
         let mut extents = Merged { extents: Vec::new(), max: extents_max };
         for piece in self.pieces(offset, length) {
             match piece.state {
-                BlockState::Data => extents.push(piece.length, 0),
-                BlockState::Zero if allocation => extents.push(piece.length, STATE_HOLE | STATE_ZERO),
-                BlockState::Zero => extents.push(piece.length, 0),
+                BlockState::Data => extents.push(piece.length, data),
+                BlockState::Zero => extents.push(piece.length, zero),
                 BlockState::Absent => {
                     let mut done = 0;
                     while done < piece.length && !extents.full() {
@@ -154,7 +162,11 @@ impl Merged {
 }
 
 /// Reads from the page cache if it is there, else on a thread that may wait for the device.
-pub(crate) async fn read_diff(diff: &Arc<dyn DiffFile>, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+pub(crate) async fn read_diff<F: DiffFile + ?Sized>(
+    diff: &Arc<F>,
+    offset: u64,
+    buf: &mut [u8],
+) -> io::Result<()> {
     if let Attempt::Ready(result) = diff.try_read_at(buf, offset) {
         return result;
     }

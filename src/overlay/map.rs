@@ -120,6 +120,11 @@ impl BlockMap {
         })
     }
 
+    /// All runs that are not absent, in order.
+    pub(super) fn own_runs(&self) -> Vec<Run> {
+        self.runs(Extent::new(0, self.blocks)).filter(|run| run.state != BlockState::Absent).collect()
+    }
+
     /// Whether every block of `extent` has this state.
     pub(super) fn all(&self, extent: Extent, state: BlockState) -> bool {
         self.runs(extent).all(|run| run.state == state)
