@@ -1,5 +1,19 @@
-//! An asynchronous NBD server and client.
+//! An asynchronous NBD server: structured replies, block status, TLS, many requests in flight.
+//!
+//! [`disk::Disk`] is what an export shows; [`layers`] are disks to begin with; [`server::Server`] serves them. The
+//! codecs ([`handshake`], [`request`], [`chunk`]) take bytes and give bytes.
 
+pub mod chunk;
+mod connection;
+pub mod consts;
 pub mod disk;
+pub mod handshake;
+pub mod layers;
+pub mod limits;
+mod negotiate;
+pub mod request;
+pub mod server;
 
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
+pub use limits::Limits;
+pub use server::{Export, Exports, Server, Tls};

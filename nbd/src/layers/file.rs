@@ -1,0 +1,218 @@
+//! A disk that is a file: raw bytes, holes and all.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+use crate::disk::{
+    Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, STATE_HOLE, STATE_ZERO, StatusExtent, ZeroFlags,
+};
+
+/// A raw file as a disk.
+///
+/// What is in the page cache is read inline by `preadv2(RWF_NOWAIT)`; everything else runs on tokio's blocking
+/// threads. After a failed sync every later write and flush fails too: the kernel reports a lost page only once.
+#[derive(Debug, Clone)]
+pub struct FileDisk {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    file: File,
+    size: u64,
+    features: Features,
+    failed: AtomicBool,
+}
+
+impl FileDisk {
+    /// Opens a file for reading, and for writing unless `read_only`.
+    pub fn open(path: &Path, read_only: bool) -> io::Result<Self> {
+        Self::new(File::options().read(true).write(!read_only).open(path)?, read_only)
+    }
+
+    /// Takes an open file. Its length is the disk's size from now on.
+    pub fn new(file: File, read_only: bool) -> io::Result<Self> {
+        let size = seek(&file, SeekFrom::End(0))?;
+        let features = if read_only {
+            Features { prefetch: true, ..Features::READ_ONLY }
+        } else {
+            Features { prefetch: true, fast_zero: true, ..Features::WRITABLE }
+        };
+        Ok(Self { shared: Arc::new(Shared { file, size, features, failed: AtomicBool::new(false) }) })
+    }
+
+    fn blocking<T, F>(&self, work: F) -> BoxFuture<'_, io::Result<T>>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Shared) -> io::Result<T> + Send + 'static,
+    {
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move { tokio::task::spawn_blocking(move || work(&shared)).await? })
+    }
+}
+
+impl Shared {
+    fn check(&self) -> io::Result<()> {
+        if self.failed.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier sync failed: what was written before it may be lost"));
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.check()?;
+        self.file.sync_data().inspect_err(|_| self.failed.store(true, Ordering::Release))
+    }
+
+    fn punch(&self, offset: u64, length: u64, mode: FallocateFlags) -> io::Result<()> {
+        Ok(fallocate(&self.file, mode, offset, length)?)
+    }
+
+    /// Zeroes by hand, for file systems that cannot do better.
+    fn write_zeroes(&self, mut offset: u64, length: u64) -> io::Result<()> {
+        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        let end = offset + length;
+        while offset < end {
+            let piece = usize::try_from(end - offset).unwrap_or(usize::MAX).min(ZEROES.len());
+            self.file.write_all_at(&ZEROES[..piece], offset)?;
+            offset += piece as u64;
+        }
+        Ok(())
+    }
+
+    fn map(&self, offset: u64, length: u64, extents_max: usize) -> io::Result<Vec<StatusExtent>> {
+        let mut extents = Vec::new();
+        let (mut at, end) = (offset, offset + length);
+        let find = |position| match seek(&self.file, position) {
+            Ok(found) => Ok(found.min(self.size)),
+            Err(Errno::NXIO) => Ok(self.size),
+            Err(error) => Err(io::Error::from(error)),
+        };
+        while at < end && extents.len() < extents_max {
+            let data = find(SeekFrom::Data(at))?;
+            let (next, flags) =
+                if data > at { (data, STATE_HOLE | STATE_ZERO) } else { (find(SeekFrom::Hole(at))?, 0) };
+            // A file that shrank behind our back must not make this loop spin.
+            let next = next.max(at + 1).min(end);
+            extents.push(StatusExtent { length: next - at, flags });
+            at = next;
+        }
+        Ok(extents)
+    }
+}
+
+impl Disk for FileDisk {
+    fn size(&self) -> u64 {
+        self.shared.size
+    }
+
+    fn features(&self) -> Features {
+        self.shared.features
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Attempt {
+        let wanted = buf.len();
+        match preadv2(
+            self.shared.file.as_fd(),
+            &mut [io::IoSliceMut::new(buf)],
+            offset,
+            ReadWriteFlags::NOWAIT,
+        ) {
+            Ok(got) if got == wanted => Attempt::Ready(Ok(())),
+            // Partly cached, or a kernel or file system without RWF_NOWAIT.
+            _ => Attempt::WouldBlock,
+        }
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            let length = buf.len();
+            let data = self
+                .blocking(move |shared| {
+                    let mut data = vec![0; length];
+                    shared.file.read_exact_at(&mut data, offset)?;
+                    Ok(data)
+                })
+                .await?;
+            buf.copy_from_slice(&data);
+            Ok(())
+        })
+    }
+
+    fn try_write(&self, offset: u64, data: &[u8]) -> Attempt {
+        Attempt::Ready(self.shared.check().and_then(|()| self.shared.file.write_all_at(data, offset)))
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8], fua: bool) -> BoxFuture<'a, io::Result<()>> {
+        let data = data.to_vec();
+        self.blocking(move |shared| {
+            shared.check()?;
+            shared.file.write_all_at(&data, offset)?;
+            if fua { shared.sync() } else { Ok(()) }
+        })
+    }
+
+    fn flush(&self) -> BoxFuture<'_, io::Result<()>> {
+        self.blocking(Shared::sync)
+    }
+
+    fn trim(&self, offset: u64, length: u64, fua: bool) -> BoxFuture<'_, io::Result<()>> {
+        self.blocking(move |shared| {
+            shared.check()?;
+            match shared.punch(offset, length, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE) {
+                // A hint that the file system cannot take is no error.
+                Err(error) if error.raw_os_error() != Some(Errno::OPNOTSUPP.raw_os_error()) => {
+                    return Err(error);
+                }
+                _ => {}
+            }
+            if fua { shared.sync() } else { Ok(()) }
+        })
+    }
+
+    fn zero(&self, offset: u64, length: u64, flags: ZeroFlags, fua: bool) -> BoxFuture<'_, io::Result<()>> {
+        self.blocking(move |shared| {
+            shared.check()?;
+            let mode = if flags.no_hole {
+                FallocateFlags::ZERO_RANGE
+            } else {
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
+            };
+            match shared.punch(offset, length, mode) {
+                Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => {
+                    if flags.fast {
+                        return Err(error);
+                    }
+                    shared.write_zeroes(offset, length)?;
+                }
+                other => other?,
+            }
+            if fua { shared.sync() } else { Ok(()) }
+        })
+    }
+
+    fn status(
+        &self,
+        context: &str,
+        offset: u64,
+        length: u64,
+        extents_max: usize,
+    ) -> BoxFuture<'_, io::Result<Vec<StatusExtent>>> {
+        debug_assert_eq!(context, BASE_ALLOCATION);
+        self.blocking(move |shared| shared.map(offset, length, extents_max))
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> BoxFuture<'_, io::Result<()>> {
+        self.blocking(move |shared| {
+            Ok(fadvise(&shared.file, offset, std::num::NonZero::new(length), Advice::WillNeed)?)
+        })
+    }
+}

@@ -1,0 +1,45 @@
+//! What clients may ask of a server, all of them together and each alone.
+
+use std::time::Duration;
+
+/// Bounds that hold whatever clients do. [`Limits::default`] is right for a host's VMs.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Connections that have reached transmission, in all.
+    pub connections: usize,
+    /// Connections to one export.
+    pub connections_per_export: usize,
+    /// Connections that are still in the handshake; one more ends the oldest of them.
+    pub handshakes: usize,
+    /// Time to reach transmission.
+    pub handshake_timeout: Duration,
+    /// Options that a client may send.
+    pub options: usize,
+    /// Largest payload of a read or write, in bytes.
+    pub payload: u32,
+    /// Requests of one connection that may wait for the disk at once.
+    pub requests: usize,
+    /// Bytes of requests and replies that one connection may have in flight.
+    pub bytes_per_connection: usize,
+    /// The same for all connections together, beyond a reserve of [`PIECE_BYTES`] that each has for itself.
+    pub bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 1024,
+            connections_per_export: 16,
+            handshakes: 64,
+            handshake_timeout: Duration::from_secs(10),
+            options: 32,
+            payload: 32 << 20,
+            requests: 128,
+            bytes_per_connection: 8 << 20,
+            bytes: 96 << 20,
+        }
+    }
+}
+
+/// Payloads are moved in pieces of at most this many bytes.
+pub const PIECE_BYTES: usize = 256 << 10;

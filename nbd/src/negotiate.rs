@@ -1,0 +1,299 @@
+//! The server's side of the handshake, on a connection (NBD specification, "Fixed newstyle negotiation").
+//!
+//! Reads exactly the bytes of one option at a time, so that nothing sent in plain text before STARTTLS can be taken
+//! for something sent behind it. The caller sets the deadline.
+
+use std::io;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use crate::chunk::Style;
+use crate::consts::{FLAG_NO_ZEROES, STRING_MAX, option, reply};
+use crate::handshake::{
+    ExportInfo, OPTION_DATA_MAX, OPTION_HEADER_BYTES, export_info, greeting, list_entry, option_header,
+    option_reply, parse_go, parse_queries, transmission_flags,
+};
+use crate::server::{Export, Shared, Tls};
+
+/// A connection's bytes, whatever carries them.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// Longest option data that is read away to answer that it is too long; longer ones end the connection.
+const SKIP_MAX: usize = 1 << 20;
+
+/// What a handshake came to.
+#[derive(Debug)]
+pub(crate) struct Agreed {
+    pub(crate) export: Export,
+    pub(crate) style: Style,
+    /// Selected metadata contexts; a context's number on the wire is its place here plus one.
+    pub(crate) contexts: Vec<&'static str>,
+}
+
+/// Leads a client through the handshake; `None` when it left in order.
+pub(crate) async fn server(
+    mut stream: Box<dyn Stream>,
+    shared: &Shared,
+) -> io::Result<Option<(Box<dyn Stream>, Agreed)>> {
+    stream.write_all(&greeting()).await?;
+    let client_flags = stream.read_u32().await?;
+    let fixed_newstyle = client_flags & 1 != 0;
+    if client_flags & !3 != 0 || !fixed_newstyle {
+        return Err(violation("unknown client flags"));
+    }
+    let mut session = Session {
+        stream,
+        shared,
+        no_zeroes: client_flags & u32::from(FLAG_NO_ZEROES) != 0,
+        encrypted: false,
+        style: Style::Simple,
+        selected: None,
+        out: Vec::new(),
+    };
+    for _ in 0..shared.limits.options {
+        match session.next().await? {
+            Step::More => {}
+            Step::Left => return Ok(None),
+            Step::Transmission(export) => return Ok(Some(session.finish(export))),
+        }
+    }
+    Err(violation("too many options"))
+}
+
+enum Step {
+    More,
+    Left,
+    Transmission(Export),
+}
+
+struct Session<'a> {
+    stream: Box<dyn Stream>,
+    shared: &'a Shared,
+    no_zeroes: bool,
+    encrypted: bool,
+    style: Style,
+    /// The export that contexts were selected for, and the contexts.
+    selected: Option<(String, Vec<&'static str>)>,
+    out: Vec<u8>,
+}
+
+impl Session<'_> {
+    /// Reads and answers one option.
+    async fn next(&mut self) -> io::Result<Step> {
+        let mut header = [0; OPTION_HEADER_BYTES];
+        self.stream.read_exact(&mut header).await?;
+        let (code, length) = option_header(header).ok_or_else(|| violation("an option without its magic"))?;
+        if length > OPTION_DATA_MAX {
+            if length > SKIP_MAX || code == option::EXPORT_NAME {
+                return Err(violation("an option of absurd length"));
+            }
+            let mut skipped = (&mut self.stream).take(length as u64);
+            tokio::io::copy(&mut skipped, &mut tokio::io::sink()).await?;
+            self.say(code, reply::ERR_TOO_BIG, b"the option is too long");
+            return self.send().await;
+        }
+        let mut data = vec![0; length];
+        self.stream.read_exact(&mut data).await?;
+        if self.needs_tls() && !matches!(code, option::STARTTLS | option::ABORT) {
+            if code == option::EXPORT_NAME {
+                return Err(violation("an export was opened without TLS"));
+            }
+            self.say(code, reply::ERR_TLS_REQD, b"this server wants STARTTLS first");
+            return self.send().await;
+        }
+        match code {
+            option::EXPORT_NAME => return self.export_name(&data).await,
+            option::ABORT => {
+                self.say(code, reply::ACK, b"");
+                // The client may be gone already, as the specification allows.
+                let _ = self.send().await;
+                return Ok(Step::Left);
+            }
+            option::STARTTLS if data.is_empty() => return self.start_tls().await,
+            option::LIST if data.is_empty() => {
+                for (name, description) in self.shared.exports.list().await {
+                    list_entry(&mut self.out, code, &name, &description);
+                }
+                self.say(code, reply::ACK, b"");
+            }
+            option::STRUCTURED_REPLY if data.is_empty() => {
+                if self.style == Style::Extended {
+                    self.say(
+                        code,
+                        reply::ERR_EXT_HEADER_REQD,
+                        b"extended headers include structured replies",
+                    );
+                } else {
+                    self.style = Style::Structured;
+                    self.say(code, reply::ACK, b"");
+                }
+            }
+            option::EXTENDED_HEADERS if data.is_empty() => {
+                self.style = Style::Extended;
+                self.say(code, reply::ACK, b"");
+            }
+            option::LIST | option::STARTTLS | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
+                self.say(code, reply::ERR_INVALID, b"this option takes no data");
+            }
+            option::INFO | option::GO => return self.info_or_go(code, &data).await,
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.contexts(code, &data).await,
+            _ => self.say(code, reply::ERR_UNSUP, b"unknown option"),
+        }
+        self.send().await
+    }
+
+    fn needs_tls(&self) -> bool {
+        match &self.shared.tls {
+            #[cfg(feature = "tls")]
+            Tls::Required(_) => !self.encrypted,
+            _ => false,
+        }
+    }
+
+    fn say(&mut self, code: u32, kind: u32, data: &[u8]) {
+        option_reply(&mut self.out, code, kind, data);
+    }
+
+    async fn send(&mut self) -> io::Result<Step> {
+        self.stream.write_all(&self.out).await?;
+        self.stream.flush().await?;
+        self.out.clear();
+        Ok(Step::More)
+    }
+
+    fn info<'a>(&self, export: &'a Export) -> ExportInfo<'a> {
+        let features = export.disk.features();
+        ExportInfo {
+            name: &export.name,
+            description: &export.description,
+            size: export.disk.size(),
+            features,
+            flags: transmission_flags(features, self.style != Style::Simple),
+            payload_max: self.shared.limits.payload,
+        }
+    }
+
+    async fn export_name(&mut self, data: &[u8]) -> io::Result<Step> {
+        // This option has no error reply: the connection ends.
+        let name = std::str::from_utf8(data).map_err(|_| violation("an export name that is not UTF-8"))?;
+        if self.style == Style::Extended || name.len() > STRING_MAX {
+            return Err(violation("an export cannot be opened that way"));
+        }
+        let export = self.shared.exports.open(name).await.map_err(io::Error::other)?;
+        let info = self.info(&export);
+        self.out.extend_from_slice(&info.size.to_be_bytes());
+        self.out.extend_from_slice(&info.flags.to_be_bytes());
+        if !self.no_zeroes {
+            self.out.extend_from_slice(&[0; 124]);
+        }
+        self.send().await?;
+        Ok(Step::Transmission(export))
+    }
+
+    async fn info_or_go(&mut self, code: u32, data: &[u8]) -> io::Result<Step> {
+        let Some((name, wanted)) = parse_go(data) else {
+            self.say(code, reply::ERR_INVALID, b"malformed request for an export");
+            return self.send().await;
+        };
+        match self.shared.exports.open(name).await {
+            Err(reason) => {
+                self.say(code, reply::ERR_UNKNOWN, reason.as_bytes());
+                self.send().await
+            }
+            Ok(export) => {
+                let info = self.info(&export);
+                export_info(&mut self.out, code, &info, &wanted);
+                self.say(code, reply::ACK, b"");
+                self.send().await?;
+                Ok(if code == option::GO { Step::Transmission(export) } else { Step::More })
+            }
+        }
+    }
+
+    /// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
+    async fn contexts(&mut self, code: u32, data: &[u8]) {
+        let setting = code == option::SET_META_CONTEXT;
+        if setting {
+            self.selected = None;
+        }
+        if self.style == Style::Simple {
+            return self.say(code, reply::ERR_INVALID, b"metadata contexts need structured replies");
+        }
+        let Some((name, queries)) = parse_queries(data) else {
+            return self.say(code, reply::ERR_INVALID, b"malformed metadata query");
+        };
+        let export = match self.shared.exports.open(name).await {
+            Ok(export) => export,
+            Err(reason) => return self.say(code, reply::ERR_UNKNOWN, reason.as_bytes()),
+        };
+        let known = export.disk.contexts();
+        let all = !setting && queries.is_empty();
+        let chosen: Vec<&'static str> = known
+            .iter()
+            .copied()
+            .filter(|context| all || queries.iter().any(|query| matches(query, context, setting)))
+            .collect();
+        for (number, context) in (1u32..).zip(&chosen) {
+            let mut data = if setting { number } else { 0 }.to_be_bytes().to_vec();
+            data.extend_from_slice(context.as_bytes());
+            self.say(code, reply::META_CONTEXT, &data);
+        }
+        self.say(code, reply::ACK, b"");
+        if setting {
+            self.selected = Some((export.name, chosen));
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    async fn start_tls(&mut self) -> io::Result<Step> {
+        let code = option::STARTTLS;
+        let config = match &self.shared.tls {
+            _ if self.encrypted => {
+                self.say(code, reply::ERR_INVALID, b"the connection is encrypted already");
+                return self.send().await;
+            }
+            Tls::Off => {
+                self.say(code, reply::ERR_POLICY, b"this server has no certificate");
+                return self.send().await;
+            }
+            Tls::Allowed(config) | Tls::Required(config) => std::sync::Arc::clone(config),
+        };
+        self.say(code, reply::ACK, b"");
+        self.send().await?;
+        let plain = std::mem::replace(&mut self.stream, Box::new(tokio::io::empty()));
+        self.stream = Box::new(tokio_rustls::TlsAcceptor::from(config).accept(plain).await?);
+        // What was agreed in plain text is forgotten, as the specification wants.
+        self.encrypted = true;
+        self.style = Style::Simple;
+        self.selected = None;
+        Ok(Step::More)
+    }
+
+    #[cfg(not(feature = "tls"))]
+    async fn start_tls(&mut self) -> io::Result<Step> {
+        let Tls::Off = &self.shared.tls;
+        let _ = self.encrypted;
+        self.say(option::STARTTLS, reply::ERR_POLICY, b"this server has no TLS");
+        self.send().await
+    }
+
+    fn finish(self, export: Export) -> (Box<dyn Stream>, Agreed) {
+        let contexts = match self.selected {
+            // Contexts hold for the export they were selected for.
+            Some((name, contexts)) if name == export.name => contexts,
+            _ => Vec::new(),
+        };
+        (self.stream, Agreed { export, style: self.style, contexts })
+    }
+}
+
+/// Whether a query names `context`. A query that ends in a colon lists a namespace, and selects nothing.
+fn matches(query: &str, context: &str, setting: bool) -> bool {
+    query == context || (!setting && query.ends_with(':') && context.starts_with(query))
+}
+
+fn violation(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}

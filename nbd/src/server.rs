@@ -1,0 +1,254 @@
+//! The server: accepts connections, leads each through the handshake, and hands it to its transmission loop.
+//!
+//! A connection has a task of its own; whatever ends it, an error or a panic, ends nothing else. What clients may ask
+//! for is bounded by [`Limits`].
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use crate::connection;
+use crate::disk::{BoxFuture, SharedDisk};
+use crate::limits::Limits;
+use crate::negotiate::{self, Agreed, Stream};
+
+/// One thing that clients may open.
+#[derive(Clone)]
+pub struct Export {
+    /// Its name on the wire.
+    pub name: String,
+    /// For people; may be empty.
+    pub description: String,
+    /// What is behind it.
+    pub disk: SharedDisk,
+    /// Ends the export's connections when it is cancelled, for instance because the disk goes away.
+    pub closed: CancellationToken,
+}
+
+impl std::fmt::Debug for Export {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Export").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Export {
+    /// An export that stays until the server ends.
+    pub fn new(name: impl Into<String>, disk: SharedDisk) -> Self {
+        Self { name: name.into(), description: String::new(), disk, closed: CancellationToken::new() }
+    }
+}
+
+/// Where a server finds its exports. They may come and go while it runs.
+pub trait Exports: Send + Sync + 'static {
+    /// The export of that name; the empty name is the default export.
+    ///
+    /// # Errors
+    ///
+    /// A message for the client's person.
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, String>>;
+
+    /// Names and descriptions of what there is; empty if clients are not to be told.
+    fn list(&self) -> BoxFuture<'_, Vec<(String, String)>>;
+}
+
+/// A server of one export, which is also the default one, and which is not listed.
+impl Exports for Export {
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, String>> {
+        let found = name.is_empty() || name == self.name;
+        let answer = if found { Ok(self.clone()) } else { Err("there is no export of that name".to_owned()) };
+        Box::pin(async { answer })
+    }
+
+    fn list(&self) -> BoxFuture<'_, Vec<(String, String)>> {
+        Box::pin(async { Vec::new() })
+    }
+}
+
+/// Whether connections are encrypted.
+#[derive(Debug, Clone, Default)]
+pub enum Tls {
+    /// Never.
+    #[default]
+    Off,
+    /// When the client asks for it.
+    #[cfg(feature = "tls")]
+    Allowed(Arc<rustls::ServerConfig>),
+    /// Always: nothing but STARTTLS is answered before it.
+    #[cfg(feature = "tls")]
+    Required(Arc<rustls::ServerConfig>),
+}
+
+/// An NBD server. Cheap to clone; clones share exports and limits.
+#[derive(Clone)]
+pub struct Server {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) exports: Arc<dyn Exports>,
+    pub(crate) limits: Limits,
+    pub(crate) tls: Tls,
+    /// What all connections together may have in flight, in bytes.
+    pub(crate) bytes: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+    per_export: Mutex<HashMap<String, usize>>,
+    handshakes: Mutex<VecDeque<(u64, CancellationToken)>>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("limits", &self.shared.limits).finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// A server of `exports` within `limits`.
+    pub fn new(exports: Arc<dyn Exports>, limits: Limits, tls: Tls) -> Self {
+        let shared = Shared {
+            exports,
+            limits,
+            tls,
+            bytes: Arc::new(Semaphore::new(limits.bytes)),
+            connections: Arc::new(Semaphore::new(limits.connections)),
+            per_export: Mutex::default(),
+            handshakes: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Serves a Unix socket until `cancel`; returns when its connections have ended.
+    pub async fn serve_unix(&self, listener: UnixListener, cancel: CancellationToken) {
+        let accept = || async {
+            let (stream, _) = listener.accept().await?;
+            Ok(Box::new(stream) as Box<dyn Stream>)
+        };
+        self.serve(accept, cancel).await;
+    }
+
+    /// Serves a TCP socket until `cancel`; returns when its connections have ended.
+    pub async fn serve_tcp(&self, listener: TcpListener, cancel: CancellationToken) {
+        let accept = || async {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream) as Box<dyn Stream>)
+        };
+        self.serve(accept, cancel).await;
+    }
+
+    async fn serve<F, A>(&self, accept: F, cancel: CancellationToken)
+    where
+        F: Fn() -> A,
+        A: Future<Output = io::Result<Box<dyn Stream>>>,
+    {
+        let tasks = TaskTracker::new();
+        let mut number = 0;
+        loop {
+            let accepted = tokio::select! {
+                () = cancel.cancelled() => break,
+                accepted = accept() => accepted,
+            };
+            match accepted {
+                Ok(stream) => {
+                    number += 1;
+                    let (server, cancel) = (self.clone(), cancel.child_token());
+                    tasks.spawn(async move { server.connection(stream, number, cancel).await });
+                }
+                Err(error) => {
+                    // Out of descriptors, as a rule: connections that end will free some.
+                    warn!("cannot accept an NBD connection: {error}");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    /// One connection, from greeting to end.
+    async fn connection(&self, stream: Box<dyn Stream>, number: u64, cancel: CancellationToken) {
+        let evicted = self.enter_handshake(number);
+        let negotiated = tokio::select! {
+            () = cancel.cancelled() => Err(io::Error::other("the server ends")),
+            () = evicted.cancelled() => Err(io::Error::other("newer connections needed the place")),
+            result = tokio::time::timeout(
+                self.shared.limits.handshake_timeout,
+                negotiate::server(stream, &self.shared),
+            ) => result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+        };
+        self.leave_handshake(number);
+        let (stream, agreed) = match negotiated {
+            Ok(Some(agreed)) => agreed,
+            Ok(None) => return,
+            Err(error) => return debug!("a handshake failed: {error}"),
+        };
+        let Ok(_place) = Arc::clone(&self.shared.connections).try_acquire_owned() else {
+            return warn!("more than {} NBD connections: one is refused", self.shared.limits.connections);
+        };
+        let Some(_place) = ExportPlace::take(&self.shared, &agreed) else {
+            return warn!(
+                "more than {} connections to export '{}': one is refused",
+                self.shared.limits.connections_per_export, agreed.export.name
+            );
+        };
+        let name = agreed.export.name.clone();
+        if let Err(error) = connection::serve(stream, agreed, &self.shared, cancel).await {
+            debug!("a connection to '{name}' ended: {error}");
+        }
+    }
+
+    /// Counts a connection into the handshake; the oldest one leaves when there are too many.
+    fn enter_handshake(&self, number: u64) -> CancellationToken {
+        let token = CancellationToken::new();
+        let mut waiting = self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.push_back((number, token.clone()));
+        if waiting.len() > self.shared.limits.handshakes
+            && let Some((_, oldest)) = waiting.pop_front()
+        {
+            oldest.cancel();
+        }
+        token
+    }
+
+    fn leave_handshake(&self, number: u64) {
+        let mut waiting = self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.retain(|(other, _)| *other != number);
+    }
+}
+
+/// One of the places that an export has for connections.
+struct ExportPlace {
+    shared: Arc<Shared>,
+    name: String,
+}
+
+impl ExportPlace {
+    fn take(shared: &Arc<Shared>, agreed: &Agreed) -> Option<Self> {
+        let name = agreed.export.name.clone();
+        let mut counts = shared.per_export.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(name.clone()).or_default();
+        if *count >= shared.limits.connections_per_export {
+            return None;
+        }
+        *count += 1;
+        Some(Self { shared: Arc::clone(shared), name })
+    }
+}
+
+impl Drop for ExportPlace {
+    fn drop(&mut self) {
+        let mut counts = self.shared.per_export.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.name) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.name);
+            }
+        }
+    }
+}
