@@ -210,9 +210,10 @@ mod tests {
             overlay.trim((40 + u64::from(layer)) * 4096, 4096, false).await.unwrap();
             let trimmed = (40 + usize::from(layer)) * 4096;
             model[trimmed..trimmed + 4096].fill(0);
-            overlay.seal().await.unwrap();
-            drop(overlay);
-            let (index, diff) = (folder.join("index"), folder.join("diff"));
+            let image = dir.path().join(format!("image-{layer}"));
+            std::fs::create_dir(&image).unwrap();
+            overlay.seal(&image).await.unwrap();
+            let (index, diff) = (image.join("index"), image.join("disk"));
             assert!(ImageDisk::open_increment(&index, &diff, disk.clone(), Digest([2; 32])).is_err());
             disk = Arc::new(ImageDisk::open_increment(&index, &diff, disk, ROOT).unwrap());
             assert!(read(&*disk, 0, 64 * 4096).await == model, "layer {layer}");

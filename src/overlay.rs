@@ -3,7 +3,7 @@
 //! A block that the VM wrote is in the *diff*, a sparse file with every block at its own offset; which blocks those are
 //! says the *index*, two bits a block in memory ([`map`]) and a log of runs on disk ([`log`]). Everything else is read
 //! from the base. Reads need no lock ([`layer`]); how writes merge is in [`write`], what FLUSH and FUA do, in which
-//! order and why, in [`flush`]. Sealed ([`seal`]), the same two files are an incremental image.
+//! order and why, in [`flush`]. Sealed ([`seal`]), two such files are an incremental image.
 //!
 //! It knows nothing of names or folders beyond its own two files; one process has them open at a time.
 //!
@@ -42,7 +42,7 @@ pub use log::{Header, IndexError, SIZE_MAX};
 use map::BlockMap;
 pub use map::{BlockState, Run};
 use range_lock::RangeLock;
-pub use seal::Sealed;
+pub use seal::{DISK_FILE, Sealed};
 pub use storage::{DiffFile, FileDiff, FileLog, LogFile};
 
 /// The index's file name within an overlay's folder.

@@ -284,7 +284,10 @@ async fn one_life(seed: u64, power: Arc<Power>, log: Vec<u8>, diff: Vec<u8>) -> 
                     model.put(index(start) * 8..index(end) * 8, 0, &result);
                 }
             }
-            6 => model.flushed(&overlay.0.rewrite_index(overlay.0.layer.map.own_runs()).await),
+            6 => {
+                overlay.0.flusher.progress_for_test().await.log.compact_always();
+                model.flushed(&overlay.flush().await);
+            }
             _ => model.flushed(&overlay.flush().await),
         }
     }

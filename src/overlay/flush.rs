@@ -37,8 +37,8 @@ pub(super) struct Flusher {
 }
 
 #[derive(Debug)]
-struct Progress {
-    log: Log,
+pub(super) struct Progress {
+    pub(super) log: Log,
     /// Number of the last flush that ended well.
     done: u64,
     /// Count of writes that it covered.
@@ -51,9 +51,9 @@ impl Flusher {
         Self { began: AtomicU64::new(0), progress: Arc::new(tokio::sync::Mutex::new(progress)) }
     }
 
-    /// Holds all flushes up.
+    /// Holds all flushes up, and lets the log be seen.
     #[cfg(test)]
-    pub(super) async fn progress_for_test(&self) -> impl Sized {
+    pub(super) async fn progress_for_test(&self) -> OwnedMutexGuard<Progress> {
         self.progress.clone().lock_owned().await
     }
 }
@@ -68,29 +68,19 @@ impl Inner {
             return Ok(()); // It began after this call did.
         }
         let inner = self.clone();
-        blocking(move || inner.flush_now(progress, None)).await
+        blocking(move || inner.flush_now(progress)).await
     }
 
-    /// Writes the index anew with these runs; for sealing, when nobody writes.
-    pub(super) async fn rewrite_index(self: &Arc<Self>, runs: Vec<Run>) -> io::Result<()> {
-        let progress = self.flusher.progress.clone().lock_owned().await;
-        let inner = self.clone();
-        blocking(move || inner.flush_now(progress, Some(runs))).await
-    }
-
-    fn flush_now(&self, mut progress: OwnedMutexGuard<Progress>, anew: Option<Vec<Run>>) -> io::Result<()> {
+    fn flush_now(&self, mut progress: OwnedMutexGuard<Progress>) -> io::Result<()> {
         self.check_latch()?;
         let number = self.flusher.began.fetch_add(1, Ordering::SeqCst) + 1;
         let written = self.written.load(Ordering::SeqCst);
         let dirty = self.dirty.take();
-        if written != progress.covered || !dirty.is_empty() || anew.is_some() {
+        if written != progress.covered || !dirty.is_empty() {
             let batch = runs_of(&self.layer.map, &dirty);
             let compacted = progress.log.wants_compaction().then(|| self.layer.map.own_runs());
             self.layer.diff.sync().map_err(|error| self.latch("diff", &error))?;
-            let recorded = match anew {
-                Some(runs) => self.replace(&mut progress.log, &runs),
-                None => self.record(&mut progress.log, &batch, compacted.as_deref()),
-            };
+            let recorded = self.record(&mut progress.log, &batch, compacted.as_deref());
             recorded.inspect_err(|_| self.dirty.put_back(&dirty))?;
         }
         progress.covered = written;
@@ -100,22 +90,17 @@ impl Inner {
 
     /// Steps 3 and 4: `compacted` in place of the whole log if there is room, else `batch` at its end.
     fn record(&self, log: &mut Log, batch: &[Run], compacted: Option<&[Run]>) -> io::Result<()> {
-        if let Some(runs) = compacted {
-            match self.replace(log, runs) {
-                Err(error) if is_full(&error) => {}
-                result => return result,
-            }
+        match compacted.map(|runs| log.replace(runs)) {
+            Some(Ok(())) => return Ok(()),
+            // Any other error leaves in doubt which of the two logs is there.
+            Some(Err(error)) if !is_full(&error) => return Err(self.latch("index", &error)),
+            _ => {}
         }
         if batch.is_empty() {
             return Ok(());
         }
         log.append(batch)?;
         log.sync().map_err(|error| self.latch("index", &error))
-    }
-
-    /// Puts `runs` in place of the log. Anything but a full disk leaves in doubt which of the two is there: it latches.
-    fn replace(&self, log: &mut Log, runs: &[Run]) -> io::Result<()> {
-        log.replace(runs).map_err(|error| if is_full(&error) { error } else { self.latch("index", &error) })
     }
 
     fn latch(&self, file: &'static str, error: &io::Error) -> io::Error {

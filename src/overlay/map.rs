@@ -69,11 +69,6 @@ impl BlockMap {
         Self { words, blocks }
     }
 
-    /// Number of blocks of the disk.
-    pub(super) fn blocks(&self) -> u64 {
-        self.blocks
-    }
-
     /// Number of words, for the dirty set that goes with the map.
     pub(super) fn words(&self) -> usize {
         self.words.len()

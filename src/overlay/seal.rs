@@ -1,95 +1,125 @@
-//! Turning an overlay into an incremental image: dropping what the base has anyway.
+//! Making an incremental image of an overlay: its own index and disk, without what the base has anyway.
 //!
-//! Sealing works in place and changes no byte of what the disk shows: a data block equal to the base's becomes absent,
-//! one of zeroes becomes zero, a zero block over zeroes becomes absent. The pruned index is written first, atomically,
-//! and the space of what it no longer names is given back afterwards, so a crash at any point leaves a valid overlay.
-//! What then stands in the folder, `index` and `diff`, is an increment's `index` and `disk`.
+//! The image gets a copy, so that the overlay can be written again without harm to it. A data block equal to the base's
+//! is left out, one of zeroes becomes zero, a zero block over zeroes is left out. The disk is synced before the
+//! index, which makes the pair an increment, is written.
 
 use std::io;
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bootcache_nbd::{Attempt, SharedDisk};
 
-use super::layer::read_diff;
+use super::layer::{blocking, read_diff};
 use super::map::{BlockState, Run};
-use super::{Overlay, Usage};
-use crate::block::{BLOCK_SIZE, Extent};
+use super::storage::{DiffFile, FileDiff};
+use super::{INDEX_FILE, Inner, Overlay, OverlayError, write_index};
+use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent};
 
-/// Blocks compared at a time.
+/// The disk's file name within an increment's folder.
+pub const DISK_FILE: &str = "disk";
+/// Blocks compared and copied at a time.
 const CHUNK_BLOCKS: u64 = 256;
 
 /// What sealing came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sealed {
-    /// What is the increment's own.
-    pub own: Usage,
-    /// Blocks that the overlay held although the base has the same.
+    /// What is the increment's own, in order.
+    pub runs: Vec<Run>,
+    /// Blocks that the overlay holds although the base has the same.
     pub dropped_blocks: u64,
 }
 
-impl Overlay {
-    /// Refuses writes from now on (`EROFS`), then makes the overlay an incremental image as described above.
-    ///
-    /// Nothing may still be writing. If it fails the overlay is valid and can be sealed again, or opened again to go
-    /// on writing. Dropping the future has the same effect as a failure.
-    pub async fn seal(&self) -> io::Result<Sealed> {
-        self.0.sealed.store(true, Ordering::SeqCst);
-        self.0.flush().await?;
-        let map = &self.0.layer.map;
-        let mut own = Vec::new();
-        let mut dropped = Vec::new();
-        for run in map.runs(Extent::new(0, map.blocks())).filter(|run| run.state != BlockState::Absent) {
-            let mut start = run.extent.start;
-            while start < run.extent.end() {
-                let chunk = Extent::new(start, CHUNK_BLOCKS.min(run.extent.end() - start));
-                self.classify(Run { extent: chunk, state: run.state }, &mut own, &mut dropped).await?;
-                start = chunk.end();
-            }
-        }
-        self.0.rewrite_index(own.clone()).await?;
-        let inner = self.0.clone();
-        let dropped_blocks = dropped.iter().map(|run: &Run| run.extent.count).sum();
-        super::layer::blocking(move || {
-            for run in dropped.iter().chain(own.iter().filter(|run| run.state == BlockState::Zero)) {
-                inner.layer.map.set(run.extent, run.state, |_, _| ());
-                inner.punch(run.extent)?;
-            }
-            inner.layer.diff.sync()
-        })
-        .await?;
-        Ok(Sealed { own: self.usage(), dropped_blocks })
-    }
+/// Ends the time in which writes are refused.
+struct Frozen<'a>(&'a Inner);
 
-    /// Sorts the blocks of a run into what is the increment's own and what the base has too.
-    async fn classify(&self, run: Run, own: &mut Vec<Run>, dropped: &mut Vec<Run>) -> io::Result<()> {
-        let layer = &self.0.layer;
-        let length = (run.extent.end() * BLOCK_SIZE).min(layer.size) - run.extent.offset();
-        let length = usize::try_from(length).expect("a chunk is small");
-        let mut ours = vec![0; length];
-        let mut theirs = vec![0; length];
-        if run.state == BlockState::Data {
-            read_diff(&layer.diff, run.extent.offset(), &mut ours).await?;
-        }
-        read_disk(&layer.base, run.extent.offset(), &mut theirs).await?;
-        let block_bytes = usize::try_from(BLOCK_SIZE).expect("4096");
-        let pairs = ours.chunks(block_bytes).zip(theirs.chunks(block_bytes));
-        for (block, (our, their)) in run.extent.blocks().zip(pairs) {
-            if our == their {
-                push(dropped, block, BlockState::Absent);
-            } else if our.iter().all(|byte| *byte == 0) {
-                push(own, block, BlockState::Zero);
-            } else {
-                push(own, block, BlockState::Data);
-            }
-        }
-        Ok(())
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.0.sealed.store(false, Ordering::SeqCst);
     }
 }
 
-fn push(runs: &mut Vec<Run>, block: u64, state: BlockState) {
+impl Overlay {
+    /// Makes `index` and `disk` of an incremental image in the existing folder `dir`, which must hold neither.
+    ///
+    /// The overlay is flushed first and stays what it is; nothing may be writing to it, and writes are refused (`EROFS`)
+    /// until the future ends or is dropped. What is in `dir` after a failure is no image.
+    ///
+    /// # Errors
+    /// [`OverlayError::Diff`] when blocks cannot be read or copied, [`OverlayError::Index`].
+    pub async fn seal(&self, dir: &Path) -> Result<Sealed, OverlayError> {
+        self.0.sealed.store(true, Ordering::SeqCst);
+        let _frozen = Frozen(&self.0);
+        let disk = dir.join(DISK_FILE);
+        let sealed = self
+            .copy_own(&disk)
+            .await
+            .map_err(|source| OverlayError::Diff { path: disk.display().to_string(), source })?;
+        write_index(&dir.join(INDEX_FILE), self.0.header, &sealed.runs)?;
+        Ok(sealed)
+    }
+
+    async fn copy_own(&self, disk: &Path) -> io::Result<Sealed> {
+        self.0.flush().await?;
+        let (path, size) = (disk.to_owned(), self.0.layer.size);
+        let disk = Arc::new(blocking(move || FileDiff::create(&path, size)).await?);
+        let mut sealed = Sealed { runs: Vec::new(), dropped_blocks: 0 };
+        for run in self.0.layer.map.own_runs() {
+            let mut rest = run.extent;
+            while !rest.is_empty() {
+                let extent = Extent::new(rest.start, CHUNK_BLOCKS.min(rest.count));
+                rest = Extent::new(extent.end(), rest.count - extent.count);
+                self.copy_chunk(Run { extent, state: run.state }, &disk, &mut sealed).await?;
+            }
+        }
+        blocking(move || disk.sync()).await?;
+        Ok(sealed)
+    }
+
+    /// Sorts the blocks of a chunk into what is the increment's own, copying the data, and what the base has too.
+    async fn copy_chunk(&self, chunk: Run, disk: &Arc<FileDiff>, sealed: &mut Sealed) -> io::Result<()> {
+        let layer = &self.0.layer;
+        let start = chunk.extent.offset();
+        let length = (chunk.extent.end() * BLOCK_SIZE).min(layer.size) - start;
+        let length = usize::try_from(length).expect("a chunk is small");
+        let (mut ours, mut theirs) = (vec![0; length], vec![0; length]);
+        if chunk.state == BlockState::Data {
+            read_diff(&layer.diff, start, &mut ours).await?;
+        }
+        read_disk(&layer.base, start, &mut theirs).await?;
+        let mut runs: Vec<Run> = Vec::new();
+        let pairs = ours.chunks(BLOCK_BYTES).zip(theirs.chunks(BLOCK_BYTES));
+        for (block, (our, their)) in chunk.extent.blocks().zip(pairs) {
+            if our == their {
+                sealed.dropped_blocks += 1;
+            } else if our.iter().all(|byte| *byte == 0) {
+                push(&mut runs, Run { extent: Extent::new(block, 1), state: BlockState::Zero });
+            } else {
+                push(&mut runs, Run { extent: Extent::new(block, 1), state: BlockState::Data });
+            }
+        }
+        runs.iter().for_each(|run| push(&mut sealed.runs, *run));
+        let disk = disk.clone();
+        blocking(move || {
+            for run in runs.iter().filter(|run| run.state == BlockState::Data) {
+                let from = usize::try_from(run.extent.offset() - start).expect("within the chunk");
+                let until = ours.len().min(from + usize::try_from(run.extent.bytes()).expect("a chunk"));
+                disk.write_at([&ours[from..until], &[], &[]], run.extent.offset())?;
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Appends a run, joined to the last one if they are neighbours of one state.
+fn push(runs: &mut Vec<Run>, run: Run) {
     match runs.last_mut() {
-        Some(run) if run.extent.end() == block && run.state == state => run.extent.count += 1,
-        _ => runs.push(Run { extent: Extent::new(block, 1), state }),
+        Some(last) if last.extent.end() == run.extent.start && last.state == run.state => {
+            last.extent.count += run.extent.count;
+        }
+        _ => runs.push(run),
     }
 }
 

@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use tokio::runtime::{Builder, Runtime};
 
 use super::*;
-use crate::block::BLOCK_BYTES;
+use crate::block::{BLOCK_BYTES, Extent};
+use crate::image_disk::ImageDisk;
 
 /// An image in memory whose reads have to wait now and then.
 pub(super) struct MemoryBase {
@@ -194,15 +195,12 @@ async fn check(size: usize, steps: Vec<Step>) {
                 overlay = open();
             }
             Step::Seal => {
-                let before = overlay.usage();
-                let sealed = overlay.seal().await.unwrap();
-                assert!(sealed.own.data_blocks <= before.data_blocks);
-                assert_eq!(sealed.own, overlay.usage());
-                assert!(write(&overlay, 0, &[1], false).await.is_err(), "sealed");
-                assert!(read(&overlay, 0, size).await == model, "sealing changes nothing that can be seen");
-                drop(overlay);
-                overlay = open();
-                assert_eq!(sealed.own, overlay.usage());
+                let image = tempfile::tempdir().unwrap();
+                let sealed = overlay.seal(image.path()).await.unwrap();
+                let (index, disk) = (image.path().join(INDEX_FILE), image.path().join(DISK_FILE));
+                let increment = ImageDisk::open_increment(&index, &disk, base.clone(), ROOT).unwrap();
+                assert!(read(&increment, 0, size).await == model, "the increment reads as the overlay does");
+                assert_eq!(read_index(&index).unwrap().1, sealed.runs);
             }
         }
     }
@@ -377,6 +375,10 @@ async fn sealing_keeps_only_what_differs_from_the_base() {
     overlay.trim(5 * 4096, 4096, false).await.unwrap(); // block 5: zero over zeroes
     overlay.trim(6 * 4096, 4096, false).await.unwrap(); // block 6: zero over data
     write(&overlay, 7 * 4096, &[0; 4096], false).await.unwrap(); // block 7: zeroes written over data
-    let sealed = overlay.seal().await.unwrap();
-    assert_eq!(sealed, Sealed { own: Usage { data_blocks: 1, zero_blocks: 2 }, dropped_blocks: 3 });
+    let image = tempfile::tempdir().unwrap();
+    let sealed = overlay.seal(image.path()).await.unwrap();
+    let run = |start, count, state| Run { extent: Extent::new(start, count), state };
+    assert_eq!(sealed.runs, [run(2, 1, BlockState::Data), run(6, 2, BlockState::Zero)][..]);
+    assert_eq!(sealed.dropped_blocks, 3);
+    write(&overlay, 0, &[1], false).await.unwrap(); // the overlay goes on
 }
