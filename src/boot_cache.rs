@@ -14,6 +14,7 @@
 mod format;
 mod frames;
 mod heads;
+pub mod kept;
 mod map;
 pub mod merge;
 pub mod recording;

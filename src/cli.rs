@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 the command line is wrong (clap's), 3 a difference was found where none was
 //! expected (`image verify`), 130 interrupted.
 
+mod analyze;
 mod ca;
 mod completions;
 mod image;
@@ -57,6 +58,8 @@ impl Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show what the recorded boots of an image read, compare them, draw them
+    Analyze(analyze::Args),
     /// Make the cluster's certificate authority, and certificates for its members
     Ca(ca::Args),
     /// Add, list, show, verify, remove and export images
@@ -68,6 +71,7 @@ enum Command {
 /// Runs the chosen subcommand.
 pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
+        Command::Analyze(args) => analyze::run(&cli.globals, &args),
         Command::Ca(args) => ca::run(&cli.globals, args),
         Command::Image(args) => image::run(&cli.globals, args),
         Command::Completions(args) => completions::run(&args),
