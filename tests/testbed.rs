@@ -74,3 +74,20 @@ fn a_host_has_a_libvirt_and_a_docker_of_its_own_and_survives_a_power_loss() {
     support::run(Command::new("virsh").args(["-c", hosts[1].libvirt(), "list"]));
     support::run(&mut hosts[0].command(["ip", "link", "show", "eth0"]));
 }
+
+#[test]
+fn a_payload_disk_carries_programs_and_a_script_into_the_tiny_guest() {
+    if !support::require(&["qemu-system-x86_64"]) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let payload = folder.path().join("payload.raw");
+    let program = std::path::Path::new(support::store::bootcache());
+    guest::payload(&payload, &[program], "bootcache --version; modprobe nbd && ls /dev/nbd0");
+    let guest = Tiny::new(&format!("file={},format=raw,snapshot=on", guest::disk("tiny").display()))
+        .arguments(["-drive", &format!("file={},format=raw,if=virtio", payload.display())])
+        .start();
+    guest::wait_for_boot(&guest);
+    guest.wait_for("RUN-DONE rc=0", Duration::from_secs(60));
+    assert!(guest.said().contains(env!("CARGO_PKG_VERSION")), "{}", guest.said());
+}
