@@ -7,6 +7,8 @@ pub mod export;
 pub mod extents;
 pub mod format;
 pub mod import;
+pub mod increment;
+pub mod increment_file;
 pub mod increment_tree;
 pub mod manifest;
 pub mod page;

@@ -345,6 +345,14 @@ impl Store {
         self.write_name(name, root)
     }
 
+    /// Whether no image is called `name` yet: to be asked before long work for it.
+    ///
+    /// # Errors
+    /// [`StoreError::NameTaken`], [`StoreError::Io`].
+    pub fn check_free(&self, name: &ImageName) -> Result<(), StoreError> {
+        self.root_of(name)?.map_or(Ok(()), |_| Err(StoreError::NameTaken(name.clone())))
+    }
+
     /// Whether `name` is free, or means `root` already.
     ///
     /// # Errors

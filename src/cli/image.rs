@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use bootcache::digest::Digest;
 use bootcache::image::export::{ExportError, export};
 use bootcache::image::import::{ImportError, ImportOptions, import};
+use bootcache::image::increment::export_increment;
 use bootcache::image::manifest::{ImageKind, Manifest, SourceFormat};
 use bootcache::image::verify::verify;
 use bootcache::name::ImageName;
@@ -75,6 +76,9 @@ enum Command {
         /// Format of the file [default: by its extension, else raw]
         #[arg(long, value_enum)]
         format: Option<FormatArg>,
+        /// Write only what an incremental image adds to its base; `image add` takes the file where the base is
+        #[arg(long, conflicts_with = "format")]
+        increment: bool,
     },
 }
 
@@ -132,9 +136,9 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         Command::Remove { names } => {
             names.iter().try_for_each(|name| remove(&store, name, json)).map(|()| ExitCode::SUCCESS)
         }
-        Command::Export { name, file, format } => {
+        Command::Export { name, file, format, increment } => {
             let format = format.map(Into::into).or_else(|| format_of(&file)).unwrap_or(SourceFormat::Raw);
-            export_image(store, &name, file, format, json)
+            export_image(store, &name, file, (!increment).then_some(format), json)
         }
     }
 }
@@ -365,16 +369,22 @@ fn remove(store: &Store, name: &ImageName, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Without a format, only what the image adds to its base is written.
 fn export_image(
     store: Store,
     name: &ImageName,
     file: PathBuf,
-    format: SourceFormat,
+    format: Option<SourceFormat>,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let entry = store.resolve(name)?;
     let target = file.clone();
-    match watched("exporting", move |watch| export(&store, &entry, &target, format, watch))? {
+    let exported = watched("exporting", move |watch| match format {
+        Some(format) => export(&store, &entry, &target, format, watch),
+        None => export_increment(&store, &entry, &target, watch),
+    })?;
+    let format = format.map_or_else(|| "increment".to_owned(), |format| format.to_string());
+    match exported {
         Ok(()) if json => print_json(&serde_json::json!({ "name": name, "file": file, "format": format })),
         Ok(()) => {
             println!("exported {name} to {} ({format})", file.display());

@@ -32,6 +32,9 @@ pub enum ExportError {
     /// The image has not arrived completely.
     #[error("image {} has not arrived completely: wait for it, or use `bootcache pull`", .0.short())]
     Incomplete(Digest),
+    /// It stands on its own.
+    #[error("image {} adds to no other: leave --increment out", .0.short())]
+    NotAnIncrement(Digest),
     /// A container's archive is no disk.
     #[error("a container image is exported as it is: leave --format out")]
     Container,

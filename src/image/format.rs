@@ -109,6 +109,11 @@ impl Head {
                 .any(|line| line.trim().eq_ignore_ascii_case("# disk descriptorfile"))
     }
 
+    /// Whether the file is an incremental image that `image export --increment` wrote.
+    pub fn is_increment(&self) -> bool {
+        self.has(super::increment_file::MAGIC, 0)
+    }
+
     /// Whether the file is a tar archive, or one that is compressed.
     pub fn is_archive(&self) -> bool {
         self.is_tar()

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use rustix::fs::{FallocateFlags, fallocate, ioctl_ficlone};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE};
@@ -22,6 +22,7 @@ use crate::name::ImageName;
 use crate::store::{ImageEntry, Scratch, Store, StoreError};
 
 use super::format::{FormatError, Head, refuse_truncated, refuse_truncated_vdi};
+use super::increment::{IncrementError, import_increment};
 use super::manifest::{ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
 use super::page::{PAGE_SPAN, Page};
 use super::qemu_img::{self, QemuImgError};
@@ -50,6 +51,9 @@ pub enum ImportError {
     /// It is said to be a container but is no archive.
     #[error("{}: it is not a tar archive, so not a container: leave --type out, or state --type vm", .0.display())]
     NotAnArchive(PathBuf),
+    /// It is an incremental image that cannot be taken.
+    #[error("{}: {error}", path.display())]
+    Increment { path: PathBuf, error: IncrementError },
     /// `qemu-img` cannot read it.
     #[error("{}: {error}", path.display())]
     QemuImg { path: PathBuf, error: QemuImgError },
@@ -100,10 +104,17 @@ pub fn import(
     options: ImportOptions,
     watch: &Watch,
 ) -> Result<ImageEntry, ImportError> {
-    if store.root_of(name)?.is_some() {
-        return Err(StoreError::NameTaken(name.clone()).into());
+    store.check_free(name)?;
+    let opened = Opened::new(file)?;
+    if opened.head.is_increment() && options.format.is_none() && options.kind.is_none() {
+        let added = import_increment(store, name, &opened.file, opened.length, watch);
+        return added.map_err(|error| match error {
+            IncrementError::Cancelled => ImportError::Cancelled,
+            IncrementError::Store(error) => error.into(),
+            error => ImportError::Increment { path: file.to_owned(), error },
+        });
     }
-    let source = inspect(file, options, watch)?;
+    let source = opened.inspect(file, options, watch)?;
     let scratch = store.scratch("import")?;
     let disk = make_disk(&source, &scratch, watch)?;
     let manifest = Manifest {
@@ -122,49 +133,68 @@ pub fn import(
     Ok(store.publish(scratch, disk.root, name)?)
 }
 
-/// Finds out format, kind and size, and refuses what should not be read any further.
-fn inspect(given: &Path, options: ImportOptions, watch: &Watch) -> Result<Source, ImportError> {
-    let source_error = |error| ImportError::Source { path: given.to_owned(), error };
-    let format_error = |error| ImportError::Format { path: given.to_owned(), error };
-    let path = given.canonicalize().map_err(source_error)?;
-    let file_type = fs::metadata(&path).map_err(source_error)?.file_type();
-    if !file_type.is_file() && !file_type.is_block_device() {
-        return Err(ImportError::NotAFile(given.to_owned()));
+/// A file that exists and has bytes.
+struct Opened {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    head: Head,
+}
+
+impl Opened {
+    fn new(given: &Path) -> Result<Self, ImportError> {
+        let source_error = |error| ImportError::Source { path: given.to_owned(), error };
+        let path = given.canonicalize().map_err(source_error)?;
+        let file_type = fs::metadata(&path).map_err(source_error)?.file_type();
+        if !file_type.is_file() && !file_type.is_block_device() {
+            return Err(ImportError::NotAFile(given.to_owned()));
+        }
+        let file = File::open(&path).map_err(source_error)?;
+        // Seeking also tells the length of a block device.
+        let length = seek(&file, SeekFrom::End(0)).map_err(|error| source_error(error.into()))?;
+        seek(&file, SeekFrom::Start(0)).map_err(|error| source_error(error.into()))?;
+        if length == 0 {
+            return Err(ImportError::Empty(given.to_owned()));
+        }
+        let head = Head::read(&file).map_err(source_error)?;
+        Ok(Self { path, file, length, head })
     }
-    let file = File::open(&path).map_err(source_error)?;
-    let length =
-        rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|error| source_error(error.into()))?;
-    if length == 0 {
-        return Err(ImportError::Empty(given.to_owned()));
+
+    /// Finds out format, kind and size, and refuses what should not be read any further.
+    fn inspect(self, given: &Path, options: ImportOptions, watch: &Watch) -> Result<Source, ImportError> {
+        let format_error = |error| ImportError::Format { path: given.to_owned(), error };
+        let Self { path, file, length, head } = self;
+        let archive = options.kind.is_none() && options.format.is_none() && head.is_tar();
+        let kind = options.kind.unwrap_or(if archive { ImageKind::Container } else { ImageKind::Vm });
+        let format = match kind {
+            ImageKind::Container if !head.is_archive() => {
+                return Err(ImportError::NotAnArchive(given.to_owned()));
+            }
+            ImageKind::Container => SourceFormat::Raw,
+            ImageKind::Vm => head.choose(given, options.format).map_err(format_error)?,
+        };
+        let size = if format == SourceFormat::Raw {
+            if kind == ImageKind::Vm && options.format.is_none() {
+                refuse_truncated(&head, length).map_err(format_error)?;
+            }
+            length
+        } else {
+            if !options.allow_backing_files {
+                head.refuse_outside_files(format).map_err(format_error)?;
+            }
+            if format == SourceFormat::Vdi {
+                refuse_truncated_vdi(&head, length).map_err(format_error)?;
+            }
+            ask_qemu_img(given, &path, format, options, watch)?
+        };
+        match size {
+            0 => Err(ImportError::Empty(given.to_owned())),
+            size if size > SIZE_MAX => {
+                Err(ImportError::TooLarge { path: given.to_owned(), error: TreeError::TooLarge(size) })
+            }
+            size => Ok(Source { path, file, format, kind, size }),
+        }
     }
-    let head = Head::read(&file).map_err(source_error)?;
-    let archive = options.kind.is_none() && options.format.is_none() && head.is_tar();
-    let kind = options.kind.unwrap_or(if archive { ImageKind::Container } else { ImageKind::Vm });
-    let format = match kind {
-        ImageKind::Container if !head.is_archive() => {
-            return Err(ImportError::NotAnArchive(given.to_owned()));
-        }
-        ImageKind::Container => SourceFormat::Raw,
-        ImageKind::Vm => head.choose(given, options.format).map_err(format_error)?,
-    };
-    let size = if format == SourceFormat::Raw {
-        if kind == ImageKind::Vm && options.format.is_none() {
-            refuse_truncated(&head, length).map_err(format_error)?;
-        }
-        length
-    } else {
-        if !options.allow_backing_files {
-            head.refuse_outside_files(format).map_err(format_error)?;
-        }
-        if format == SourceFormat::Vdi {
-            refuse_truncated_vdi(&head, length).map_err(format_error)?;
-        }
-        ask_qemu_img(given, &path, format, options, watch)?
-    };
-    if size > SIZE_MAX {
-        return Err(ImportError::TooLarge { path: given.to_owned(), error: TreeError::TooLarge(size) });
-    }
-    Ok(Source { path, file, format, kind, size })
 }
 
 /// The guest-visible size, once `qemu-img` finds the image sound and names no file that it should not.

@@ -12,6 +12,7 @@ use crate::block::BLOCK_SIZE;
 use crate::store::{Hold, ImageEntry, Store, StoreError, at};
 
 use super::extents::data_extents;
+use super::increment::own_changes;
 use super::increment_tree::Change;
 use super::scan::DiskSource;
 
@@ -108,11 +109,8 @@ impl Layer {
             let what = format!("it has {length} bytes, not {size}; remove the image and add it again");
             return Err(StoreError::Damaged { path, what });
         }
-        if entry.manifest.base.is_some() {
-            let what = "this version does not read incremental images".to_owned();
-            return Err(StoreError::Damaged { path, what });
-        }
-        Ok(Self { disk, size, changes: None })
+        let changes = entry.manifest.base.map(|_| own_changes(entry)).transpose()?;
+        Ok(Self { disk, size, changes })
     }
 }
 
