@@ -7,7 +7,11 @@ mod analyze;
 mod ca;
 mod completions;
 mod image;
+mod overlay;
 mod progress;
+mod serve;
+mod session;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,6 +68,12 @@ enum Command {
     Ca(ca::Args),
     /// Add, list, show, verify, remove and export images
     Image(image::Args),
+    /// Make, list, commit and remove overlays: the disks of VMs
+    Overlay(overlay::Args),
+    /// Show what this node's daemon has, and how far it is
+    Status(status::Args),
+    /// Run this node's daemon: exports images and overlays to NBD clients
+    Serve(serve::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
 }
@@ -74,6 +84,9 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Analyze(args) => analyze::run(&cli.globals, &args),
         Command::Ca(args) => ca::run(&cli.globals, args),
         Command::Image(args) => image::run(&cli.globals, args),
+        Command::Overlay(args) => overlay::run(&cli.globals, args),
+        Command::Status(args) => status::run(&cli.globals, &args),
+        Command::Serve(args) => serve::run(&cli.globals, args),
         Command::Completions(args) => completions::run(&args),
     }
 }
@@ -87,4 +100,9 @@ pub(crate) fn set_up_logging(verbose: u8) {
     };
     let filter = EnvFilter::try_from_env("BOOTCACHE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// Runs a subcommand that waits for sockets.
+pub(crate) fn block_on<F: Future<Output = anyhow::Result<ExitCode>>>(future: F) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(future)
 }

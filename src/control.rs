@@ -32,7 +32,7 @@ pub enum Request {
     },
     /// Lists overlays.
     OverlayList,
-    /// Seals an overlay as an incremental image. The overlay stays and must not be in use.
+    /// Makes an incremental image of an overlay. The overlay stays; nobody may be using it.
     OverlayCommit {
         /// The overlay.
         name: HostName,

@@ -13,6 +13,7 @@ pub mod image_disk;
 pub mod local_cache;
 pub mod name;
 pub mod overlay;
+pub mod serve;
 pub mod store;
 pub mod tls;
 pub mod wire;

@@ -1,0 +1,56 @@
+//! `bootcache serve`: the node's daemon.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use bootcache::serve::{self, Node, Options};
+use bootcache::store::Store;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Unix socket for NBD clients [default: nbd.sock in the store]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Also listen for NBD clients on TCP; may be given several times
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Vec<SocketAddr>,
+    /// Export this image or overlay only, and list no others
+    #[arg(long, value_name = "NAME")]
+    export: Option<String>,
+    /// Allow NBD on TCP beyond loopback without TLS: whoever reaches the port reads, and writes overlays
+    #[arg(long)]
+    insecure: bool,
+}
+
+pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
+    super::block_on(async {
+        let node = Node::open(Store::open(&globals.store_dir())?)?;
+        let options = Options {
+            socket: args.socket,
+            listen: args.listen,
+            export: args.export,
+            insecure: args.insecure,
+        };
+        let cancel = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stop = cancel.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            stop.cancel();
+        });
+        serve::run(node, options, cancel, |ready| {
+            // Whoever started us may have gone away: that is no reason to end.
+            let _ = writeln!(std::io::stdout(), "{ready}");
+        })
+        .await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}

@@ -1,0 +1,42 @@
+//! How a subcommand reaches the store: through the daemon that runs on it, or directly when none does.
+
+use std::path::Path;
+
+use bootcache::control::{Client, ControlError, Reply, Request};
+use bootcache::serve::{CONTROL_SOCKET, Node};
+use bootcache::store::Store;
+
+/// Somebody who carries out requests on one store.
+pub(crate) enum Session {
+    /// The daemon.
+    Daemon(Client),
+    /// Nobody else: this process holds the store's lock until it ends.
+    Direct(Node),
+}
+
+impl Session {
+    /// Talks to the daemon of the store in `dir`, or opens the store here if there is none.
+    pub(crate) async fn open(dir: &Path) -> anyhow::Result<Self> {
+        match Client::connect(&dir.join(CONTROL_SOCKET)).await {
+            Ok(client) => Ok(Self::Daemon(client)),
+            Err(ControlError::NoDaemon) => Ok(Self::Direct(Node::open(Store::open(dir)?)?)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Carries out one request.
+    pub(crate) async fn call(&mut self, request: Request) -> anyhow::Result<Reply> {
+        match self {
+            Self::Daemon(client) => Ok(client.call(&request).await?),
+            Self::Direct(node) => Ok(node.handle(request).await?),
+        }
+    }
+
+    /// Ends the session; what a direct one has open is flushed first.
+    pub(crate) async fn close(self) -> anyhow::Result<()> {
+        if let Self::Direct(node) = self {
+            node.close().await?;
+        }
+        Ok(())
+    }
+}

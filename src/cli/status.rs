@@ -1,0 +1,64 @@
+//! `bootcache status`: what this node's daemon has, and how far it is.
+
+use std::process::ExitCode;
+
+use anyhow::bail;
+use bootcache::control::{Client, Reply, Request, Status};
+use bootcache::serve::CONTROL_SOCKET;
+use indicatif::HumanBytes;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(globals: &super::Globals, _: &Args) -> anyhow::Result<ExitCode> {
+    super::block_on(async {
+        let mut client = Client::connect(&globals.store_dir().join(CONTROL_SOCKET)).await?;
+        let Reply::Status(status) = client.call(&Request::Status).await? else {
+            bail!("the daemon answered out of turn");
+        };
+        if globals.json {
+            println!("{}", serde_json::to_string(&status)?);
+        } else {
+            show(&status);
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn show(status: &Status) {
+    println!("bootcache {}, process {}, up {} s", status.version, status.pid, status.uptime_seconds);
+    let mut images = comfy_table::Table::new();
+    images.load_preset(comfy_table::presets::NOTHING);
+    images.set_header(["IMAGE", "SIZE", "DATA", "HERE", "OPEN"]);
+    for image in &status.images {
+        let here = if image.present >= image.allocated {
+            "all".to_owned()
+        } else {
+            format!("{}", HumanBytes(image.present))
+        };
+        images.add_row([
+            image.name.to_string(),
+            HumanBytes(image.size).to_string(),
+            HumanBytes(image.allocated).to_string(),
+            here,
+            if image.open { "yes" } else { "no" }.to_owned(),
+        ]);
+    }
+    println!("\n{}", images.trim_fmt());
+    if !status.overlays.is_empty() {
+        let mut overlays = comfy_table::Table::new();
+        overlays.load_preset(comfy_table::presets::NOTHING);
+        overlays.set_header(["VM OR OVERLAY", "IMAGE", "WRITTEN", "CLIENTS", "SOCKET"]);
+        for overlay in &status.overlays {
+            let socket = status.vms.iter().any(|vm| vm.name == overlay.name);
+            overlays.add_row([
+                overlay.name.to_string(),
+                overlay.image.as_ref().map_or_else(|| overlay.base.short(), ToString::to_string),
+                HumanBytes(overlay.data).to_string(),
+                overlay.connections.to_string(),
+                if socket { "own" } else { "shared" }.to_owned(),
+            ]);
+        }
+        println!("\n{}", overlays.trim_fmt());
+    }
+}

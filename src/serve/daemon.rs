@@ -1,0 +1,114 @@
+//! The running daemon: sockets in front of a [`Node`], until it is told to stop.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bootcache_nbd::{Limits, Server, Tls};
+use tokio::net::{TcpListener, UnixListener};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::exports::NodeExports;
+use super::node::{Node, NodeError};
+use super::{CONTROL_SOCKET, NBD_SOCKET, local, vm_socket};
+
+/// What a daemon listens on.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Unix socket for NBD clients; `nbd.sock` in the store if none is given.
+    pub socket: Option<PathBuf>,
+    /// TCP addresses for NBD clients.
+    pub listen: Vec<SocketAddr>,
+    /// Export this name only.
+    pub export: Option<String>,
+    /// Allow plain TCP beyond loopback.
+    pub insecure: bool,
+}
+
+/// Why the daemon did not start, or did not end cleanly.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The node.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// A socket cannot be bound.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// Path or address.
+        address: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Plain TCP beyond loopback was not asked for.
+    #[error(
+        "{0} is beyond loopback and NBD on it would be neither encrypted nor authenticated: \
+         listen on 127.0.0.1, use the Unix socket, or say --insecure"
+    )]
+    Insecure(SocketAddr),
+    /// The one export that was asked for is not there.
+    #[error("cannot export it: {0}")]
+    NoExport(String),
+}
+
+/// Serves `node` until `cancel`, then closes what is open. `ready` gets one line for a person once all sockets listen.
+pub async fn run(
+    node: Node,
+    options: Options,
+    cancel: CancellationToken,
+    ready: impl FnOnce(&str),
+) -> Result<(), ServeError> {
+    if let Some(name) = &options.export {
+        node.export(name).await.map_err(ServeError::NoExport)?;
+    }
+    let dir = node.store().dir().to_owned();
+    let socket = options.socket.unwrap_or_else(|| dir.join(NBD_SOCKET));
+    let control = dir.join(CONTROL_SOCKET);
+    let node = Arc::new(node);
+    let exports = Arc::new(NodeExports { node: Arc::clone(&node), only: options.export });
+
+    let nbd_listener = bind_unix(&socket)?;
+    let control_listener = bind_unix(&control)?;
+    let mut tcp = Vec::new();
+    for address in options.listen {
+        if !address.ip().is_loopback() && !options.insecure {
+            return Err(ServeError::Insecure(address));
+        }
+        let bind = |source| ServeError::Bind { address: address.to_string(), source };
+        tcp.push(TcpListener::bind(address).await.map_err(bind)?);
+    }
+    node.reopen_vms().await?;
+
+    let tasks = TaskTracker::new();
+    let mut places = vec![format!("nbd+unix:///?socket={}", socket.display())];
+    let server = Server::new(exports, Limits::default(), Tls::Off);
+    for listener in tcp {
+        if let Ok(address) = listener.local_addr() {
+            places.push(format!("nbd://{address}"));
+        }
+        let (server, cancel) = (server.clone(), cancel.clone());
+        tasks.spawn(async move { server.serve_tcp(listener, cancel).await });
+    }
+    {
+        let cancel = cancel.clone();
+        tasks.spawn(async move { server.serve_unix(nbd_listener, cancel).await });
+    }
+    tasks.spawn(local::serve(Arc::clone(&node), control_listener, cancel.clone()));
+    ready(&format!("ready: {}", places.join(" ")));
+
+    cancel.cancelled().await;
+    tasks.close();
+    tasks.wait().await;
+    node.close().await?;
+    for path in [&socket, &control] {
+        // It may be gone, or another's by now; either way the daemon has ended well.
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(())
+}
+
+fn bind_unix(path: &Path) -> Result<UnixListener, ServeError> {
+    vm_socket::bind(path, None)
+        .map_err(|source| ServeError::Bind { address: path.display().to_string(), source })
+}

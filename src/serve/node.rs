@@ -1,0 +1,518 @@
+//! One node's open images, overlays and VM sockets, and what can be asked of them.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use bootcache_nbd::{Export, SharedDisk};
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::commit;
+use super::overlay_meta::OverlayMeta;
+use super::vm_socket::VmSocket;
+use crate::block::BLOCK_SIZE;
+use crate::control::{ImageStatus, OverlayInfo, Owner, Reply, Request, Status, VmInfo};
+use crate::digest::Digest;
+use crate::image_disk::ImageDisk;
+use crate::name::{HostName, ImageName};
+use crate::overlay::{Overlay, OverlayError};
+use crate::store::{Hold, ImageEntry, Store, StoreError, StoreLock};
+
+/// Increments on increments that are opened: more than people make, and few enough to open one by one.
+const BASE_DEPTH_MAX: usize = 64;
+
+/// Why a request was not carried out; one line for a person.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The store has not got it, or cannot give it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The overlay cannot be made, opened or sealed.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// A file or socket cannot be used.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or socket.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// No overlay of that name.
+    #[error("there is no overlay '{0}': `bootcache overlay list` shows those there are")]
+    NoOverlay(HostName),
+    /// Nothing of that name.
+    #[error("there is no image or overlay '{0}'")]
+    NoExport(String),
+    /// No VM of that name has a socket.
+    #[error("VM '{0}' has no open socket")]
+    NoVm(HostName),
+    /// An image or overlay has the name already.
+    #[error("the name '{0}' is taken: choose another, or remove what has it")]
+    Taken(String),
+    /// Somebody uses the overlay.
+    #[error("overlay '{0}' is in use: stop its VM first")]
+    InUse(HostName),
+    /// Its parts cannot be read.
+    #[error("cannot commit the overlay: {0}")]
+    Commit(String),
+    /// Only some of the image is here.
+    #[error("image {} is still arriving: wait for `bootcache pull` to end", .0.short())]
+    Incomplete(Digest),
+    /// Increments on increments without end.
+    #[error("image {} stands on more than {BASE_DEPTH_MAX} others: its manifest is damaged", .0.short())]
+    TooDeep(Digest),
+}
+
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> NodeError {
+    move |source| NodeError::Io { path: path.to_owned(), source }
+}
+
+/// An image that is open: its disk, and a hold that keeps it from being removed.
+pub(super) struct OpenImage {
+    disk: SharedDisk,
+    _hold: Hold,
+    /// Keeps the bases open, so that all increments of a base share one disk.
+    _base: Option<Arc<Self>>,
+}
+
+/// An overlay that is open, and the image below it.
+struct OpenOverlay {
+    overlay: Overlay,
+    /// The overlay as connections share it: they are counted by it.
+    disk: SharedDisk,
+    base: Digest,
+    size: u64,
+    /// Ends the connections to it.
+    closed: CancellationToken,
+    _image: Arc<OpenImage>,
+}
+
+impl OpenOverlay {
+    fn connections(&self) -> u32 {
+        u32::try_from(Arc::strong_count(&self.disk) - 1).unwrap_or(u32::MAX)
+    }
+}
+
+#[derive(Default)]
+struct Inner {
+    images: HashMap<Digest, Weak<OpenImage>>,
+    overlays: HashMap<HostName, OpenOverlay>,
+    vms: HashMap<HostName, VmSocket>,
+}
+
+/// A node's data plane: the one owner of its open images, overlays and VM sockets. Holds the store's lock.
+pub struct Node {
+    store: Store,
+    _lock: StoreLock,
+    started: Instant,
+    /// One thing is opened or closed at a time, so that nothing is ever opened twice.
+    inner: Mutex<Inner>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl Node {
+    /// Takes `store` for this process.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] when another process has it.
+    pub fn open(store: Store) -> Result<Self, NodeError> {
+        let lock = store.lock()?;
+        Ok(Self { store, _lock: lock, started: Instant::now(), inner: Mutex::default() })
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Carries out one request.
+    ///
+    /// Dropping the future may leave it half done; nothing that others see is ever half made.
+    pub async fn handle(&self, request: Request) -> Result<Reply, NodeError> {
+        match request {
+            Request::Status => self.status().await.map(Reply::Status),
+            Request::OverlayCreate { image, name } => {
+                self.create_overlay(&image, &name).await.map(Reply::Overlay)
+            }
+            Request::OverlayList => self.overlays().await.map(Reply::Overlays),
+            Request::OverlayCommit { name, image } => {
+                self.commit_overlay(&name, &image).await.map(|root| Reply::Image { root })
+            }
+            Request::OverlayRemove { name } => self.remove_overlay(&name).await.map(|()| Reply::Done),
+            Request::VmOpen { name, owner } => self.open_vm(&name, owner).await.map(Reply::Vm),
+            Request::VmClose { name } => self.close_vm(&name).await.map(|()| Reply::Done),
+        }
+    }
+
+    /// The export called `name`: an overlay, else an image.
+    ///
+    /// # Errors
+    /// A message for whoever asked.
+    pub async fn export(&self, name: &str) -> Result<Export, String> {
+        let mut inner = self.inner.lock().await;
+        let found = self.find_export(&mut inner, name);
+        drop(inner);
+        found.map_err(|error| error.to_string())
+    }
+
+    fn find_export(&self, inner: &mut Inner, name: &str) -> Result<Export, NodeError> {
+        if let Ok(overlay) = name.parse::<HostName>()
+            && self.store.overlay_dir(&overlay).exists()
+        {
+            return self.overlay_export(inner, &overlay);
+        }
+        let image: ImageName =
+            name.parse().map_err(|_| NodeError::NoExport(name.chars().take(80).collect()))?;
+        let entry = self.store.resolve(&image)?;
+        let open = self.open_image(inner, entry, 0)?;
+        // The connection's disk keeps the image open: so it counts as in use.
+        let disk = Arc::new(super::exports::HeldImage { disk: Arc::clone(&open.disk), _image: open });
+        let description = "image, read-only".to_owned();
+        Ok(Export { name: name.to_owned(), description, disk, closed: CancellationToken::new() })
+    }
+
+    /// The export of overlay `name`.
+    fn overlay_export(&self, inner: &mut Inner, name: &HostName) -> Result<Export, NodeError> {
+        let open = self.open_overlay(inner, name)?;
+        Ok(Export {
+            name: name.to_string(),
+            description: "overlay, writable".to_owned(),
+            disk: Arc::clone(&open.disk),
+            closed: open.closed.clone(),
+        })
+    }
+
+    /// Names and descriptions of all exports.
+    pub fn export_names(&self) -> Vec<(String, String)> {
+        let images = self.store.names().unwrap_or_default();
+        let images = images.into_iter().map(|(name, _)| (name.to_string(), "image, read-only".to_owned()));
+        let overlays = self.overlay_names().unwrap_or_default();
+        let overlays = overlays.into_iter().map(|name| (name.to_string(), "overlay, writable".to_owned()));
+        images.chain(overlays).collect()
+    }
+
+    /// Opens the sockets of the VMs that had one when the last daemon ended, however it ended.
+    pub async fn reopen_vms(&self) -> Result<(), NodeError> {
+        let dir = self.store.dir().join("vms");
+        for entry in fs::read_dir(&dir).map_err(at(&dir))? {
+            let entry = entry.map_err(at(&dir))?;
+            let Some(name) = entry.file_name().to_str().and_then(|name| name.parse::<HostName>().ok()) else {
+                continue;
+            };
+            let Some(owner) = VmSocket::recorded(&entry.path()).map_err(at(&entry.path()))? else { continue };
+            if let Err(error) = self.open_vm(&name, owner).await {
+                warn!("the socket of VM '{name}' is not open again: {error}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes every socket and overlay; what guests wrote is durable when it returns.
+    pub async fn close(&self) -> Result<(), NodeError> {
+        let mut inner = self.inner.lock().await;
+        for (_, socket) in inner.vms.drain() {
+            socket.close().await;
+        }
+        for (name, open) in inner.overlays.drain() {
+            open.closed.cancel();
+            bootcache_nbd::Disk::flush(&open.overlay).await.map_err(at(&self.store.overlay_dir(&name)))?;
+        }
+        Ok(())
+    }
+
+    fn open_image(
+        &self,
+        inner: &mut Inner,
+        entry: ImageEntry,
+        depth: usize,
+    ) -> Result<Arc<OpenImage>, NodeError> {
+        if let Some(open) = inner.images.get(&entry.root).and_then(Weak::upgrade) {
+            return Ok(open);
+        }
+        if depth == BASE_DEPTH_MAX {
+            return Err(NodeError::TooDeep(entry.root));
+        }
+        let hold = self.store.hold(entry.root)?;
+        if !entry.is_complete() {
+            return Err(NodeError::Incomplete(entry.root));
+        }
+        let (disk, base): (SharedDisk, _) = match entry.manifest.base {
+            None => (Arc::new(ImageDisk::open(&entry.disk_path()).map_err(at(&entry.disk_path()))?), None),
+            Some(root) => {
+                let base = self.open_image(inner, self.store.image(root)?, depth + 1)?;
+                let below = Arc::clone(&base.disk);
+                let disk = ImageDisk::open_increment(&entry.index_path(), &entry.disk_path(), below, root)?;
+                (Arc::new(disk), Some(base))
+            }
+        };
+        let open = Arc::new(OpenImage { disk, _hold: hold, _base: base });
+        inner.images.insert(entry.root, Arc::downgrade(&open));
+        Ok(open)
+    }
+
+    fn open_overlay<'a>(&self, inner: &'a mut Inner, name: &HostName) -> Result<&'a OpenOverlay, NodeError> {
+        if !inner.overlays.contains_key(name) {
+            let dir = self.store.overlay_dir(name);
+            if !dir.exists() {
+                return Err(NodeError::NoOverlay(name.clone()));
+            }
+            let meta = OverlayMeta::read(&dir)?;
+            let entry = self.store.image(meta.base)?;
+            let size = entry.manifest.size;
+            let image = self.open_image(inner, entry, 0)?;
+            let overlay = Overlay::open(&dir, Arc::clone(&image.disk), meta.base)?;
+            let disk: SharedDisk = Arc::new(overlay.clone());
+            let closed = CancellationToken::new();
+            let open = OpenOverlay { overlay, disk, base: meta.base, size, closed, _image: image };
+            inner.overlays.insert(name.clone(), open);
+        }
+        Ok(&inner.overlays[name])
+    }
+
+    async fn create_overlay(&self, image: &ImageName, name: &HostName) -> Result<OverlayInfo, NodeError> {
+        let entry = self.store.resolve(image)?;
+        let dir = self.store.overlay_dir(name);
+        if let Ok(taken) = name.as_str().parse::<ImageName>()
+            && self.store.root_of(&taken)?.is_some()
+        {
+            return Err(NodeError::Taken(name.to_string()));
+        }
+        let mut inner = self.inner.lock().await;
+        if dir.exists() {
+            return Err(NodeError::Taken(name.to_string()));
+        }
+        // Opened first: an image that cannot be read gets no overlays. The hold keeps it until the overlay is there.
+        let _image = self.open_image(&mut inner, entry.clone(), 0)?;
+        let scratch = self.store.scratch("overlay")?;
+        let made = scratch.join("overlay");
+        Overlay::create(&made, entry.root, entry.manifest.size)?;
+        OverlayMeta::new(entry.root).write(&made)?;
+        fs::rename(&made, &dir).map_err(at(&dir))?;
+        crate::store::atomic::sync_dir(&self.store.dir().join("overlays")).map_err(at(&dir))?;
+        self.overlay_info(&mut inner, name)
+    }
+
+    async fn overlays(&self) -> Result<Vec<OverlayInfo>, NodeError> {
+        let mut inner = self.inner.lock().await;
+        let mut infos = Vec::new();
+        for name in self.overlay_names()? {
+            match self.overlay_info(&mut inner, &name) {
+                Ok(info) => infos.push(info),
+                Err(NodeError::NoOverlay(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(infos)
+    }
+
+    fn overlay_info(&self, inner: &mut Inner, name: &HostName) -> Result<OverlayInfo, NodeError> {
+        let open = self.open_overlay(inner, name)?;
+        Ok(OverlayInfo {
+            name: name.clone(),
+            base: open.base,
+            image: self.store.names()?.into_iter().find(|(_, root)| *root == open.base).map(|(name, _)| name),
+            size: open.size,
+            data: open.overlay.usage().data_blocks * BLOCK_SIZE,
+            connections: open.connections(),
+        })
+    }
+
+    fn overlay_names(&self) -> Result<Vec<HostName>, NodeError> {
+        let dir = self.store.dir().join("overlays");
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(at(&dir))? {
+            let name = entry.map_err(at(&dir))?.file_name();
+            names.extend(name.to_str().and_then(|name| name.parse::<HostName>().ok()));
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    async fn remove_overlay(&self, name: &HostName) -> Result<(), NodeError> {
+        let mut inner = self.inner.lock().await;
+        let dir = self.store.overlay_dir(name);
+        if !dir.exists() {
+            return Err(NodeError::NoOverlay(name.clone()));
+        }
+        Self::check_idle(&inner, name)?;
+        if let Some(open) = inner.overlays.remove(name) {
+            open.closed.cancel();
+        }
+        // Moved first, so that a crash leaves no half of an overlay, and the next start removes the rest.
+        let scratch = self.store.scratch("removed")?;
+        fs::rename(&dir, scratch.join("overlay")).map_err(at(&dir))
+    }
+
+    async fn commit_overlay(&self, name: &HostName, image: &ImageName) -> Result<Digest, NodeError> {
+        if self.store.root_of(image)?.is_some() {
+            return Err(NodeError::Taken(image.to_string()));
+        }
+        let mut inner = self.inner.lock().await;
+        self.open_overlay(&mut inner, name)?;
+        Self::check_idle(&inner, name)?;
+        let scratch = self.store.scratch("commit")?;
+        let open = &inner.overlays[name];
+        let sealed = open.overlay.seal(scratch.path()).await?;
+        let (store, image, base, size) = (self.store.clone(), image.clone(), open.base, open.size);
+        tokio::task::spawn_blocking(move || commit::publish(&store, scratch, &sealed, base, size, &image))
+            .await
+            .map_err(|error| NodeError::Commit(error.to_string()))?
+    }
+
+    async fn open_vm(&self, name: &HostName, owner: Option<Owner>) -> Result<VmInfo, NodeError> {
+        let mut inner = self.inner.lock().await;
+        if let Some(socket) = inner.vms.get(name) {
+            return Ok(socket.info(name));
+        }
+        let export = self.overlay_export(&mut inner, name)?;
+        let dir = self.store.vm_dir(name);
+        let socket = VmSocket::open(&dir, export, owner).map_err(at(&dir))?;
+        let info = socket.info(name);
+        inner.vms.insert(name.clone(), socket);
+        Ok(info)
+    }
+
+    async fn close_vm(&self, name: &HostName) -> Result<(), NodeError> {
+        let socket = self.inner.lock().await.vms.remove(name).ok_or_else(|| NodeError::NoVm(name.clone()))?;
+        let dir = self.store.vm_dir(name);
+        socket.forget(&dir).map_err(at(&dir))?;
+        socket.close().await;
+        Ok(())
+    }
+
+    fn check_idle(inner: &Inner, name: &HostName) -> Result<(), NodeError> {
+        let connected = inner.overlays.get(name).is_some_and(|open| open.connections() > 0);
+        if connected || inner.vms.contains_key(name) {
+            return Err(NodeError::InUse(name.clone()));
+        }
+        Ok(())
+    }
+
+    async fn status(&self) -> Result<Status, NodeError> {
+        let mut inner = self.inner.lock().await;
+        let mut images = Vec::new();
+        for (name, root) in self.store.names()? {
+            let Ok(entry) = self.store.image(root) else { continue };
+            let allocated = entry.manifest.allocated;
+            images.push(ImageStatus {
+                name,
+                root,
+                size: entry.manifest.size,
+                open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),
+                present: if entry.is_complete() { allocated } else { 0 },
+                allocated,
+            });
+        }
+        let open: Vec<HostName> = inner.overlays.keys().cloned().collect();
+        let mut overlays = Vec::new();
+        for name in open {
+            overlays.push(self.overlay_info(&mut inner, &name)?);
+        }
+        overlays.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut vms: Vec<_> = inner.vms.iter().map(|(name, socket)| socket.info(name)).collect();
+        vms.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            images,
+            overlays,
+            vms,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::import::{ImportOptions, import};
+
+    fn node(dir: &Path) -> Node {
+        let store = Store::open(dir).unwrap();
+        let disk = dir.join("disk.raw");
+        fs::write(&disk, vec![7; 64 << 10]).unwrap();
+        let name = "base".parse().unwrap();
+        import(&store, &name, &disk, ImportOptions::default(), &crate::image::scan::Watch::default())
+            .unwrap();
+        Node::open(store).unwrap()
+    }
+
+    async fn create(node: &Node, name: &str) -> Result<Reply, NodeError> {
+        let request = Request::OverlayCreate { image: "base".parse().unwrap(), name: name.parse().unwrap() };
+        node.handle(request).await
+    }
+
+    async fn read(disk: &SharedDisk, offset: u64) -> u8 {
+        let mut byte = [0];
+        disk.read(offset, &mut byte).await.unwrap();
+        byte[0]
+    }
+
+    #[tokio::test]
+    async fn two_overlays_of_one_image_never_see_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        create(&node, "a").await.unwrap();
+        create(&node, "b").await.unwrap();
+        let (a, b) = (node.export("a").await.unwrap().disk, node.export("b").await.unwrap().disk);
+        a.write(100, &[1], false).await.unwrap();
+        b.write(100, &[2], false).await.unwrap();
+        assert_eq!((read(&a, 100).await, read(&b, 100).await, read(&a, 101).await), (1, 2, 7));
+        assert_eq!(read(&node.export("base").await.unwrap().disk, 100).await, 7);
+    }
+
+    #[tokio::test]
+    async fn what_somebody_uses_is_neither_removed_nor_committed() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        create(&node, "a").await.unwrap();
+        let name: HostName = "a".parse().unwrap();
+        let disk = node.export("a").await.unwrap().disk;
+        let remove = Request::OverlayRemove { name: name.clone() };
+        assert!(matches!(node.handle(remove.clone()).await, Err(NodeError::InUse(_))));
+        let commit = Request::OverlayCommit { name, image: "c".parse().unwrap() };
+        assert!(matches!(node.handle(commit).await, Err(NodeError::InUse(_))));
+        drop(disk);
+        node.handle(remove).await.unwrap();
+        assert!(node.export("a").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_committed_overlay_reads_the_same_as_an_image_and_can_go_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        create(&node, "a").await.unwrap();
+        let disk = node.export("a").await.unwrap().disk;
+        disk.write(5000, &[1], false).await.unwrap();
+        drop(disk);
+        let commit = Request::OverlayCommit { name: "a".parse().unwrap(), image: "more".parse().unwrap() };
+        node.handle(commit).await.unwrap();
+        let overlay = node.export("a").await.unwrap().disk;
+        overlay.write(5000, &[2], false).await.unwrap();
+        let image = node.export("more").await.unwrap().disk;
+        assert_eq!(
+            (read(&image, 5000).await, read(&image, 5001).await, read(&overlay, 5000).await),
+            (1, 7, 2)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_name_means_one_thing() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        assert!(matches!(create(&node, "base").await, Err(NodeError::Taken(_))));
+        create(&node, "a").await.unwrap();
+        assert!(matches!(create(&node, "a").await, Err(NodeError::Taken(_))));
+    }
+}

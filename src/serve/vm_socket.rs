@@ -1,0 +1,114 @@
+//! A VM's own socket: one export, no list of others, open to the user that QEMU runs as.
+//!
+//! That a VM has a socket is recorded in its folder, so that a daemon that starts again opens it again and the guest
+//! reconnects.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bootcache_nbd::{Export, Limits, Server, Tls};
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::control::{Owner, VmInfo};
+use crate::name::HostName;
+use crate::store::write_atomic;
+
+const SOCKET_FILE: &str = "nbd.sock";
+const RECORD_FILE: &str = "socket.json";
+
+/// A VM's socket, being served.
+pub(super) struct VmSocket {
+    path: PathBuf,
+    export: String,
+    cancel: CancellationToken,
+    server: JoinHandle<()>,
+}
+
+impl VmSocket {
+    /// Opens the socket in the VM's folder `dir`, and records that it is open.
+    pub(super) fn open(dir: &Path, export: Export, owner: Option<Owner>) -> io::Result<Self> {
+        fs::DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
+        let path = dir.join(SOCKET_FILE);
+        let listener = bind(&path, owner)?;
+        write_atomic(&dir.join(RECORD_FILE), &serde_json::to_vec(&owner)?)?;
+        let name = export.name.clone();
+        let server = Server::new(Arc::new(export), Limits::default(), Tls::Off);
+        let cancel = CancellationToken::new();
+        let until = cancel.clone();
+        let server = tokio::spawn(async move { server.serve_unix(listener, until).await });
+        Ok(Self { path, export: name, cancel, server })
+    }
+
+    /// Who the socket in the VM's folder belongs to, if there was one open.
+    pub(super) fn recorded(dir: &Path) -> io::Result<Option<Option<Owner>>> {
+        match fs::read(dir.join(RECORD_FILE)) {
+            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where it is.
+    pub(super) fn info(&self, name: &HostName) -> VmInfo {
+        VmInfo { name: name.clone(), socket: self.path.clone(), export: self.export.clone() }
+    }
+
+    /// Makes sure that no later daemon opens it.
+    pub(super) fn forget(&self, dir: &Path) -> io::Result<()> {
+        match fs::remove_file(dir.join(RECORD_FILE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends its connections. The requests under way are carried out.
+    pub(super) async fn close(self) {
+        self.cancel.cancel();
+        let _ = self.server.await;
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Binds a socket at `path` that only this user, and `owner` if given, may open. What a dead process left is replaced.
+///
+/// The store's lock is held, so nobody alive listens at `path`.
+pub(super) fn bind(path: &Path, owner: Option<Owner>) -> io::Result<UnixListener> {
+    // Bound under another name first: it gets its final name once it has its owner and mode.
+    let mut hidden = path.as_os_str().to_owned();
+    hidden.push(".new");
+    let hidden = PathBuf::from(hidden);
+    match fs::remove_file(&hidden) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&hidden)?;
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
+    if let Some(owner) = owner {
+        std::os::unix::fs::chown(&hidden, Some(owner.uid), Some(owner.gid))?;
+    }
+    fs::rename(&hidden, path)?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[tokio::test]
+    async fn replaces_what_a_dead_process_left_and_is_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        drop(bind(&path, None).unwrap());
+        let _listener = bind(&path, None).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        tokio::net::UnixStream::connect(&path).await.unwrap();
+    }
+}
