@@ -3,7 +3,6 @@
 //! [`Node`] owns what is open; [`run`] gives it sockets: the NBD sockets that guests read from, one per VM and one
 //! for people, and the control socket. Nothing here needs a controller.
 
-mod commit;
 mod daemon;
 mod exports;
 mod local;

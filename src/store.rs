@@ -119,6 +119,12 @@ impl ImageEntry {
         self.dir.join("present")
     }
 
+    /// The image whose blocks are read where this one has none of its own; none when the disk is whole by itself, as
+    /// that of an increment is which came from a peer.
+    pub fn below(&self) -> Option<Digest> {
+        self.manifest.base.filter(|_| self.index_path().exists())
+    }
+
     /// Whether the whole disk is here.
     pub fn is_complete(&self) -> bool {
         !self.present_path().exists()

@@ -84,7 +84,7 @@ pub fn export(
         return target.finish();
     }
     let scratch = store.scratch("export")?;
-    let source = if entry.manifest.base.is_none() {
+    let source = if entry.below().is_none() {
         copier.copy_to(None).map_err(|failure| failure.explain(path))?;
         entry.disk_path()
     } else {

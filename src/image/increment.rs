@@ -179,7 +179,7 @@ pub fn export_increment(
     path: &Path,
     watch: &Watch,
 ) -> Result<(), ExportError> {
-    if entry.manifest.base.is_none() {
+    if entry.below().is_none() {
         return Err(ExportError::NotAnIncrement(entry.root));
     }
     let _hold = store.hold(entry.root)?;

@@ -57,7 +57,7 @@ impl StoredDisk {
             }
             holds.push(store.hold(entry.root)?);
             layers.push(Layer::open(&entry)?);
-            next = entry.manifest.base.map(|base| store.image(base)).transpose()?;
+            next = entry.below().map(|base| store.image(base)).transpose()?;
         }
         Ok(Self { layers, size: entry.manifest.size, _holds: holds })
     }
@@ -109,7 +109,7 @@ impl Layer {
             let what = format!("it has {length} bytes, not {size}; remove the image and add it again");
             return Err(StoreError::Damaged { path, what });
         }
-        let changes = entry.manifest.base.map(|_| own_changes(entry)).transpose()?;
+        let changes = entry.below().map(|_| own_changes(entry)).transpose()?;
         Ok(Self { disk, size, changes })
     }
 }

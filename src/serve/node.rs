@@ -12,12 +12,12 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::commit;
 use super::overlay_meta::OverlayMeta;
 use super::vm_socket::VmSocket;
 use crate::block::BLOCK_SIZE;
 use crate::control::{ImageStatus, OverlayInfo, Owner, Reply, Request, Status, VmInfo};
 use crate::digest::Digest;
+use crate::image::increment::{IncrementError, publish_sealed};
 use crate::image_disk::ImageDisk;
 use crate::name::{HostName, ImageName};
 use crate::overlay::{Overlay, OverlayError};
@@ -58,9 +58,9 @@ pub enum NodeError {
     /// Somebody uses the overlay.
     #[error("overlay '{0}' is in use: stop its VM first")]
     InUse(HostName),
-    /// Its parts cannot be read.
+    /// What it was sealed to cannot become an image.
     #[error("cannot commit the overlay: {0}")]
-    Commit(String),
+    Commit(IncrementError),
     /// Only some of the image is here.
     #[error("image {} is still arriving: wait for `bootcache pull` to end", .0.short())]
     Incomplete(Digest),
@@ -247,7 +247,7 @@ impl Node {
         if !entry.is_complete() {
             return Err(NodeError::Incomplete(entry.root));
         }
-        let (disk, base): (SharedDisk, _) = match entry.manifest.base {
+        let (disk, base): (SharedDisk, _) = match entry.below() {
             None => (Arc::new(ImageDisk::open(&entry.disk_path()).map_err(at(&entry.disk_path()))?), None),
             Some(root) => {
                 let base = self.open_image(inner, self.store.image(root)?, depth + 1)?;
@@ -362,12 +362,12 @@ impl Node {
         self.open_overlay(&mut inner, name)?;
         Self::check_idle(&inner, name)?;
         let scratch = self.store.scratch("commit")?;
-        let open = &inner.overlays[name];
-        let sealed = open.overlay.seal(scratch.path()).await?;
-        let (store, image, base, size) = (self.store.clone(), image.clone(), open.base, open.size);
-        tokio::task::spawn_blocking(move || commit::publish(&store, scratch, &sealed, base, size, &image))
-            .await
-            .map_err(|error| NodeError::Commit(error.to_string()))?
+        inner.overlays[name].overlay.seal(scratch.path()).await?;
+        let (store, image) = (self.store.clone(), image.clone());
+        let publish = move || publish_sealed(&store, scratch, &image).map(|entry| entry.root);
+        // Without an answer the runtime is ending, and the scratch folder goes with it.
+        let published = tokio::task::spawn_blocking(publish).await;
+        published.unwrap_or(Err(IncrementError::Cancelled)).map_err(NodeError::Commit)
     }
 
     async fn open_vm(&self, name: &HostName, owner: Option<Owner>) -> Result<VmInfo, NodeError> {

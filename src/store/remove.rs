@@ -92,7 +92,7 @@ impl Store {
         for other in self.roots()? {
             // An image without a sound manifest cannot be booted, and so depends on nothing.
             let Ok(entry) = self.image(other) else { continue };
-            if entry.manifest.base == Some(root) {
+            if entry.below() == Some(root) {
                 let names = self.names()?;
                 let name = names.into_iter().find(|(_, named)| *named == other).map(|(name, _)| name);
                 let name = name.map_or_else(|| other.short(), |name| format!("'{name}'"));

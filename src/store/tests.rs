@@ -32,6 +32,9 @@ fn add(store: &Store, text: &str, content: &str, base: Option<Digest>) -> Digest
     let scratch = store.scratch("test").unwrap();
     fs::write(scratch.join("manifest"), manifest.to_bytes()).unwrap();
     fs::write(scratch.join("disk"), [1; 100 << 10]).unwrap();
+    if base.is_some() {
+        fs::write(scratch.join("index"), b"").unwrap();
+    }
     store.publish(scratch, root, &name(text)).unwrap();
     root
 }
@@ -81,6 +84,11 @@ fn what_something_builds_on_or_has_open_is_not_removed() {
     add(&store, "increment", "increment", Some(base));
     let error = store.remove(&name("base")).unwrap_err().to_string();
     assert!(error.contains("incremental image 'increment'"), "{error}");
+    // One that came from a peer with a whole disk needs its base no more.
+    let increment = store.resolve(&name("increment")).unwrap();
+    assert_eq!(increment.below(), Some(base));
+    fs::rename(increment.index_path(), increment.dir.join("away")).unwrap();
+    assert_eq!((increment.below(), store.dependent_of(base).unwrap()), (None, None));
     store.remove(&name("increment")).unwrap();
 
     let overlay = store.overlay_dir(&"vm-1".parse().unwrap());
