@@ -1,0 +1,199 @@
+//! The overlay and the examples as processes: what they export, and in what order an overlay makes writes durable.
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Once;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use support::process::Process;
+
+const START: Duration = Duration::from_secs(20);
+
+/// An example's program; `cargo test` builds them, `cargo test --test overlay` does not.
+fn example(name: &str) -> PathBuf {
+    static BUILT: Once = Once::new();
+    let profile = Path::new(env!("CARGO_BIN_EXE_bootcache")).parent().expect("in a folder");
+    BUILT.call_once(|| {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut build = Command::new(cargo);
+        // What cargo tells this test of its package would make build scripts run anew.
+        for (name, _) in std::env::vars_os() {
+            if name
+                .to_str()
+                .is_some_and(|name| name.starts_with("CARGO_PKG") || name.starts_with("CARGO_MANIFEST"))
+            {
+                build.env_remove(name);
+            }
+        }
+        build.args(["build", "--quiet", "--locked", "--examples"]).current_dir(support::checkout("."));
+        support::run(build.args(profile.ends_with("release").then_some("--release")));
+    });
+    profile.join("examples").join(name)
+}
+
+fn uri(socket: &Path) -> String {
+    format!("nbd+unix:///?socket={}", socket.display())
+}
+
+fn image(folder: &Path) -> (PathBuf, Vec<u8>) {
+    let path = folder.join("image.raw");
+    let mut bytes = support::noise(1, 8 << 20);
+    bytes[1 << 20..3 << 20].fill(0);
+    fs::write(&path, &bytes).expect("an image");
+    (path, bytes)
+}
+
+#[track_caller]
+fn ends_on_interrupt(mut server: Process) -> String {
+    server.signal(Signal::INT);
+    assert!(server.wait(START).success(), "{}", server.said());
+    server.said()
+}
+
+#[test]
+fn the_file_and_layer_examples_export_the_image() {
+    if !support::require(&["nbdcopy", "nbdinfo"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let (image, bytes) = image(folder.path());
+    for name in ["serve_file", "custom_layer"] {
+        let (socket, copy) = (folder.path().join(format!("{name}.sock")), folder.path().join(name));
+        let server = Process::start(Command::new(example(name)).arg(&image).arg(&socket));
+        server.wait_for("ready", START);
+        support::run(Command::new("nbdcopy").arg(uri(&socket)).arg(&copy));
+        assert!(fs::read(&copy).expect("a copy") == bytes, "{name}");
+        let info = support::run(Command::new("nbdinfo").arg(uri(&socket)));
+        assert!(info.contains("is_read_only: true"), "{info}");
+        let said = ends_on_interrupt(server);
+        let count =
+            said.split("ready\n").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<usize>().ok());
+        assert!(name == "serve_file" || count.is_some_and(|count| count >= 6 << 20), "{said}");
+    }
+}
+
+#[test]
+fn the_overlay_example_keeps_writes_and_leaves_the_image_alone() {
+    if !support::require(&["qemu-io", "qemu-img", "nbdcopy"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let (image, mut bytes) = image(folder.path());
+    let before = bytes.clone();
+    let (overlay, socket) = (folder.path().join("overlay"), folder.path().join("s"));
+    let start = || {
+        let server =
+            Process::start(Command::new(example("serve_overlay")).arg(&image).arg(&overlay).arg(&socket));
+        server.wait_for("ready", START);
+        server
+    };
+    let mut server = start();
+    let commands = ["write -P 7 5000 70000", "write -z 4M 64k", "discard 6M 1M", "flush"];
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io.args(["-f", "raw"]).args(commands.iter().flat_map(|command| ["-c", command])).arg(uri(&socket));
+    support::run(&mut qemu_io);
+    server.kill();
+    bytes[5000..75_000].fill(7);
+    bytes[4 << 20..(4 << 20) + (64 << 10)].fill(0);
+    bytes[6 << 20..7 << 20].fill(0);
+
+    let server = start();
+    let copy = folder.path().join("copy");
+    support::run(Command::new("nbdcopy").arg(uri(&socket)).arg(&copy));
+    assert!(fs::read(&copy).expect("a copy") == bytes, "what was flushed survives kill -9");
+    assert!(ends_on_interrupt(server).contains("34 blocks written, 256 zeroed"));
+    assert!(fs::read(&image).expect("the image") == before);
+}
+
+/// What a process did that matters to durability.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Event {
+    DiffWritten,
+    DiffSynced,
+    IndexWritten,
+    IndexSynced,
+    Answered,
+}
+
+/// Completed calls of a `strace -f -y`, in order of completion.
+fn events(trace: &str) -> Vec<Event> {
+    let mut unfinished = std::collections::HashMap::new();
+    let mut events = Vec::new();
+    for line in trace.lines() {
+        let (pid, call) = line.trim_start().split_once(' ').expect("strace -f begins with the thread");
+        let call = call.trim_start();
+        if call.ends_with("<unfinished ...>") {
+            unfinished.insert(pid, call);
+            continue;
+        }
+        let call = if call.starts_with("<... ") {
+            unfinished.remove(pid).unwrap_or_else(|| panic!("no beginning of {line}"))
+        } else {
+            call
+        };
+        let Some((name, rest)) = call.split_once('(') else { continue };
+        let file = rest.split(['>', ',', ')']).next().unwrap_or_default();
+        events.extend(match (name, file) {
+            ("fdatasync", file) if file.ends_with("/diff") => Some(Event::DiffSynced),
+            ("fdatasync", file) if file.ends_with("/index") => Some(Event::IndexSynced),
+            (_, file) if name.starts_with("pwrite") && file.ends_with("/diff") => Some(Event::DiffWritten),
+            (_, file) if name.starts_with("pwrite") && file.ends_with("/index") => Some(Event::IndexWritten),
+            (_, file) if file.contains("socket:[") => Some(Event::Answered),
+            _ => None,
+        });
+    }
+    events
+}
+
+#[test]
+fn a_flush_and_a_fua_write_are_answered_after_data_then_index_are_synced() {
+    if !support::require(&["strace", "qemu-io"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let (image, _) = image(folder.path());
+    let (overlay, socket, trace) =
+        (folder.path().join("overlay"), folder.path().join("s"), folder.path().join("trace"));
+    let server = Process::start(
+        Command::new("strace")
+            .args([
+                "-D",
+                "-f",
+                "-y",
+                "-qq",
+                "-e",
+                "trace=pwrite64,pwritev,fdatasync,write,writev,sendto,sendmsg",
+                "-o",
+            ])
+            .arg(&trace)
+            .arg(example("serve_overlay"))
+            .args([&image, &overlay, &socket]),
+    );
+    server.wait_for("ready", START);
+    // -t none: no flush at the end of each command but those asked for.
+    let run = |commands: &[&str]| {
+        let before = events(&fs::read_to_string(&trace).expect("a trace")).len();
+        let mut qemu_io = Command::new("qemu-io");
+        qemu_io.args(["-t", "none", "-f", "raw"]).args(commands.iter().flat_map(|command| ["-c", command]));
+        support::run(qemu_io.arg(uri(&socket)));
+        std::thread::sleep(Duration::from_millis(300)); // strace writes behind
+        events(&fs::read_to_string(&trace).expect("a trace")).split_off(before)
+    };
+    use Event::{Answered, DiffSynced, DiffWritten, IndexSynced, IndexWritten};
+    let after_write = |events: &[Event]| {
+        let first = events.iter().position(|event| *event == DiffWritten).expect("it writes");
+        events[first..].to_vec()
+    };
+    let fua = after_write(&run(&["write -f -P 1 1M 4k"]));
+    assert_eq!(fua[..5], [DiffWritten, DiffSynced, IndexWritten, IndexSynced, Answered], "{fua:?}");
+    let again = after_write(&run(&["write -f -P 2 1M 4k"]));
+    assert_eq!(again[..3], [DiffWritten, DiffSynced, Answered], "nothing new for the index: {again:?}");
+    let flush = after_write(&run(&["write -P 3 2M 4k", "flush"]));
+    let expected = [DiffWritten, Answered, DiffSynced, IndexWritten, IndexSynced, Answered];
+    assert_eq!(flush[..6], expected, "{flush:?}");
+    ends_on_interrupt(server);
+}
