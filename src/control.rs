@@ -32,6 +32,11 @@ pub enum Request {
     },
     /// Lists overlays.
     OverlayList,
+    /// Shows one overlay.
+    OverlayShow {
+        /// The overlay.
+        name: HostName,
+    },
     /// Makes an incremental image of an overlay. The overlay stays; nobody may be using it.
     OverlayCommit {
         /// The overlay.
@@ -77,7 +82,7 @@ pub enum Reply {
     Failed(String),
     /// Answer to [`Request::Status`].
     Status(Status),
-    /// Answer to [`Request::OverlayCreate`].
+    /// Answer to [`Request::OverlayCreate`] and [`Request::OverlayShow`].
     Overlay(OverlayInfo),
     /// Answer to [`Request::OverlayList`].
     Overlays(Vec<OverlayInfo>),
@@ -139,6 +144,12 @@ pub struct OverlayInfo {
     pub data: u64,
     /// NBD clients that have it open.
     pub connections: u32,
+    /// Read requests of its clients since the daemon started.
+    pub reads: u64,
+    /// Bytes that they asked for.
+    pub read_bytes: u64,
+    /// Bytes that its clients wrote.
+    pub written_bytes: u64,
 }
 
 /// The socket of one VM.

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
@@ -21,7 +22,7 @@ use crate::disk::{Attempt, SharedDisk, StatusExtent, ZeroFlags};
 use crate::limits::PIECE_BYTES;
 use crate::negotiate::{Agreed, Stream};
 use crate::request::{Action, COMPACT_BYTES, EXTENDED_BYTES, Request, Terms, check};
-use crate::server::Shared;
+use crate::server::{ExportStats, Shared};
 
 /// Requests are read into a buffer of this size.
 const INPUT_BYTES: usize = 64 << 10;
@@ -60,6 +61,7 @@ pub(crate) async fn serve(
         bytes_max: shared.limits.bytes_per_connection,
         bytes_in_all: Arc::clone(&shared.bytes),
         tasks: TaskTracker::new(),
+        stats: Arc::clone(&agreed.export.stats),
     };
     let result = tokio::select! {
         () = cancel.cancelled() => Ok(()),
@@ -82,6 +84,7 @@ struct Connection {
     bytes_max: usize,
     bytes_in_all: Arc<Semaphore>,
     tasks: TaskTracker,
+    stats: Arc<ExportStats>,
 }
 
 /// What the tasks of a connection share.
@@ -161,9 +164,13 @@ impl Connection {
             }
             Ok(Action::Nothing) => answer.done(&mut self.out),
             Ok(Action::Read { offset, length, dont_fragment }) => {
+                self.stats.reads.fetch_add(1, Ordering::Relaxed);
+                self.stats.read_bytes.fetch_add(length.into(), Ordering::Relaxed);
                 self.read(answer, offset, length as usize, dont_fragment).await?;
             }
             Ok(Action::Write { offset, length, fua }) => {
+                self.stats.writes.fetch_add(1, Ordering::Relaxed);
+                self.stats.written_bytes.fetch_add(length.into(), Ordering::Relaxed);
                 self.write(answer, offset, length as usize, fua).await?;
             }
             Ok(Action::Flush) => self.later(answer, 0, |work| async move { work.disk.flush().await }).await?,

@@ -16,4 +16,4 @@ pub mod server;
 
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
 pub use limits::Limits;
-pub use server::{Export, Exports, Server, Tls};
+pub use server::{Export, ExportStats, Exports, Server, Tls};

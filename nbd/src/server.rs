@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,19 @@ use crate::disk::{BoxFuture, SharedDisk};
 use crate::limits::Limits;
 use crate::negotiate::{self, Agreed, Stream};
 
+/// What clients have asked of an export so far, all connections together.
+#[derive(Debug, Default)]
+pub struct ExportStats {
+    /// Read requests.
+    pub reads: AtomicU64,
+    /// Bytes that they asked for.
+    pub read_bytes: AtomicU64,
+    /// Write requests.
+    pub writes: AtomicU64,
+    /// Bytes that they brought.
+    pub written_bytes: AtomicU64,
+}
+
 /// One thing that clients may open.
 #[derive(Clone)]
 pub struct Export {
@@ -30,6 +44,8 @@ pub struct Export {
     pub disk: SharedDisk,
     /// Ends the export's connections when it is cancelled, for instance because the disk goes away.
     pub closed: CancellationToken,
+    /// What was asked of it.
+    pub stats: Arc<ExportStats>,
 }
 
 impl std::fmt::Debug for Export {
@@ -41,7 +57,8 @@ impl std::fmt::Debug for Export {
 impl Export {
     /// An export that stays until the server ends.
     pub fn new(name: impl Into<String>, disk: SharedDisk) -> Self {
-        Self { name: name.into(), description: String::new(), disk, closed: CancellationToken::new() }
+        let (name, description) = (name.into(), String::new());
+        Self { name, description, disk, closed: CancellationToken::new(), stats: Arc::default() }
     }
 }
 

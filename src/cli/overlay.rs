@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use bootcache::control::{OverlayInfo, Reply, Request};
 use bootcache::name::{HostName, ImageName};
 use indicatif::HumanBytes;
@@ -78,8 +78,9 @@ async fn carry_out(session: &mut Session, command: Command, json: bool) -> anyho
             }
         }
         Command::Show { name } => {
-            let info = list(session).await?.into_iter().find(|info| info.name == name);
-            let info = info.with_context(|| format!("there is no overlay '{name}'"))?;
+            let Reply::Overlay(info) = session.call(Request::OverlayShow { name }).await? else {
+                bail!("the daemon answered out of turn");
+            };
             if json {
                 println!("{}", serde_json::to_string(&info)?);
             } else {

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use bootcache_nbd::{Export, SharedDisk};
+use bootcache_nbd::{Export, ExportStats, SharedDisk};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -90,6 +91,7 @@ struct OpenOverlay {
     size: u64,
     /// Ends the connections to it.
     closed: CancellationToken,
+    stats: Arc<ExportStats>,
     _image: Arc<OpenImage>,
 }
 
@@ -146,6 +148,9 @@ impl Node {
                 self.create_overlay(&image, &name).await.map(Reply::Overlay)
             }
             Request::OverlayList => self.overlays().await.map(Reply::Overlays),
+            Request::OverlayShow { name } => {
+                self.overlay_info(&mut *self.inner.lock().await, &name).map(Reply::Overlay)
+            }
             Request::OverlayCommit { name, image } => {
                 self.commit_overlay(&name, &image).await.map(|root| Reply::Image { root })
             }
@@ -179,7 +184,7 @@ impl Node {
         // The connection's disk keeps the image open: so it counts as in use.
         let disk = Arc::new(super::exports::HeldImage { disk: Arc::clone(&open.disk), _image: open });
         let description = "image, read-only".to_owned();
-        Ok(Export { name: name.to_owned(), description, disk, closed: CancellationToken::new() })
+        Ok(Export { description, ..Export::new(name, disk) })
     }
 
     /// The export of overlay `name`.
@@ -190,6 +195,7 @@ impl Node {
             description: "overlay, writable".to_owned(),
             disk: Arc::clone(&open.disk),
             closed: open.closed.clone(),
+            stats: Arc::clone(&open.stats),
         })
     }
 
@@ -274,7 +280,8 @@ impl Node {
             let overlay = Overlay::open(&dir, Arc::clone(&image.disk), meta.base)?;
             let disk: SharedDisk = Arc::new(overlay.clone());
             let closed = CancellationToken::new();
-            let open = OpenOverlay { overlay, disk, base: meta.base, size, closed, _image: image };
+            let stats = Arc::default();
+            let open = OpenOverlay { overlay, disk, base: meta.base, size, closed, stats, _image: image };
             inner.overlays.insert(name.clone(), open);
         }
         Ok(&inner.overlays[name])
@@ -325,6 +332,9 @@ impl Node {
             size: open.size,
             data: open.overlay.usage().data_blocks * BLOCK_SIZE,
             connections: open.connections(),
+            reads: open.stats.reads.load(Ordering::Relaxed),
+            read_bytes: open.stats.read_bytes.load(Ordering::Relaxed),
+            written_bytes: open.stats.written_bytes.load(Ordering::Relaxed),
         })
     }
 
