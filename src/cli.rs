@@ -4,14 +4,18 @@
 //! expected (`image verify`), 130 interrupted.
 
 mod analyze;
+mod boot;
 mod ca;
 mod completions;
+mod daemon;
+mod guest;
 mod image;
 mod overlay;
 mod progress;
 mod serve;
 mod session;
 mod status;
+mod stop;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -68,6 +72,10 @@ enum Command {
     Ca(ca::Args),
     /// Add, list, show, verify, remove and export images
     Image(image::Args),
+    /// Boot VMs of an image, each with a disk of its own
+    Boot(boot::Args),
+    /// End VMs that `boot` started
+    Stop(stop::Args),
     /// Make, list, commit and remove overlays: the disks of VMs
     Overlay(overlay::Args),
     /// Show what this node's daemon has, and how far it is
@@ -84,6 +92,8 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Analyze(args) => analyze::run(&cli.globals, &args),
         Command::Ca(args) => ca::run(&cli.globals, args),
         Command::Image(args) => image::run(&cli.globals, args),
+        Command::Boot(args) => boot::run(&cli.globals, args),
+        Command::Stop(args) => stop::run(&cli.globals, args),
         Command::Overlay(args) => overlay::run(&cli.globals, args),
         Command::Status(args) => status::run(&cli.globals, &args),
         Command::Serve(args) => serve::run(&cli.globals, args),

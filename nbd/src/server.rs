@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ use crate::negotiate::{self, Agreed, Stream};
 /// What clients have asked of an export so far, all connections together.
 #[derive(Debug, Default)]
 pub struct ExportStats {
+    /// Connections that have it open now.
+    pub connections: AtomicU32,
     /// Read requests.
     pub reads: AtomicU64,
     /// Bytes that they asked for.
@@ -243,6 +245,7 @@ impl Server {
 struct ExportPlace {
     shared: Arc<Shared>,
     name: String,
+    stats: Arc<ExportStats>,
 }
 
 impl ExportPlace {
@@ -254,12 +257,15 @@ impl ExportPlace {
             return None;
         }
         *count += 1;
-        Some(Self { shared: Arc::clone(shared), name })
+        let stats = Arc::clone(&agreed.export.stats);
+        stats.connections.fetch_add(1, Ordering::Relaxed);
+        Some(Self { shared: Arc::clone(shared), name, stats })
     }
 }
 
 impl Drop for ExportPlace {
     fn drop(&mut self) {
+        self.stats.connections.fetch_sub(1, Ordering::Relaxed);
         let mut counts = self.shared.per_export.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = counts.get_mut(&self.name) {
             *count -= 1;

@@ -85,8 +85,6 @@ pub(super) struct OpenImage {
 /// An overlay that is open, and the image below it.
 struct OpenOverlay {
     overlay: Overlay,
-    /// The overlay as connections share it: they are counted by it.
-    disk: SharedDisk,
     base: Digest,
     size: u64,
     /// Ends the connections to it.
@@ -97,7 +95,7 @@ struct OpenOverlay {
 
 impl OpenOverlay {
     fn connections(&self) -> u32 {
-        u32::try_from(Arc::strong_count(&self.disk) - 1).unwrap_or(u32::MAX)
+        self.stats.connections.load(Ordering::Relaxed)
     }
 }
 
@@ -193,7 +191,7 @@ impl Node {
         Ok(Export {
             name: name.to_string(),
             description: "overlay, writable".to_owned(),
-            disk: Arc::clone(&open.disk),
+            disk: Arc::new(open.overlay.clone()),
             closed: open.closed.clone(),
             stats: Arc::clone(&open.stats),
         })
@@ -278,10 +276,9 @@ impl Node {
             let size = entry.manifest.size;
             let image = self.open_image(inner, entry, 0)?;
             let overlay = Overlay::open(&dir, Arc::clone(&image.disk), meta.base)?;
-            let disk: SharedDisk = Arc::new(overlay.clone());
             let closed = CancellationToken::new();
             let stats = Arc::default();
-            let open = OpenOverlay { overlay, disk, base: meta.base, size, closed, stats, _image: image };
+            let open = OpenOverlay { overlay, base: meta.base, size, closed, stats, _image: image };
             inner.overlays.insert(name.clone(), open);
         }
         Ok(&inner.overlays[name])
@@ -488,12 +485,13 @@ mod tests {
         let node = node(dir.path());
         create(&node, "a").await.unwrap();
         let name: HostName = "a".parse().unwrap();
-        let disk = node.export("a").await.unwrap().disk;
+        let stats = node.export("a").await.unwrap().stats;
+        stats.connections.fetch_add(1, Ordering::Relaxed);
         let remove = Request::OverlayRemove { name: name.clone() };
         assert!(matches!(node.handle(remove.clone()).await, Err(NodeError::InUse(_))));
         let commit = Request::OverlayCommit { name, image: "c".parse().unwrap() };
         assert!(matches!(node.handle(commit).await, Err(NodeError::InUse(_))));
-        drop(disk);
+        stats.connections.fetch_sub(1, Ordering::Relaxed);
         node.handle(remove).await.unwrap();
         assert!(node.export("a").await.is_err());
     }

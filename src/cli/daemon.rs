@@ -1,0 +1,64 @@
+//! Starting the daemon of a store when none runs.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bootcache::control::{Client, ControlError};
+use bootcache::serve::CONTROL_SOCKET;
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+/// How long a daemon may take to be ready.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Talks to the daemon of the store in `dir`, and starts one that outlives this process if there is none.
+pub(crate) async fn daemon(dir: &Path) -> anyhow::Result<Client> {
+    let socket = dir.join(CONTROL_SOCKET);
+    match Client::connect(&socket).await {
+        Err(ControlError::NoDaemon) => {}
+        other => return Ok(other?),
+    }
+    let log = start(dir).await?;
+    eprintln!("started a daemon on {} (its log: {})", dir.display(), log.display());
+    Ok(Client::connect(&socket).await?)
+}
+
+/// Starts `bootcache serve` in a session of its own and waits until it says that it is ready.
+async fn start(dir: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let path = dir.join("serve.log");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.arg("--store").arg(dir).arg("serve").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    // A process group of its own: Ctrl-C in this terminal is not meant for the daemon.
+    command.process_group(0);
+    let mut child =
+        tokio::process::Command::from(command).spawn().context("cannot start `bootcache serve`")?;
+    let stdout = child.stdout.take().context("the daemon has no output")?;
+    let mut lines = BufReader::new(stdout).lines();
+    let ready = async {
+        while let Some(line) = lines.next_line().await? {
+            if line.starts_with("ready") {
+                return Ok(true);
+            }
+        }
+        Ok::<_, std::io::Error>(false)
+    };
+    match tokio::time::timeout(START_TIMEOUT, ready).await {
+        Ok(Ok(true)) => Ok(path),
+        Ok(_) => bail!("`bootcache serve` ended at once: {}", last_line(&path)),
+        Err(_) => bail!("`bootcache serve` was not ready within {START_TIMEOUT:?}: see {}", path.display()),
+    }
+}
+
+fn last_line(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().last().map_or_else(|| format!("see {}", path.display()), str::to_owned)
+}

@@ -1,0 +1,299 @@
+//! One guest of `bootcache boot`: made, started, waited for, and undone when it does not come up.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use bootcache::control::{Client, Owner, Reply, Request, VmInfo};
+use bootcache::hypervisor::domain::{Domain, DomainDisk, reconnecting_emulator};
+use bootcache::hypervisor::libvirt::Libvirt;
+use bootcache::name::{HostName, ImageName};
+use bootcache::qemu::until::{Condition, Until};
+use bootcache::qemu::{self, Accelerator, Aio, Machine, Serial};
+use bootcache::serve::CONTROL_SOCKET;
+use bootcache::store::Store;
+use bootcache::vm::{Runner, VmRecord, qemu_log_path, serial_path};
+use tokio::io::AsyncWriteExt;
+
+/// How long QEMU waits for a daemon that went away.
+const RECONNECT_SECONDS: u32 = 3600;
+/// How often the serial log is looked at.
+const TICK: Duration = Duration::from_millis(10);
+
+/// What all guests of one command have in common.
+pub(super) struct Plan {
+    pub(super) store: Store,
+    pub(super) image: ImageName,
+    pub(super) memory_mib: u32,
+    pub(super) cpus: u32,
+    pub(super) accelerator: Accelerator,
+    pub(super) bridges: Vec<String>,
+    /// libvirt, or none for a plain QEMU.
+    pub(super) libvirt: Option<(Libvirt, String)>,
+    /// Who QEMU runs as, when that is somebody else.
+    pub(super) owner: Option<Owner>,
+    pub(super) qemu_arguments: Vec<std::ffi::OsString>,
+}
+
+/// A guest that was started.
+pub(super) struct Guest {
+    name: HostName,
+    dir: PathBuf,
+    started: Instant,
+    child: Option<tokio::process::Child>,
+}
+
+impl Guest {
+    /// Makes the overlay and the socket, and starts the guest; undoes what it did when that fails.
+    pub(super) async fn start(plan: &Plan, client: &mut Client, name: HostName) -> anyhow::Result<Self> {
+        let request = Request::OverlayCreate { image: plan.image.clone(), name: name.clone() };
+        client.call(&request).await?;
+        match Self::start_on_overlay(plan, client, &name).await {
+            Ok(guest) => Ok(guest),
+            Err(error) => {
+                undo(plan, client, &name).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_on_overlay(plan: &Plan, client: &mut Client, name: &HostName) -> anyhow::Result<Self> {
+        let open = Request::VmOpen { name: name.clone(), owner: plan.owner };
+        let Reply::Vm(vm) = client.call(&open).await? else { bail!("the daemon answered out of turn") };
+        let dir = plan.store.vm_dir(name);
+        let serial = serial_path(&dir);
+        let log = File::create(&serial).with_context(|| format!("cannot write {}", serial.display()))?;
+        if let Some(owner) = plan.owner {
+            std::os::unix::fs::fchown(&log, Some(owner.uid), Some(owner.gid))?;
+        }
+        let started = Instant::now();
+        let child = match &plan.libvirt {
+            Some((libvirt, uri)) => {
+                let runner = Runner::Libvirt { uri: uri.clone() };
+                VmRecord::new(plan.image.clone(), runner).write(&dir)?;
+                let xml = domain_xml(plan, name, &vm, serial)?;
+                std::fs::write(dir.join("domain.xml"), &xml)?;
+                libvirt.launch(xml).await?;
+                None
+            }
+            None => Some(start_qemu(plan, &vm, &dir, serial)?),
+        };
+        Ok(Self { name: name.clone(), dir, started, child })
+    }
+
+    /// Waits until the guest has booted; returns how long that took.
+    pub(super) async fn booted(
+        &mut self,
+        plan: &Plan,
+        until: &Until,
+        limit: Duration,
+    ) -> anyhow::Result<Duration> {
+        let condition = Condition::prepare(until.clone(), std::net::Ipv4Addr::UNSPECIFIED).await?;
+        let (mut writer, reader) = tokio::io::duplex(64 << 10);
+        let path = serial_path(&self.dir);
+        let tail = async move {
+            let mut file = tokio::fs::File::open(&path).await?;
+            loop {
+                if tokio::io::copy(&mut file, &mut writer).await? == 0 {
+                    tokio::time::sleep(TICK).await;
+                }
+                writer.flush().await?;
+            }
+            #[expect(unreachable_code, reason = "gives the block its type")]
+            Ok::<(), std::io::Error>(())
+        };
+        let (reads, watch_reads) = self.watch_reads(plan, until);
+        let started = self.started;
+        let dir = self.dir.clone();
+        let died = died(&mut self.child, plan, &self.name, &dir);
+        let met = async move {
+            condition.met(reader, move || reads.load(std::sync::atomic::Ordering::Relaxed)).await
+        };
+        tokio::select! {
+            at = met => Ok(at.into_std().duration_since(started)),
+            result = tail => Err(anyhow!("cannot read its serial log: {result:?}")),
+            reason = died => Err(anyhow!("it ended before it had booted: {reason}")),
+            error = watch_reads => Err(error),
+            () = tokio::time::sleep(limit) => Err(anyhow!(
+                "it had not booted after {} s (waiting for {until}): look at {}, or give more with --time-limit",
+                limit.as_secs(),
+                serial_path(&dir).display(),
+            )),
+        }
+    }
+
+    /// A count of the guest's reads, for [`Until::Idle`] alone, and what keeps it up to date.
+    fn watch_reads(
+        &self,
+        plan: &Plan,
+        until: &Until,
+    ) -> (std::sync::Arc<std::sync::atomic::AtomicU64>, impl Future<Output = anyhow::Error> + use<>) {
+        let reads = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let count = std::sync::Arc::clone(&reads);
+        let wanted = matches!(until, Until::Idle(_));
+        let (socket, name) = (plan.store.dir().join(CONTROL_SOCKET), self.name.clone());
+        let watch = async move {
+            if !wanted {
+                return std::future::pending().await;
+            }
+            loop {
+                let asked = async {
+                    let mut client = Client::connect(&socket).await?;
+                    client.call(&Request::OverlayShow { name: name.clone() }).await
+                };
+                match asked.await {
+                    Ok(Reply::Overlay(info)) => count.store(info.reads, std::sync::atomic::Ordering::Relaxed),
+                    Ok(_) => return anyhow!("the daemon answered out of turn"),
+                    Err(error) => return error.into(),
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        (reads, watch)
+    }
+
+    /// Its name.
+    pub(super) fn name(&self) -> &HostName {
+        &self.name
+    }
+}
+
+/// Ends a guest and removes what belongs to it.
+pub(super) async fn undo(plan: &Plan, client: &mut Client, name: &HostName) {
+    let dir = plan.store.vm_dir(name);
+    if let Err(error) = stop(&dir, name, Duration::ZERO).await {
+        eprintln!("{name}: {error:#}");
+    }
+    let _ = client.call(&Request::VmClose { name: name.clone() }).await;
+    let _ = std::fs::remove_dir_all(&dir);
+    if let Err(error) = client.call(&Request::OverlayRemove { name: name.clone() }).await {
+        eprintln!("{name}: its overlay stays: {error}");
+    }
+}
+
+/// Ends the guest whose folder is `dir`, if it runs: in order if that takes no longer than `patience`, else at once.
+pub(super) async fn stop(dir: &Path, name: &HostName, patience: Duration) -> anyhow::Result<()> {
+    match VmRecord::read(dir)?.map(|record| record.runner) {
+        None => Ok(()),
+        Some(Runner::Libvirt { uri }) => {
+            let libvirt = Libvirt::new(uri);
+            let deadline = Instant::now() + patience;
+            if !patience.is_zero() && libvirt.shut_down(name).await? {
+                while Instant::now() < deadline && libvirt.is_running(name).await? {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            }
+            Ok(libvirt.delete(name).await?)
+        }
+        Some(Runner::Qemu { pid }) => end_process(pid, dir).await,
+    }
+}
+
+/// Ends the QEMU with that process id, if that is still the one that was started for the VM in `dir`.
+async fn end_process(pid: u32, dir: &Path) -> anyhow::Result<()> {
+    use rustix::process::{Pid, Signal, kill_process};
+    let ours = || {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let needle = serial_path(dir);
+        let needle = needle.as_os_str().as_encoded_bytes();
+        line.windows(needle.len()).any(|window| window == needle)
+    };
+    let Some(target) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(()) };
+    for signal in [Signal::TERM, Signal::KILL] {
+        if !ours() {
+            return Ok(());
+        }
+        let _ = kill_process(target, signal);
+        for _ in 0..100 {
+            if !ours() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    bail!("QEMU (process {pid}) does not end")
+}
+
+fn domain_xml(plan: &Plan, name: &HostName, vm: &VmInfo, serial: PathBuf) -> anyhow::Result<String> {
+    use std::os::unix::fs::PermissionsExt;
+    let emulator = plan.store.dir().join("qemu-reconnect");
+    let program = which(qemu::PROGRAM).with_context(|| format!("{} is not installed", qemu::PROGRAM))?;
+    let script = reconnecting_emulator(&program, RECONNECT_SECONDS);
+    // Written only when it changes: libvirt probes an emulator anew when its time of change is another.
+    if std::fs::read_to_string(&emulator).ok().as_deref() != Some(script.as_str()) {
+        bootcache::store::write_atomic(&emulator, script.as_bytes())?;
+        std::fs::set_permissions(&emulator, std::fs::Permissions::from_mode(0o755))?;
+    }
+    let domain = Domain {
+        name: name.clone(),
+        memory_mib: plan.memory_mib,
+        cpus: plan.cpus,
+        accelerator: plan.accelerator,
+        emulator,
+        disk: DomainDisk::Nbd { socket: vm.socket.clone(), export: vm.export.clone() },
+        bridges: plan.bridges.clone(),
+        serial,
+    };
+    Ok(domain.to_xml(plan.store.dir()))
+}
+
+fn which(program: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(program)).find(|path| path.is_file())
+}
+
+/// Starts a plain QEMU that outlives this process.
+fn start_qemu(
+    plan: &Plan,
+    vm: &VmInfo,
+    dir: &Path,
+    serial: PathBuf,
+) -> anyhow::Result<tokio::process::Child> {
+    let machine = Machine {
+        disk: qemu::Disk::Nbd {
+            socket: vm.socket.clone(),
+            export: vm.export.clone(),
+            reconnect_s: RECONNECT_SECONDS,
+        },
+        aio: Aio::default(),
+        memory_mib: plan.memory_mib,
+        cpus: plan.cpus,
+        accelerator: plan.accelerator,
+        serial: Serial::File(serial),
+        arguments: plan.qemu_arguments.clone(),
+    };
+    let log = File::create(qemu_log_path(dir))?;
+    let mut command = std::process::Command::new(qemu::PROGRAM);
+    command.args(machine.arguments()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    command.process_group(0);
+    let child = tokio::process::Command::from(command)
+        .spawn()
+        .with_context(|| format!("cannot start {}: is it installed?", qemu::PROGRAM))?;
+    let pid = child.id().context("QEMU ended at once")?;
+    VmRecord::new(plan.image.clone(), Runner::Qemu { pid }).write(dir)?;
+    Ok(child)
+}
+
+/// Resolves when the guest has ended, with the reason.
+async fn died(child: &mut Option<tokio::process::Child>, plan: &Plan, name: &HostName, dir: &Path) -> String {
+    if let Some(child) = child {
+        let status = child.wait().await;
+        let log = std::fs::read_to_string(qemu_log_path(dir)).unwrap_or_default();
+        let last = log.lines().last().unwrap_or_default();
+        return match status {
+            Ok(status) => format!("QEMU, {status} {last}"),
+            Err(error) => error.to_string(),
+        };
+    }
+    let Some((libvirt, _)) = &plan.libvirt else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        match libvirt.is_running(name).await {
+            Ok(true) => {}
+            Ok(false) => return "the domain is off (see its log in /var/log/libvirt/qemu)".to_owned(),
+            Err(error) => return error.to_string(),
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! A guest as libvirt's domain XML (<https://libvirt.org/formatdomain.html>).
+//!
+//! Written by an XML writer that escapes, so nothing that a user or a plan says becomes markup.
+
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+use quick_xml::Writer;
+use quick_xml::events::{BytesDecl, BytesText, Event};
+
+use crate::name::HostName;
+use crate::qemu::Accelerator;
+
+/// Where a domain's disk is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DomainDisk {
+    /// An NBD export on a Unix socket.
+    Nbd {
+        /// The socket.
+        socket: PathBuf,
+        /// The export's name.
+        export: String,
+    },
+    /// A block device of the host, such as `/dev/nbd0`.
+    Block(PathBuf),
+}
+
+/// A guest to be.
+#[derive(Debug, Clone)]
+pub struct Domain {
+    /// Its name.
+    pub name: HostName,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// What runs the guest's code.
+    pub accelerator: Accelerator,
+    /// The program that runs it.
+    pub emulator: PathBuf,
+    /// Its disk, the first virtio one.
+    pub disk: DomainDisk,
+    /// Bridges of the host that it has a network card on.
+    pub bridges: Vec<String>,
+    /// File for its first serial line.
+    pub serial: PathBuf,
+}
+
+impl Domain {
+    /// The domain's UUID: always the same for one name in one store, so that defining it again replaces it.
+    pub fn uuid(store: &Path, name: &HostName) -> String {
+        let mut hasher = blake3::Hasher::new_derive_key("bootcache domain uuid v1");
+        hasher.update(store.as_os_str().as_encoded_bytes());
+        hasher.update(b"\0");
+        hasher.update(name.as_str().as_bytes());
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        // Version 8 (RFC 9562): the rest is ours to define.
+        bytes[6] = bytes[6] & 0x0f | 0x80;
+        bytes[8] = bytes[8] & 0x3f | 0x80;
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+    }
+
+    /// The XML, for the store in `store`.
+    pub fn to_xml(&self, store: &Path) -> String {
+        let mut writer = Writer::new_with_indent(Cursor::new(Vec::new()), b' ', 2);
+        self.write(&mut writer, store).expect("writing to memory does not fail");
+        String::from_utf8(writer.into_inner().into_inner()).expect("only UTF-8 was written")
+    }
+
+    fn write(&self, xml: &mut Writer<Cursor<Vec<u8>>>, store: &Path) -> std::io::Result<()> {
+        let kind = match self.accelerator {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "qemu",
+        };
+        xml.write_event(Event::Decl(BytesDecl::new("1.0", Some("UTF-8"), None)))?;
+        xml.create_element("domain").with_attribute(("type", kind)).write_inner_content(|xml| {
+            text(xml, "name", self.name.as_str())?;
+            text(xml, "uuid", &Self::uuid(store, &self.name))?;
+            text_with(xml, "memory", ("unit", "MiB"), &self.memory_mib.to_string())?;
+            text(xml, "vcpu", &self.cpus.to_string())?;
+            xml.create_element("os").write_inner_content(|xml| {
+                let kind = xml.create_element("type");
+                kind.with_attributes([("arch", "x86_64"), ("machine", "pc")])
+                    .write_text_content(BytesText::new("hvm"))?;
+                xml.create_element("boot").with_attribute(("dev", "hd")).write_empty()?;
+                Ok(())
+            })?;
+            xml.create_element("features").write_inner_content(|xml| {
+                xml.create_element("acpi").write_empty()?;
+                Ok(())
+            })?;
+            if self.accelerator == Accelerator::Kvm {
+                xml.create_element("cpu").with_attribute(("mode", "host-passthrough")).write_empty()?;
+            }
+            text(xml, "on_poweroff", "destroy")?;
+            text(xml, "on_reboot", "restart")?;
+            text(xml, "on_crash", "destroy")?;
+            xml.create_element("devices").write_inner_content(|xml| self.devices(xml))?;
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn devices(&self, xml: &mut Writer<Cursor<Vec<u8>>>) -> std::io::Result<()> {
+        text(xml, "emulator", &self.emulator.to_string_lossy())?;
+        self.disk(xml)?;
+        for bridge in &self.bridges {
+            xml.create_element("interface").with_attribute(("type", "bridge")).write_inner_content(
+                |xml| {
+                    xml.create_element("source").with_attribute(("bridge", bridge.as_str())).write_empty()?;
+                    xml.create_element("model").with_attribute(("type", "virtio")).write_empty()?;
+                    Ok(())
+                },
+            )?;
+        }
+        xml.create_element("serial").with_attribute(("type", "file")).write_inner_content(|xml| {
+            let path = self.serial.to_string_lossy();
+            xml.create_element("source").with_attribute(("path", path.as_ref())).write_empty()?;
+            Ok(())
+        })?;
+        xml.create_element("controller")
+            .with_attributes([("type", "usb"), ("model", "none")])
+            .write_empty()?;
+        xml.create_element("memballoon").with_attribute(("model", "none")).write_empty()?;
+        Ok(())
+    }
+
+    fn disk(&self, xml: &mut Writer<Cursor<Vec<u8>>>) -> std::io::Result<()> {
+        let kind = match &self.disk {
+            DomainDisk::Nbd { .. } => "network",
+            DomainDisk::Block(_) => "block",
+        };
+        let disk = xml.create_element("disk").with_attributes([("type", kind), ("device", "disk")]);
+        disk.write_inner_content(|xml| {
+            // An error of the disk stops the guest, which can go on once it is mended, and never reaches it.
+            xml.create_element("driver")
+                .with_attributes([
+                    ("name", "qemu"),
+                    ("type", "raw"),
+                    ("cache", "none"),
+                    ("discard", "unmap"),
+                    ("error_policy", "stop"),
+                    ("rerror_policy", "stop"),
+                ])
+                .write_empty()?;
+            match &self.disk {
+                DomainDisk::Nbd { socket, export } => {
+                    let source = xml.create_element("source");
+                    source
+                        .with_attributes([("protocol", "nbd"), ("name", export.as_str())])
+                        .write_inner_content(|xml| {
+                            let socket = socket.to_string_lossy();
+                            xml.create_element("host")
+                                .with_attributes([("transport", "unix"), ("socket", socket.as_ref())])
+                                .write_empty()?;
+                            Ok(())
+                        })?;
+                }
+                DomainDisk::Block(path) => {
+                    let path = path.to_string_lossy();
+                    xml.create_element("source").with_attribute(("dev", path.as_ref())).write_empty()?;
+                }
+            }
+            xml.create_element("target")
+                .with_attributes([("dev", "vda"), ("bus", "virtio")])
+                .write_empty()?;
+            Ok(())
+        })?;
+        Ok(())
+    }
+}
+
+fn text(xml: &mut Writer<Cursor<Vec<u8>>>, name: &str, content: &str) -> std::io::Result<()> {
+    xml.create_element(name).write_text_content(BytesText::new(content))?;
+    Ok(())
+}
+
+fn text_with(
+    xml: &mut Writer<Cursor<Vec<u8>>>,
+    name: &str,
+    attribute: (&str, &str),
+    content: &str,
+) -> std::io::Result<()> {
+    xml.create_element(name).with_attribute(attribute).write_text_content(BytesText::new(content))?;
+    Ok(())
+}
+
+/// An emulator that gives every NBD disk a delay to reconnect, as a shell script.
+///
+/// libvirt 9.0 drops `<reconnect>` for NBD, so its line to QEMU is changed on the way. QEMU waits `seconds` for a
+/// server that went away before it lets a request fail.
+pub fn reconnecting_emulator(program: &Path, seconds: u32) -> String {
+    let program = program.to_string_lossy().replace('\'', r"'\''");
+    format!(
+        r#"#!/bin/sh
+# QEMU as bootcache has libvirt start it: NBD disks wait up to {seconds} s for their server to come back.
+count=$#
+while [ "$count" -gt 0 ]; do
+	word=$1
+	shift
+	case $word in
+	'{{"driver":"nbd",'*)
+		word='{{"driver":"nbd","reconnect-delay":{seconds},"open-timeout":{seconds},'${{word#'{{"driver":"nbd",'}} ;;
+	esac
+	set -- "$@" "$word"
+	count=$((count - 1))
+done
+exec '{program}' "$@"
+"#
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domain() -> Domain {
+        Domain {
+            name: "vm-1".parse().unwrap(),
+            memory_mib: 512,
+            cpus: 1,
+            accelerator: Accelerator::Tcg,
+            emulator: "/usr/bin/qemu-system-x86_64".into(),
+            disk: DomainDisk::Nbd { socket: "/s/'<&>\".sock".into(), export: "vm-1".into() },
+            bridges: vec!["br0\"/><evil/>".into()],
+            serial: "/s/serial.log".into(),
+        }
+    }
+
+    #[test]
+    fn nothing_in_a_description_becomes_markup() {
+        let xml = domain().to_xml(Path::new("/s"));
+        assert!(!xml.contains("<evil"), "{xml}");
+        let mut reader = quick_xml::Reader::from_str(&xml);
+        loop {
+            match reader.read_event().unwrap() {
+                Event::Eof => break,
+                Event::Start(tag) | Event::Empty(tag) => {
+                    for attribute in tag.attributes() {
+                        attribute.unwrap();
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn the_uuid_is_the_store_s_and_the_name_s() {
+        let name = |text: &str| text.parse::<HostName>().unwrap();
+        let uuid = |store: &str, text| Domain::uuid(Path::new(store), &name(text));
+        assert_eq!(uuid("/a", "vm"), uuid("/a", "vm"));
+        assert_ne!(uuid("/a", "vm"), uuid("/b", "vm"));
+        assert_ne!(uuid("/a", "vm"), uuid("/a", "vm2"));
+        assert_eq!(uuid("/a", "vm").len(), 36);
+    }
+
+    #[test]
+    fn the_emulator_changes_nbd_disks_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = dir.path().join("emulator");
+        std::fs::write(&script, reconnecting_emulator(Path::new("/bin/echo"), 30)).unwrap();
+        let output = std::process::Command::new("sh")
+            .arg(&script)
+            .args(["-name", "a  b'c", r#"{"driver":"nbd","server":1}"#, r#"{"driver":"raw"}"#])
+            .output()
+            .unwrap();
+        let expected = concat!(
+            "-name a  b'c {\"driver\":\"nbd\",\"reconnect-delay\":30,\"open-timeout\":30,\"server\":1} ",
+            "{\"driver\":\"raw\"}\n"
+        );
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+    }
+}
