@@ -13,6 +13,7 @@ pub mod increment_tree;
 pub mod manifest;
 pub mod page;
 pub mod partial_tree;
+mod qcow2;
 pub mod qemu_img;
 pub mod scan;
 pub mod stored_disk;

@@ -97,6 +97,43 @@ fn every_format_gives_the_same_image_and_b3sum_agrees() {
 }
 
 #[test]
+fn a_file_whose_end_is_missing_is_refused_or_gives_the_same_image() {
+    if !support::require(&["qemu-img"]) {
+        return;
+    }
+    let store = Store::new();
+    let raw = store.beside("noise.raw");
+    fs::write(&raw, support::noise(11, 5 << 20)).unwrap();
+    add(&store, "whole", &raw, &[]);
+    let expected = shown(&store, "whole")["root"].clone();
+    let sources: [(&str, &[&str]); 5] = [
+        ("plain.qcow2", &[]),
+        ("compressed.qcow2", &["-c"]),
+        ("stream.vmdk", &["-o", "subformat=streamOptimized"]),
+        ("dynamic.vdi", &[]),
+        ("dynamic.vhdx", &[]),
+    ];
+    for (file, options) in sources {
+        let path = store.beside(file);
+        let (_, format) = file.split_once('.').unwrap();
+        let mut arguments = vec!["convert", "-f", "raw", "-O", format];
+        arguments.extend(options);
+        arguments.extend([raw.to_str().unwrap(), path.to_str().unwrap()]);
+        qemu_img(arguments);
+        let whole = fs::read(&path).unwrap();
+        for missing in [1, 511, 513, 1500, 5000, 70_000] {
+            let cut = store.beside(&format!("cut.{format}"));
+            fs::write(&cut, &whole[..whole.len() - missing]).unwrap();
+            let own = Store::new();
+            let status = own.command(["image", "add", "cut"]).arg(&cut).output().unwrap().status;
+            if status.success() {
+                assert_eq!(shown(&own, "cut")["root"], expected, "{missing} bytes of {file} are missing");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_size_that_is_no_multiple_of_a_block_is_kept() {
     if !support::require(&["b3sum"]) {
         return;

@@ -25,10 +25,13 @@ use super::format::{FormatError, Head, refuse_truncated, refuse_truncated_vdi};
 use super::increment::{IncrementError, import_increment};
 use super::manifest::{ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
 use super::page::{PAGE_SPAN, Page};
+use super::qcow2;
 use super::qemu_img::{self, QemuImgError};
 use super::scan::{DiskSource, FileSource, PageView, ScanError, Watch, scan};
 use super::tree::{SIZE_MAX, TreeError};
 use super::tree_builder::TreeBuilder;
+
+const TRUNCATED_QCOW2: &str = "it is truncated: its tables name clusters past its end";
 
 /// Why a file did not become an image. Nothing of it is left in the store then.
 #[derive(Debug, thiserror::Error)]
@@ -182,8 +185,14 @@ impl Opened {
             if !options.allow_backing_files {
                 head.refuse_outside_files(format).map_err(format_error)?;
             }
-            if format == SourceFormat::Vdi {
-                refuse_truncated_vdi(&head, length).map_err(format_error)?;
+            match format {
+                SourceFormat::Vdi => refuse_truncated_vdi(&head, length).map_err(format_error)?,
+                SourceFormat::Qcow2 => match qcow2::holds_its_clusters(&file, length) {
+                    Ok(true) => {}
+                    Ok(false) => return Err(format_error(FormatError::Unsound(TRUNCATED_QCOW2))),
+                    Err(error) => return Err(ImportError::Source { path: given.to_owned(), error }),
+                },
+                _ => {}
             }
             ask_qemu_img(given, &path, format, options, watch)?
         };
