@@ -7,11 +7,13 @@
 //!
 //! It knows nothing of names or folders beyond its own two files; one process has them open at a time.
 //!
-//! Invariant: after a crash at any instant each block holds what was last flushed, or something newer.
+//! Invariants: after a crash of the machine at any instant each block holds what was last flushed, or something newer;
+//! after `kill -9` of the process it holds what was last answered ([`live`]).
 
 mod dirty;
 mod flush;
 pub(crate) mod layer;
+mod live;
 mod log;
 mod map;
 mod range_lock;
@@ -37,6 +39,7 @@ use crate::store::atomic::sync_dir;
 use dirty::DirtySet;
 use flush::Flusher;
 use layer::Layer;
+use live::{Live, Owner};
 use log::Log;
 pub use log::{Header, IndexError, SIZE_MAX};
 use map::BlockMap;
@@ -49,6 +52,8 @@ pub use storage::{DiffFile, FileDiff, FileLog, LogFile};
 pub const INDEX_FILE: &str = "index";
 /// The diff's file name within an overlay's folder.
 pub const DIFF_FILE: &str = "diff";
+/// The name of the file within an overlay's folder that keeps its map while it is open.
+pub const LIVE_FILE: &str = "live";
 
 /// Why an overlay cannot be made or opened.
 #[derive(Debug, thiserror::Error)]
@@ -130,9 +135,18 @@ impl Overlay {
         let diff_file = FileDiff::open(&diff).map_err(diff_error)?;
         let length = diff_file.length().map_err(diff_error)?;
         let log_file = FileLog::open(&index).map_err(|error| index_error(&index, error.into()))?;
-        let overlay = Self::from_files(Arc::new(log_file), Arc::new(diff_file), base)
-            .map_err(|source| index_error(&index, source))?;
-        let header = overlay.0.header;
+        let (log, runs) = Log::open(Arc::new(log_file)).map_err(|source| index_error(&index, source))?;
+        let header = log.header();
+        let indexed = map_of(header.size, &runs);
+        let owner = Owner { header: &header, batch: log.batch(), diff: diff_file.file() };
+        let map = match Live::open(&dir.join(LIVE_FILE), &owner, &indexed) {
+            Ok(live) => BlockMap::over(live, header.size),
+            Err(error) => {
+                tracing::warn!(overlay = %dir.display(), %error, "no live map: a kill would lose unflushed writes");
+                map_of(header.size, &runs)
+            }
+        };
+        let overlay = Self::assemble(log, map, &indexed, Arc::new(diff_file), base);
         if header.base != base_root {
             return Err(OverlayError::OtherBase { expected: header.base.short(), found: base_root.short() });
         }
@@ -151,19 +165,34 @@ impl Overlay {
         base: SharedDisk,
     ) -> Result<Self, IndexError> {
         let (log, runs) = Log::open(log)?;
+        let indexed = map_of(log.header().size, &runs);
+        let map = map_of(log.header().size, &runs);
+        Ok(Self::assemble(log, map, &indexed, diff, base))
+    }
+
+    /// `map` is `indexed`, what the log says, with what was answered since by a process that was killed.
+    fn assemble(
+        log: Log,
+        map: BlockMap,
+        indexed: &BlockMap,
+        diff: Arc<dyn DiffFile>,
+        base: SharedDisk,
+    ) -> Self {
         let header = log.header();
-        let map = map_of(header.size, &runs);
-        let dirty = DirtySet::new(map.words());
-        Ok(Self(Arc::new(Inner {
+        let dirty = DirtySet::new(map.words().len());
+        map.differences(indexed, |word, bits| dirty.mark(word, bits));
+        Self(Arc::new(Inner {
             layer: Layer { map: Arc::new(map), diff, base, size: header.size },
             header,
             dirty,
             locks: RangeLock::default(),
-            written: AtomicU64::new(0),
+            // The first flush syncs the diff whatever comes before it: blocks may have been written over by a process
+            // that was killed.
+            written: AtomicU64::new(1),
             flusher: Flusher::new(log),
             latched: AtomicBool::new(false),
             sealed: AtomicBool::new(false),
-        })))
+        }))
     }
 
     /// Root digest of the image below.

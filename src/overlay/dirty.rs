@@ -73,7 +73,7 @@ mod tests {
     #[test]
     fn gives_each_change_once_as_long_runs() {
         let map = BlockMap::new(200 * 4096);
-        let set = DirtySet::new(map.words());
+        let set = DirtySet::new(map.words().len());
         map.set(Extent::new(30, 40), BlockState::Data, |word, bits| set.mark(word, bits));
         map.set(Extent::new(40, 5), BlockState::Zero, |word, bits| set.mark(word, bits));
         let taken = set.take();

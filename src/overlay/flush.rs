@@ -82,6 +82,9 @@ impl Inner {
             self.layer.diff.sync().map_err(|error| self.latch("diff", &error))?;
             let recorded = self.record(&mut progress.log, &batch, compacted.as_deref());
             recorded.inspect_err(|_| self.dirty.put_back(&dirty))?;
+            if let Some(live) = self.layer.map.live() {
+                live.index_has(progress.log.batch());
+            }
         }
         progress.covered = written;
         progress.done = number;

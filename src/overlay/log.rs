@@ -239,6 +239,11 @@ impl Log {
         self.header
     }
 
+    /// Number of its last batch; 0 of an empty log.
+    pub(super) fn batch(&self) -> u32 {
+        self.batch
+    }
+
     /// Whether it has grown so much that [`Log::replace`] is due.
     pub(super) fn wants_compaction(&self) -> bool {
         let records = (self.length - HEADER_BYTES as u64) / RECORD_BYTES as u64;
