@@ -180,7 +180,7 @@ impl LocalCache {
                     Some(true) => {
                         self.presence.set(Extent::new(block, 1));
                     }
-                    Some(false) => self.presence.clear(block),
+                    Some(false) => self.presence.forget(block),
                     None => {}
                 }
             }
@@ -359,8 +359,11 @@ impl LocalCache {
         }
     }
 
-    /// Reads what is here, whether or not it is in the page cache.
-    async fn read_file(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+    /// Reads what is here, whether or not it is in the page cache; for peers, so it does not count as a guest's read.
+    ///
+    /// # Errors
+    /// Of this node's own disk.
+    pub async fn read_present(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         if let Attempt::Ready(result) = self.read_now(offset, buf) {
             return result;
         }
@@ -374,11 +377,24 @@ impl LocalCache {
         Ok(())
     }
 
+    /// Reads what is here, on the calling thread.
+    ///
+    /// # Errors
+    /// Of this node's own disk.
+    pub fn read_blocking(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    /// Takes back that `block` is here: it was found to be wrong. Reads wait for it again.
+    pub fn forget(&self, block: u64) {
+        self.presence.forget(block);
+    }
+
     /// The asynchronous read, with what it waited for.
     pub async fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> io::Result<Option<(Coming, Duration)>> {
         let waited = self.wait(Extent::touching(offset, buf.len() as u64)).await?;
         self.counters.count(buf.len(), waited);
-        self.read_file(offset, buf).await?;
+        self.read_present(offset, buf).await?;
         Ok(waited)
     }
 }

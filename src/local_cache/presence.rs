@@ -1,7 +1,7 @@
 //! Which blocks of an image are here: one bit a block, flat and atomic.
 //!
-//! Bits are only ever set, except by [`Presence::clear`], which is for before anyone reads. A set bit publishes the
-//! bytes that were written before it. Not durable: `super::saved` is.
+//! Bits are only ever set, except of blocks that were found to be wrong. A set bit publishes the bytes that were
+//! written before it. Not durable: `super::saved` is.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -65,15 +65,15 @@ impl Presence {
         fresh > 0
     }
 
-    /// Marks `block` absent. Only while the image is being opened.
-    pub(super) fn clear(&mut self, block: u64) {
-        let word = self.words[usize::try_from(block / 64).expect("the bitmap is in memory")].get_mut();
-        let mask = 1 << (block % 64);
-        if *word & mask != 0 {
-            *word &= !mask;
-            *self.present.get_mut() -= 1;
-            *self.complete.get_mut() = false;
+    /// Marks `block` absent again.
+    pub(super) fn forget(&self, block: u64) {
+        self.complete.store(false, Ordering::Release);
+        for (word, mask) in masks(Extent::new(block, 1)) {
+            if self.words[word].fetch_and(!mask, Ordering::AcqRel) & mask != 0 {
+                self.present.fetch_sub(1, Ordering::AcqRel);
+            }
         }
+        self.complete.store(self.count() == self.blocks, Ordering::Release);
     }
 
     /// Whether all of `extent` is present.

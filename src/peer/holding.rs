@@ -1,0 +1,513 @@
+//! What a node holds of one image: its manifest, blocks, digest tree and boot frames, whole or still arriving.
+//!
+//! The transfer engine adds to it what it has verified, the peer server gives it to others from the first frame on.
+//! Both see one thing, so that what is served is what was verified.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use bootcache_nbd::disk::{Attempt, SharedDisk};
+use roaring::RoaringBitmap;
+use tokio::sync::Notify;
+
+use crate::block::{Extent, bytes_in_block};
+use crate::boot_cache::{BootCache, BootCacheError, Heads};
+use crate::digest::Digest;
+use crate::image::manifest::Manifest;
+use crate::image::page::PAGE_BLOCKS;
+use crate::image::partial_tree::{PartialTree, Verdict};
+use crate::image::tree::{Tree, TreeError};
+use crate::local_cache::LocalCache;
+
+use super::message::Have;
+
+/// The digest tree as far as it is known.
+#[derive(Debug)]
+pub enum KnownTree {
+    /// All of it.
+    Whole(Tree),
+    /// What has come so far.
+    Partial(PartialTree),
+}
+
+impl KnownTree {
+    /// Whether `data` is the content of `block`.
+    pub fn verify(&self, block: u64, data: &[u8]) -> Verdict {
+        match self {
+            Self::Whole(tree) if tree.verify_block(block, data) => Verdict::Good,
+            Self::Whole(_) => Verdict::Bad,
+            Self::Partial(tree) => tree.verify_block(block, data),
+        }
+    }
+
+    /// The group digests.
+    pub fn top(&self) -> &[u8] {
+        match self {
+            Self::Whole(tree) => tree.top_bytes(),
+            Self::Partial(tree) => tree.top_bytes(),
+        }
+    }
+
+    /// The page digests of `group`, if it exists and is known.
+    pub fn group(&self, group: u64) -> Option<&[u8]> {
+        match self {
+            Self::Whole(tree) => (group < tree.groups()).then(|| tree.group_bytes(group)),
+            Self::Partial(tree) => (group < tree.groups()).then(|| tree.group_bytes(group)).flatten(),
+        }
+    }
+
+    /// Page `page` as it is sent, if it exists and is known.
+    pub fn page(&self, page: u64) -> Option<Vec<u8>> {
+        match self {
+            Self::Whole(tree) => (page < tree.pages()).then(|| tree.page_bytes(page)),
+            Self::Partial(tree) => (page < tree.pages()).then(|| tree.page_bytes(page)).flatten(),
+        }
+    }
+
+    /// Whether the digests of the blocks of `page` are known.
+    pub fn knows_page(&self, page: u64) -> bool {
+        match self {
+            Self::Whole(tree) => page < tree.pages(),
+            Self::Partial(tree) => tree.knows_page(page),
+        }
+    }
+
+    /// Whether the page digests of `group` are known.
+    pub fn knows_group(&self, group: u64) -> bool {
+        match self {
+            Self::Whole(tree) => group < tree.groups(),
+            Self::Partial(tree) => tree.knows_group(group),
+        }
+    }
+
+    /// Whether `block` is all zeroes; none when that is not known.
+    pub fn is_zero(&self, block: u64) -> Option<bool> {
+        match self {
+            Self::Whole(tree) => Some(tree.is_zero(block)),
+            Self::Partial(tree) => tree.is_zero(block),
+        }
+    }
+
+    /// The digest of `block`; none when it is all zeroes or not known.
+    pub fn block_digest(&self, block: u64) -> Option<Digest> {
+        match self {
+            Self::Whole(tree) => tree.block_digest(block),
+            Self::Partial(tree) => tree.block_digest(block),
+        }
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        match self {
+            Self::Whole(tree) => tree.pages(),
+            Self::Partial(tree) => tree.pages(),
+        }
+    }
+
+    /// Number of groups.
+    pub fn groups(&self) -> u64 {
+        match self {
+            Self::Whole(tree) => tree.groups(),
+            Self::Partial(tree) => tree.groups(),
+        }
+    }
+
+    /// Whether all of it is known.
+    pub fn is_complete(&self) -> bool {
+        match self {
+            Self::Whole(_) => true,
+            Self::Partial(tree) => tree.is_complete(),
+        }
+    }
+
+    /// Takes what a peer sent of it.
+    ///
+    /// # Errors
+    /// [`TreeError::Malformed`] when it is wrong, [`TreeError::Io`].
+    pub fn add_group(&self, group: u64, bytes: &[u8]) -> Result<(), TreeError> {
+        match self {
+            Self::Whole(_) => Ok(()),
+            Self::Partial(tree) => tree.add_group(group, bytes),
+        }
+    }
+
+    /// Takes what a peer sent of it.
+    ///
+    /// # Errors
+    /// [`TreeError::Malformed`] when it is wrong, [`TreeError::Io`].
+    pub fn add_page(&self, page: u64, bytes: &[u8]) -> Result<(), TreeError> {
+        match self {
+            Self::Whole(_) => Ok(()),
+            Self::Partial(tree) => tree.add_page(page, bytes),
+        }
+    }
+
+    /// Makes what has come durable.
+    ///
+    /// # Errors
+    /// [`TreeError::Io`].
+    pub fn sync(&self) -> Result<(), TreeError> {
+        match self {
+            Self::Whole(_) => Ok(()),
+            Self::Partial(tree) => tree.sync(),
+        }
+    }
+}
+
+/// The boot cache as far as it is here. Owned by a [`Holding`].
+#[derive(Debug)]
+pub struct Frames {
+    boot: BootCache,
+    here: Vec<AtomicBool>,
+    /// All frames below this one are here.
+    contiguous: AtomicU32,
+    arrived: Notify,
+    /// Nothing more will come: who waits for a frame is told so.
+    ended: AtomicBool,
+}
+
+impl Frames {
+    /// A boot cache of which those frames are here that verify; reads all of it.
+    ///
+    /// # Errors
+    /// [`BootCacheError::Io`].
+    pub fn check(boot: BootCache) -> Result<Self, BootCacheError> {
+        let here = boot.present_frames()?;
+        Ok(Self::new(boot, here))
+    }
+
+    /// A boot cache of which all frames are here, or none.
+    pub fn unchecked(boot: BootCache, all: bool) -> Self {
+        let here = vec![all; boot.heads().frames().len()];
+        Self::new(boot, here)
+    }
+
+    fn new(boot: BootCache, here: Vec<bool>) -> Self {
+        let frames = Self {
+            boot,
+            here: here.into_iter().map(AtomicBool::new).collect(),
+            contiguous: AtomicU32::new(0),
+            arrived: Notify::new(),
+            ended: AtomicBool::new(false),
+        };
+        frames.advance();
+        frames
+    }
+
+    fn advance(&self) {
+        let from = self.contiguous.load(Ordering::Acquire) as usize;
+        let run = self.here[from..].iter().take_while(|here| here.load(Ordering::Acquire)).count();
+        let until = u32::try_from(from + run).expect("a boot cache has fewer than 2^32 frames");
+        self.contiguous.fetch_max(until, Ordering::AcqRel);
+    }
+
+    /// The heads.
+    pub fn heads(&self) -> &Heads {
+        self.boot.heads()
+    }
+
+    /// The heads as they are sent.
+    pub fn heads_bytes(&self) -> &[u8] {
+        self.boot.heads_bytes()
+    }
+
+    /// Number of frames, here or not.
+    pub fn count(&self) -> usize {
+        self.here.len()
+    }
+
+    /// Frames without a gap from the first.
+    pub fn contiguous(&self) -> u32 {
+        self.contiguous.load(Ordering::Acquire)
+    }
+
+    /// Whether frame `index` is here.
+    pub fn has(&self, index: usize) -> bool {
+        self.here.get(index).is_some_and(|here| here.load(Ordering::Acquire))
+    }
+
+    /// Keeps frame `index`, whose digest is checked again.
+    ///
+    /// # Errors
+    /// [`BootCacheError::BadFrame`], [`BootCacheError::Io`].
+    pub fn insert(&self, index: usize, bytes: &[u8]) -> Result<(), BootCacheError> {
+        self.boot.write_frame(index, bytes)?;
+        self.here[index].store(true, Ordering::Release);
+        self.advance();
+        self.arrived.notify_waiters();
+        Ok(())
+    }
+
+    /// Frame `index`, checked.
+    ///
+    /// # Errors
+    /// [`BootCacheError::BadFrame`], [`BootCacheError::Io`].
+    pub fn read(&self, index: usize) -> Result<Vec<u8>, BootCacheError> {
+        self.boot.read_frame(index)
+    }
+
+    /// Says that no more frames will come.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.arrived.notify_waiters();
+    }
+
+    /// Waits until frame `index` is here; false when it will not come.
+    pub async fn wait(&self, index: usize) -> bool {
+        loop {
+            let mut arrived = std::pin::pin!(self.arrived.notified());
+            arrived.as_mut().enable();
+            if self.has(index) {
+                return true;
+            }
+            if index >= self.count() || self.ended.load(Ordering::Acquire) {
+                return false;
+            }
+            arrived.await;
+        }
+    }
+}
+
+/// Where blocks are read from, to be given to peers.
+#[derive(Clone)]
+pub enum Blocks {
+    /// A copy that may still be incomplete.
+    Cache(Arc<LocalCache>),
+    /// A whole image: an increment over its base, or a disk in the store.
+    Disk(SharedDisk),
+}
+
+/// What a node holds of one image; see the module's documentation.
+pub struct Holding {
+    /// The image's manifest.
+    pub manifest: Manifest,
+    /// Its blocks.
+    pub blocks: Blocks,
+    /// Its digest tree.
+    pub tree: KnownTree,
+    /// Its boot cache, once there is one; set when the heads have come.
+    frames: OnceLock<Frames>,
+    /// The heads have come, or never will.
+    frames_set: Notify,
+    origin: bool,
+    /// Pages all of whose blocks are here, in order of coming; grows with `note_page`.
+    pages: Mutex<RoaringBitmap>,
+    /// Goes up with every frame, page or change of place; waking for each would cost more than it tells.
+    changes: AtomicU64,
+}
+
+impl std::fmt::Debug for Blocks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cache(cache) => cache.fmt(f),
+            Self::Disk(_) => f.write_str("Disk"),
+        }
+    }
+}
+
+impl std::fmt::Debug for Holding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Holding").field("root", &self.manifest.root.short()).finish_non_exhaustive()
+    }
+}
+
+impl Holding {
+    /// What is held of the image of `manifest`; `frames` of its boot cache, if they are known already.
+    pub fn new(manifest: Manifest, blocks: Blocks, tree: KnownTree, frames: Option<Frames>) -> Self {
+        let cell = OnceLock::new();
+        if let Some(frames) = frames {
+            cell.set(frames).expect("the cell is new");
+        }
+        let holding = Self {
+            manifest,
+            blocks,
+            tree,
+            frames: cell,
+            frames_set: Notify::new(),
+            origin: false,
+            pages: Mutex::new(RoaringBitmap::new()),
+            changes: AtomicU64::new(0),
+        };
+        for page in 0..holding.tree.pages() {
+            holding.note_page(page);
+        }
+        holding
+    }
+
+    /// A complete image in the folder `dir` of a store, whose disk is `disk`. Reads the tree and the boot cache.
+    ///
+    /// # Errors
+    /// When the tree cannot be used. Without a sound boot cache, the rest is served.
+    pub fn open_complete(dir: &Path, manifest: Manifest, disk: SharedDisk) -> Result<Self, TreeError> {
+        let tree = Tree::open(&dir.join("tree"), Some(manifest.root))?;
+        let open = |digest| {
+            let boot = BootCache::open(&dir.join("boot"), manifest.root)?;
+            if boot.heads_digest() != digest {
+                return Err(BootCacheError::Damaged("its heads are not those of the manifest"));
+            }
+            Frames::check(boot)
+        };
+        let frames = manifest.boot.as_ref().and_then(|boot| match open(boot.heads_digest) {
+            Ok(frames) => {
+                frames.end();
+                Some(frames)
+            }
+            Err(error) => {
+                tracing::warn!(image = %manifest.root.short(), %error, "serving the image without its boot cache");
+                None
+            }
+        });
+        Ok(Self::new(manifest, Blocks::Disk(disk), KnownTree::Whole(tree), frames))
+    }
+
+    /// The image's identity.
+    pub const fn root(&self) -> Digest {
+        self.manifest.root
+    }
+
+    /// Number of blocks.
+    pub fn block_count(&self) -> u64 {
+        crate::block::blocks_for(self.manifest.size)
+    }
+
+    /// Says that the image was published on this node, not fetched from a peer.
+    #[must_use]
+    pub const fn published(mut self, origin: bool) -> Self {
+        self.origin = origin;
+        self
+    }
+
+    /// Whether the image was published on this node.
+    pub const fn is_origin(&self) -> bool {
+        self.origin
+    }
+
+    /// The boot cache, as far as it is here.
+    pub fn frames(&self) -> Option<&Frames> {
+        self.frames.get()
+    }
+
+    /// Says which boot cache there is; once.
+    pub fn set_frames(&self, frames: Frames) {
+        // A second one would be the same: the heads are pinned by the manifest.
+        let _ = self.frames.set(frames);
+        self.frames_set.notify_waiters();
+        self.changed();
+    }
+
+    /// Waits until frame `index` of the boot cache is here; false when it will not come.
+    pub async fn wait_frame(&self, index: usize) -> bool {
+        if self.manifest.boot.is_none() {
+            return false;
+        }
+        loop {
+            let mut set = std::pin::pin!(self.frames_set.notified());
+            set.as_mut().enable();
+            if let Some(frames) = self.frames() {
+                return frames.wait(index).await;
+            }
+            if self.is_complete() {
+                return false;
+            }
+            set.await;
+        }
+    }
+
+    /// Whether every block is here.
+    pub fn is_complete(&self) -> bool {
+        match &self.blocks {
+            Blocks::Cache(cache) => cache.is_complete() && self.tree.is_complete(),
+            Blocks::Disk(_) => true,
+        }
+    }
+
+    /// The runs of `extent` that are here.
+    pub fn present(&self, extent: Extent) -> Vec<Extent> {
+        match &self.blocks {
+            Blocks::Cache(cache) => cache.present(extent),
+            Blocks::Disk(_) => vec![extent],
+        }
+    }
+
+    /// Counts `page` among those that are here, if all its blocks are.
+    pub fn note_page(&self, page: u64) {
+        let Blocks::Cache(cache) = &self.blocks else { return };
+        let start = page * PAGE_BLOCKS;
+        let count = PAGE_BLOCKS.min(self.block_count() - start);
+        if cache.has(Extent::new(start, count)) && self.tree.knows_page(page) {
+            let page = u32::try_from(page).expect("an image has fewer than 2^32 pages");
+            if self.pages.lock().unwrap_or_else(PoisonError::into_inner).insert(page) {
+                self.changed();
+            }
+        }
+    }
+
+    /// Says that something is here that was not.
+    pub fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// A number that is another one when something has changed.
+    pub fn version(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// What is here, as it is told to peers.
+    pub fn have(&self) -> Have {
+        let complete = self.is_complete();
+        let mut pages = Vec::new();
+        if !complete {
+            let bitmap = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+            bitmap.serialize_into(&mut pages).expect("a vector takes every write");
+        }
+        Have {
+            complete,
+            frames: self.frames().map_or(0, Frames::contiguous),
+            origin: self.origin,
+            pages,
+            load: super::message::Load::default(),
+        }
+    }
+
+    /// Reads `extent`, which is here; the disk's last block may be short.
+    ///
+    /// # Errors
+    /// Of this node's own disk.
+    pub async fn read(&self, extent: Extent) -> io::Result<Vec<u8>> {
+        let last = extent.end() - 1;
+        let length = (extent.count - 1) * crate::block::BLOCK_SIZE + bytes_in_block(last, self.manifest.size);
+        let mut bytes = vec![0; usize::try_from(length).expect("requests are bounded")];
+        match &self.blocks {
+            Blocks::Cache(cache) => cache.read_present(extent.offset(), &mut bytes).await?,
+            Blocks::Disk(disk) => match disk.try_read(extent.offset(), &mut bytes) {
+                Attempt::Ready(result) => result?,
+                Attempt::WouldBlock => disk.read(extent.offset(), &mut bytes).await?,
+            },
+        }
+        Ok(bytes)
+    }
+}
+
+/// The images that this node holds and offers. Shared by the server and whoever opens images.
+#[derive(Debug, Default)]
+pub struct Holdings(Mutex<BTreeMap<Digest, Arc<Holding>>>);
+
+impl Holdings {
+    /// Offers `holding` from now on, in place of another of the same image.
+    pub fn insert(&self, holding: Arc<Holding>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(holding.root(), holding);
+    }
+
+    /// Offers the image no longer.
+    pub fn remove(&self, root: Digest) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&root);
+    }
+
+    /// The holding of image `root`.
+    pub fn get(&self, root: Digest) -> Option<Arc<Holding>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&root).cloned()
+    }
+}

@@ -1,0 +1,172 @@
+//! The answering side: takes connections from other nodes and serves what this one holds, complete or not.
+//!
+//! One task a connection reads requests, one writes replies, and each request in flight has a short task between
+//! them. Replies for guests that wait go first, then the stream, then fill. Everything is bounded: connections,
+//! requests in flight, replies that are in memory; a peer that does not read is dropped.
+
+mod answer;
+mod session;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::choose::Ledger;
+use crate::digest::Digest;
+
+use super::fault::Faults;
+use super::holding::Holding;
+use super::message::{Load, Wanted};
+use super::tracker::Tracker;
+use super::transport::Security;
+
+const CONNECTIONS_MAX: usize = 1024;
+
+/// Where the server finds images.
+pub trait Provider: Send + Sync + 'static {
+    /// The image that is meant, if this node has it or is getting it. May read from the node's own disk.
+    fn find(&self, wanted: &Wanted) -> Option<Arc<Holding>>;
+
+    /// This node's load, as it is told to peers.
+    fn load(&self) -> Load {
+        Load::default()
+    }
+}
+
+/// What a server is told.
+#[derive(Debug, Default)]
+pub struct ServerOptions {
+    /// What protects connections.
+    pub security: Security,
+    /// What this node calls itself.
+    pub node: String,
+    /// What stands for this node in the order of the relay.
+    pub key: u64,
+    /// What is done to answers; for tests.
+    pub faults: Option<Arc<Faults>>,
+}
+
+/// Bytes sent and requests taken, by kind.
+#[derive(Debug, Default)]
+pub struct ServerCounters {
+    /// Bytes of boot frames.
+    pub stream_bytes: AtomicU64,
+    /// Bytes of blocks for which a guest waited.
+    pub demand_bytes: AtomicU64,
+    /// Bytes of other blocks.
+    pub fill_bytes: AtomicU64,
+    /// Bytes of everything else: manifests, heads, trees, and what is held.
+    pub other_bytes: AtomicU64,
+    /// Requests answered.
+    pub requests: AtomicU64,
+    /// Requests refused: too large, or for what is not here.
+    pub refused: AtomicU64,
+    /// Connections open now.
+    pub connections: AtomicU64,
+}
+
+/// The peer server of a node. Cheap to share; serves any number of listeners.
+pub struct Server {
+    provider: Arc<dyn Provider>,
+    options: ServerOptions,
+    tracker: Tracker,
+    ledgers: Mutex<HashMap<Digest, Ledger>>,
+    counters: Arc<ServerCounters>,
+    next_connection: AtomicU64,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// A server of what `provider` finds.
+    pub fn new(provider: Arc<dyn Provider>, options: ServerOptions) -> Arc<Self> {
+        Arc::new(Self {
+            provider,
+            options,
+            tracker: Tracker::default(),
+            ledgers: Mutex::new(HashMap::new()),
+            counters: Arc::new(ServerCounters::default()),
+            next_connection: AtomicU64::new(1),
+        })
+    }
+
+    /// What was served so far.
+    pub fn counters(&self) -> &Arc<ServerCounters> {
+        &self.counters
+    }
+
+    /// Listens on `address`, and says on which one in the end.
+    ///
+    /// # Errors
+    /// Those of the socket, and a refusal to listen in the clear beyond loopback.
+    pub async fn listen(&self, address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+        self.options
+            .security
+            .check(address)
+            .map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
+        let listener = TcpListener::bind(address).await?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    }
+
+    /// Serves `listener` until `stop`; ends when every connection has.
+    pub async fn run(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) {
+        let tasks = TaskTracker::new();
+        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = stop.cancelled() => break,
+            };
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot take a peer's connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                tracing::warn!(%address, "too many peers are connected: one is turned away");
+                continue;
+            };
+            let server = Arc::clone(&self);
+            let stop = stop.clone();
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = server.connection(stream, address) => {}
+                    () = stop.cancelled() => {}
+                }
+                drop(place);
+            });
+        }
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    async fn connection(&self, stream: TcpStream, address: SocketAddr) {
+        let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
+        self.counters.connections.fetch_add(1, Ordering::Relaxed);
+        let result = match self.options.security.accept(stream).await {
+            Ok(stream) => session::run(self, stream, address, id).await,
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = result {
+            tracing::debug!(%address, %error, "a peer's connection ended");
+        }
+        self.tracker.leave(id);
+        self.counters.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}

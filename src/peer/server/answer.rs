@@ -1,0 +1,214 @@
+//! What each request is answered with. Nothing in a request is believed beyond the limits that were checked.
+
+use std::io;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::block::{BLOCK_SIZE, Extent};
+use crate::choose::{Ledger, PeerKey, Relay, relay};
+use crate::peer::fault::{self, Fate};
+use crate::peer::holding::Holding;
+use crate::peer::message::{Answer, Ask, HEARTBEAT, Have, Peer, Reply, Request, Wanted, from_wire, to_wire};
+
+use super::Server;
+use super::session::{Class, Outgoing, Queues, Session};
+
+/// How often a watched image is looked at.
+const WATCH_INTERVAL: Duration = Duration::from_millis(50);
+/// Larger pieces are compressed on a thread of their own.
+const PACK_INLINE_MAX: usize = 16 << 10;
+const PACK_LEVEL: i32 = 1;
+
+type Answered = (Answer, Vec<u8>);
+
+const ABSENT: Answered = (Answer::Absent, Vec::new());
+
+/// Answers one request into the queue of its class.
+pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, request: Request) {
+    let Request { id, ask } = request;
+    if !ask.is_within_limits() {
+        server.counters.refused.fetch_add(1, Ordering::Relaxed);
+        let refused = Answer::Refused("the request is larger than the protocol allows".to_owned());
+        return send(queues, Class::Other, id, (refused, Vec::new()), Fate::Send).await;
+    }
+    if let Ask::Watch { root } = ask {
+        return watch(server, session, queues, id, &Wanted::Root(root)).await;
+    }
+    let class = class(&ask);
+    if let Ask::Frame { root, index, wait: true } = ask
+        && let Some(holding) = session.image(server, &Wanted::Root(root)).await
+    {
+        if let Some(other) = elsewhere(server, session, &holding, index) {
+            return send(queues, class, id, (Answer::Elsewhere(other), Vec::new()), Fate::Send).await;
+        }
+        holding.wait_frame(index as usize).await;
+    }
+    // A place in the queue first, the data into memory after it.
+    let Ok(place) = queues.of(class).reserve().await else { return };
+    let fault = server.options.faults.as_ref().and_then(|faults| faults.next(&ask));
+    let asked = if fault == Some(fault::Fault::WrongPlace) { fault::elsewhere(&ask) } else { ask };
+    let (mut answer, mut bulk) = find(server, session, asked, fault).await;
+    let fate = match (&server.options.faults, fault) {
+        (Some(faults), Some(fault)) => faults.spoil(fault, &mut answer, &mut bulk),
+        _ => Fate::Send,
+    };
+    if matches!(answer, Answer::Absent | Answer::Refused(_)) {
+        server.counters.refused.fetch_add(1, Ordering::Relaxed);
+    }
+    place.send(Outgoing { class, reply: Reply { id, answer }, bulk, fate });
+}
+
+async fn send(queues: &Queues, class: Class, id: u32, (answer, bulk): Answered, fate: Fate) {
+    let outgoing = Outgoing { class, reply: Reply { id, answer }, bulk, fate };
+    // The writer is gone only when the connection is.
+    let _ = queues.of(class).send(outgoing).await;
+}
+
+const fn class(ask: &Ask) -> Class {
+    match ask {
+        Ask::Frame { .. } => Class::Stream,
+        Ask::Blocks { urgent: true, .. } => Class::Demand,
+        Ask::Blocks { urgent: false, .. } => Class::Fill,
+        _ => Class::Other,
+    }
+}
+
+async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault::Fault>) -> Answered {
+    let wanted = match &ask {
+        Ask::Describe(wanted) => wanted.clone(),
+        Ask::Heads { root } | Ask::Top { root } | Ask::Frame { root, .. } | Ask::Blocks { root, .. } => {
+            Wanted::Root(*root)
+        }
+        Ask::Watch { .. } | Ask::Cancel { .. } => return ABSENT,
+    };
+    let Some(holding) = session.image(server, &wanted).await else { return ABSENT };
+    match ask {
+        Ask::Describe(_) => {
+            let peers = server.tracker.come(holding.root(), session.id, session.peer);
+            let have = Have { load: server.provider.load(), ..holding.have() };
+            (Answer::Described { have, peers }, holding.manifest.to_bytes())
+        }
+        Ask::Heads { .. } => {
+            holding.frames().map_or(ABSENT, |frames| (Answer::Data, frames.heads_bytes().to_vec()))
+        }
+        Ask::Top { .. } => (Answer::Data, holding.tree.top().to_vec()),
+        Ask::Frame { index, .. } => frame(&holding, index as usize).await,
+        Ask::Blocks { extents, groups, pages, .. } => {
+            let extents: Vec<Extent> = extents.into_iter().map(from_wire).collect();
+            let elsewhere = fault == Some(fault::Fault::WrongPlace);
+            let packs = session.link.packing_pays();
+            blocks(&holding, &extents, (&groups, &pages), packs, elsewhere).await.unwrap_or_else(|error| {
+                tracing::error!(image = %holding.root().short(), %error, "cannot read a block for a peer");
+                (Answer::Refused("it cannot be read".to_owned()), Vec::new())
+            })
+        }
+        Ask::Watch { .. } | Ask::Cancel { .. } => ABSENT,
+    }
+}
+
+async fn frame(holding: &std::sync::Arc<Holding>, index: usize) -> Answered {
+    if !holding.frames().is_some_and(|frames| frames.has(index)) {
+        return ABSENT;
+    }
+    let holding = std::sync::Arc::clone(holding);
+    let read = move || holding.frames().map(|frames| frames.read(index));
+    match tokio::task::spawn_blocking(read).await {
+        Ok(Some(Ok(bytes))) => (Answer::Data, bytes),
+        Ok(Some(Err(error))) => {
+            tracing::error!(index, %error, "cannot give a boot frame to a peer");
+            ABSENT
+        }
+        _ => ABSENT,
+    }
+}
+
+async fn blocks(
+    holding: &Holding,
+    extents: &[Extent],
+    (groups, pages): (&[u32], &[u32]),
+    packs: bool,
+    elsewhere: bool,
+) -> io::Result<Answered> {
+    let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a part of the tree is short");
+    let mut bulk = Vec::new();
+    let mut group_heads = Vec::new();
+    for group in groups {
+        if let Some(bytes) = holding.tree.group(u64::from(*group)) {
+            group_heads.push((*group, length(bytes)));
+            bulk.extend_from_slice(bytes);
+        }
+    }
+    let mut page_heads = Vec::new();
+    for page in pages {
+        if let Some(bytes) = holding.tree.page(u64::from(*page)) {
+            page_heads.push((*page, length(&bytes)));
+            bulk.extend_from_slice(&bytes);
+        }
+    }
+    let mut extent_heads = Vec::new();
+    let mut data = Vec::new();
+    let end = holding.block_count();
+    for extent in extents.iter().filter(|extent| !extent.is_empty() && extent.end() <= end) {
+        for run in holding.present(*extent) {
+            let from = match elsewhere {
+                true if run.end() < end => Extent::new(run.start + 1, run.count),
+                true if run.start > 0 => Extent::new(run.start - 1, run.count),
+                _ => run,
+            };
+            extent_heads.push(to_wire(run));
+            data.extend(holding.read(from).await?);
+        }
+    }
+    let data_length = data.len();
+    let (data, packed) = if packs { pack(data).await? } else { (data, false) };
+    debug_assert!(data.len() <= data_length, "packed data is kept only when it is shorter");
+    bulk.extend_from_slice(&data);
+    let answer = Answer::Blocks { groups: group_heads, pages: page_heads, extents: extent_heads, packed };
+    Ok((answer, bulk))
+}
+
+/// The node that the other side should ask for the frame, because this one, the origin, has just sent it there.
+fn elsewhere(server: &Server, session: &Session, holding: &Holding, index: u32) -> Option<Peer> {
+    let asker = session.peer.filter(|_| holding.is_origin())?;
+    let mut ledgers = server.ledgers.lock().unwrap_or_else(PoisonError::into_inner);
+    let ledger = ledgers.entry(holding.root()).or_insert_with(|| Ledger::new(&Relay::default()));
+    match ledger.ask(index, PeerKey(asker.key)) {
+        relay::Answer::Send => None,
+        relay::Answer::Ask(other) => server.tracker.find(holding.root(), other.0),
+    }
+}
+
+/// `data` compressed, if that makes it shorter by an eighth.
+async fn pack(data: Vec<u8>) -> io::Result<(Vec<u8>, bool)> {
+    if (data.len() as u64) < BLOCK_SIZE {
+        return Ok((data, false));
+    }
+    let small = data.len() <= PACK_INLINE_MAX;
+    let work = move || -> io::Result<(Vec<u8>, bool)> {
+        let packed = zstd::bulk::compress(&data, PACK_LEVEL)?;
+        Ok(if packed.len() < data.len() / 8 * 7 { (packed, true) } else { (data, false) })
+    };
+    if small { work() } else { tokio::task::spawn_blocking(work).await.map_err(io::Error::other)? }
+}
+
+/// Tells what is held, whenever it has changed, and as a sign of life.
+async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wanted: &Wanted) {
+    let Some(holding) = session.image(server, wanted).await else {
+        return send(queues, Class::Other, id, ABSENT, Fate::Send).await;
+    };
+    loop {
+        let version = holding.version();
+        let complete = holding.is_complete();
+        let have = Have { load: server.provider.load(), ..holding.have() };
+        send(queues, Class::Other, id, (Answer::Have(have), Vec::new()), Fate::Send).await;
+        let beat = tokio::time::Instant::now() + HEARTBEAT;
+        loop {
+            tokio::time::sleep(WATCH_INTERVAL).await;
+            let changed = holding.version() != version || holding.is_complete() != complete;
+            if changed || tokio::time::Instant::now() >= beat {
+                break;
+            }
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! One connection of the server: greets, reads requests, and writes replies in the order of their urgency.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_util::future::{AbortHandle, Abortable, FutureExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::io::{AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::mpsc;
+
+use crate::digest::Digest;
+use crate::peer::fault::Fate;
+use crate::peer::holding::Holding;
+use crate::peer::message::{Ask, Hello, PROTOCOL_VERSION, Peer, Reply, Request, Wanted};
+use crate::peer::transport::Transport;
+use crate::wire::frame::{self, FrameType};
+use crate::wire::io::{WireError, read_frame, write_message};
+
+use super::{Server, answer};
+
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// A peer that takes no bytes for so long is dropped.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+const REQUESTS_MAX: usize = 256;
+const REQUEST_BYTES_MAX: usize = 64 << 10;
+const WRITE_PIECE: usize = 64 << 10;
+/// Images that one connection has asked about and that are kept at hand.
+const IMAGES_MAX: usize = 64;
+/// Above this rate, in bytes a second, compressing on the fly costs more than it saves (zstd, one core).
+const PACK_RATE_MAX: u64 = 160 << 20;
+
+/// How urgent a reply is; also what its bytes count as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    Other,
+    Demand,
+    Stream,
+    Fill,
+}
+
+/// A reply that is ready to be sent.
+pub(super) struct Outgoing {
+    pub(super) class: Class,
+    pub(super) reply: Reply,
+    pub(super) bulk: Vec<u8>,
+    pub(super) fate: Fate,
+}
+
+/// The queues into the writer. Few places: who has data in memory waits for one first.
+#[derive(Clone)]
+pub(super) struct Queues {
+    urgent: mpsc::Sender<Outgoing>,
+    stream: mpsc::Sender<Outgoing>,
+    fill: mpsc::Sender<Outgoing>,
+}
+
+impl Queues {
+    pub(super) fn of(&self, class: Class) -> &mpsc::Sender<Outgoing> {
+        match class {
+            Class::Other | Class::Demand => &self.urgent,
+            Class::Stream => &self.stream,
+            Class::Fill => &self.fill,
+        }
+    }
+}
+
+/// How fast this connection takes bytes, as far as it has pushed back.
+#[derive(Debug, Default)]
+pub(super) struct Link {
+    bytes_per_second: AtomicU64,
+}
+
+impl Link {
+    fn note(&self, bytes: usize, took: Duration) {
+        // Bytes that only went into the socket's buffer say nothing of the link.
+        if bytes < WRITE_PIECE || took < Duration::from_millis(1) {
+            return;
+        }
+        let rate = u64::try_from(bytes as u128 * 1_000_000 / took.as_micros().max(1)).unwrap_or(u64::MAX);
+        let before = self.bytes_per_second.load(Ordering::Relaxed);
+        let after = if before == 0 { rate } else { (before * 7 + rate) / 8 };
+        self.bytes_per_second.store(after, Ordering::Relaxed);
+    }
+
+    /// Whether bytes should be compressed for it.
+    pub(super) fn packing_pays(&self) -> bool {
+        self.bytes_per_second.load(Ordering::Relaxed) < PACK_RATE_MAX
+    }
+}
+
+/// What the requests of one connection share.
+pub(super) struct Session {
+    pub(super) id: u64,
+    /// The other side, if it serves peers itself.
+    pub(super) peer: Option<Peer>,
+    pub(super) link: Link,
+    images: Mutex<HashMap<Digest, Arc<Holding>>>,
+}
+
+impl Session {
+    /// The image `root`, from what was asked for before or from the provider.
+    pub(super) async fn image(&self, server: &Server, wanted: &Wanted) -> Option<Arc<Holding>> {
+        let known = |session: &Self| session.images.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Wanted::Root(root) = wanted
+            && let Some(holding) = known(self).get(root)
+        {
+            return Some(Arc::clone(holding));
+        }
+        let (provider, wanted) = (Arc::clone(&server.provider), wanted.clone());
+        let holding = tokio::task::spawn_blocking(move || provider.find(&wanted)).await.ok()??;
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        if images.len() >= IMAGES_MAX {
+            images.clear();
+        }
+        images.insert(holding.root(), Arc::clone(&holding));
+        Some(holding)
+    }
+}
+
+/// Serves one connection until it closes.
+pub(super) async fn run(
+    server: &Server,
+    mut stream: Box<dyn Transport>,
+    address: SocketAddr,
+    id: u64,
+) -> Result<(), WireError> {
+    let hello = tokio::time::timeout(HELLO_TIMEOUT, greet(server, &mut stream))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let Some(hello) = hello else { return Ok(()) };
+    let session = Session {
+        id,
+        peer: hello.listen.map(|port| Peer { address: SocketAddr::new(address.ip(), port), key: hello.key }),
+        link: Link::default(),
+        images: Mutex::new(HashMap::new()),
+    };
+    let (reader, writer) = tokio::io::split(stream);
+    let (urgent, urgent_queue) = mpsc::channel(8);
+    let (stream, stream_queue) = mpsc::channel(2);
+    let (fill, fill_queue) = mpsc::channel(2);
+    let queues = Queues { urgent, stream, fill };
+    let (requests, taken) = mpsc::channel(8);
+    tokio::select! {
+        result = read_requests(reader, requests) => result,
+        () = work(server, &session, taken, &queues) => Ok(()),
+        result = write_replies(server, &session, writer, [urgent_queue, stream_queue, fill_queue]) => result,
+    }
+}
+
+async fn greet(server: &Server, stream: &mut Box<dyn Transport>) -> Result<Option<Hello>, WireError> {
+    let hello = match read_frame(stream, REQUEST_BYTES_MAX).await? {
+        Some((FrameType::PEER_HELLO, payload)) => frame::decode::<Hello>(&payload)?,
+        _ => return Ok(None),
+    };
+    let (node, key) = (server.options.node.clone(), server.options.key);
+    let ours = Hello { version: PROTOCOL_VERSION, node, key, listen: None };
+    write_message(stream, FrameType::PEER_HELLO, &ours).await?;
+    Ok((hello.version == PROTOCOL_VERSION).then_some(hello))
+}
+
+async fn read_requests(
+    mut reader: ReadHalf<Box<dyn Transport>>,
+    requests: mpsc::Sender<Request>,
+) -> Result<(), WireError> {
+    while let Some((frame_type, payload)) = read_frame(&mut reader, REQUEST_BYTES_MAX).await? {
+        if frame_type == FrameType::PEER_REQUEST {
+            // The other end lives as long as this future.
+            let _ = requests.send(frame::decode(&payload)?).await;
+        }
+    }
+    Ok(())
+}
+
+/// Has up to [`REQUESTS_MAX`] requests answered at a time; never ends by itself.
+async fn work(server: &Server, session: &Session, mut taken: mpsc::Receiver<Request>, queues: &Queues) {
+    let mut cancels: HashMap<u32, AbortHandle> = HashMap::new();
+    let mut running = FuturesUnordered::new();
+    loop {
+        let request = tokio::select! {
+            Some(request) = taken.recv(), if running.len() < REQUESTS_MAX => request,
+            Some((id, _)) = running.next(), if !running.is_empty() => {
+                cancels.remove(&id);
+                continue;
+            }
+            else => std::future::pending().await,
+        };
+        if let Ask::Cancel { id } = request.ask {
+            if let Some(cancel) = cancels.remove(&id) {
+                cancel.abort();
+            }
+            continue;
+        }
+        let id = request.id;
+        let (cancel, registration) = AbortHandle::new_pair();
+        cancels.insert(id, cancel);
+        let answer = Abortable::new(answer::answer(server, session, queues, request), registration);
+        running.push(answer.map(move |result| (id, result)));
+    }
+}
+
+async fn write_replies(
+    server: &Server,
+    session: &Session,
+    mut writer: WriteHalf<Box<dyn Transport>>,
+    [mut urgent, mut stream, mut fill]: [mpsc::Receiver<Outgoing>; 3],
+) -> Result<(), WireError> {
+    loop {
+        let next = tokio::select! {
+            biased;
+            next = urgent.recv() => next,
+            next = stream.recv() => next,
+            next = fill.recv() => next,
+        };
+        // The senders live as long as this future.
+        let Some(outgoing) = next else { return Ok(()) };
+        let pieces = match outgoing.fate {
+            Fate::Send => (WRITE_PIECE, Duration::ZERO),
+            Fate::Slowly(piece, pause) => (piece, pause),
+            Fate::Drop => continue,
+            Fate::Close => return Ok(()),
+        };
+        let head = frame::encode_bulk(FrameType::PEER_REPLY, &outgoing.reply, outgoing.bulk.len())?;
+        count(server, outgoing.class, head.len() + outgoing.bulk.len());
+        write_piece(&mut writer, &head).await?;
+        for piece in outgoing.bulk.chunks(pieces.0) {
+            let began = Instant::now();
+            write_piece(&mut writer, piece).await?;
+            session.link.note(piece.len(), began.elapsed());
+            if !pieces.1.is_zero() {
+                writer.flush().await?;
+                tokio::time::sleep(pieces.1).await;
+            }
+        }
+        writer.flush().await?;
+    }
+}
+
+async fn write_piece<W: AsyncWrite + Unpin>(writer: &mut W, bytes: &[u8]) -> io::Result<()> {
+    tokio::time::timeout(WRITE_TIMEOUT, writer.write_all(bytes))
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+fn count(server: &Server, class: Class, bytes: usize) {
+    let counters = &server.counters;
+    let counter = match class {
+        Class::Other => &counters.other_bytes,
+        Class::Demand => &counters.demand_bytes,
+        Class::Stream => &counters.stream_bytes,
+        Class::Fill => &counters.fill_bytes,
+    };
+    counter.fetch_add(bytes as u64, Ordering::Relaxed);
+    counters.requests.fetch_add(1, Ordering::Relaxed);
+}

@@ -1,0 +1,110 @@
+//! Whom a node speaks to, and how: mutual TLS within the cluster; plain TCP on loopback, elsewhere only when told so.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+
+use crate::tls::{Identity, Role, has_role};
+
+/// How long a TCP connection, and then its TLS handshake, may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connection, encrypted or not.
+pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
+
+/// What protects connections between nodes.
+#[derive(Clone, Default)]
+pub struct Security {
+    /// This node's certificate: connections use TLS and only members of the cluster are spoken to.
+    pub identity: Option<Identity>,
+    /// Without a certificate, speak plain TCP beyond loopback too.
+    pub plain: bool,
+}
+
+impl fmt::Debug for Security {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.identity.is_some() { "mutual TLS" } else { "plain TCP" };
+        f.debug_struct("Security").field("kind", &kind).field("plain", &self.plain).finish()
+    }
+}
+
+/// Why a node may not be spoken to without encryption.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{0} is not on this host: give --tls-dir (see `bootcache ca`), or --plain for a network that you trust"
+)]
+pub struct PlainRefused(pub SocketAddr);
+
+impl Security {
+    /// Whether the settings allow to listen on, or connect to, `address`.
+    ///
+    /// # Errors
+    /// [`PlainRefused`] for plain TCP beyond loopback that nobody asked for.
+    pub fn check(&self, address: SocketAddr) -> Result<(), PlainRefused> {
+        let loopback = match address.ip() {
+            IpAddr::V6(ip) => ip.to_canonical().is_loopback(),
+            ip @ IpAddr::V4(_) => ip.is_loopback(),
+        };
+        if self.identity.is_some() || self.plain || loopback { Ok(()) } else { Err(PlainRefused(address)) }
+    }
+
+    /// Connects to the node at `address`.
+    ///
+    /// # Errors
+    /// Those of TCP and TLS, [`io::ErrorKind::TimedOut`], [`PlainRefused`] as [`io::ErrorKind::PermissionDenied`].
+    pub async fn connect(&self, address: SocketAddr) -> io::Result<Box<dyn Transport>> {
+        self.check(address).map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
+        let stream = within(CONNECT_TIMEOUT, TcpStream::connect(address)).await?;
+        stream.set_nodelay(true)?;
+        match &self.identity {
+            None => Ok(Box::new(stream)),
+            Some(identity) => {
+                Ok(Box::new(within(HANDSHAKE_TIMEOUT, identity.connect(stream, Role::Node)).await?))
+            }
+        }
+    }
+
+    /// Takes a connection from another node.
+    ///
+    /// # Errors
+    /// Those of TLS, and [`io::ErrorKind::PermissionDenied`] for a certificate that is not a node's or the
+    /// controller's.
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<Box<dyn Transport>> {
+        stream.set_nodelay(true)?;
+        let Some(identity) = &self.identity else { return Ok(Box::new(stream)) };
+        let stream = within(HANDSHAKE_TIMEOUT, identity.acceptor().accept(stream)).await?;
+        let certificates = stream.get_ref().1.peer_certificates();
+        if has_role(certificates, Role::Node) || has_role(certificates, Role::Controller) {
+            Ok(Box::new(stream))
+        } else {
+            Err(io::Error::new(io::ErrorKind::PermissionDenied, "the certificate is not a node's"))
+        }
+    }
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_tcp_leaves_the_host_only_when_told_so() {
+        let security = Security::default();
+        assert!(security.check("127.0.0.1:1".parse().unwrap()).is_ok());
+        assert!(security.check("[::1]:1".parse().unwrap()).is_ok());
+        assert!(security.check("10.0.0.1:1".parse().unwrap()).is_err());
+        assert!(security.check("[::ffff:10.0.0.1]:1".parse().unwrap()).is_err());
+        let told = Security { plain: true, ..Security::default() };
+        assert!(told.check("10.0.0.1:1".parse().unwrap()).is_ok());
+    }
+}

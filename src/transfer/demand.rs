@@ -1,0 +1,144 @@
+//! What guests wait for and the stream does not bring: fetched at once, ahead of everything.
+//!
+//! The readers that wait are the only list there is: at each wake, and while somebody waits every [`LOOK_AGAIN`], what
+//! they lack is looked at again. So a block that was to come by a stream that has stalled becomes a demand, and one
+//! whose reader has gone is forgotten.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio_util::task::TaskTracker;
+
+use crate::block::Extent;
+use crate::image::page::PAGE_BLOCKS;
+use crate::image::tree::GROUP_PAGES;
+use crate::local_cache::{Coming, Fetch};
+use crate::peer::message::{Ask, BLOCKS_MAX, EXTENTS_MAX, to_wire};
+
+use super::counters::{Counters, Kind};
+use super::engine::Shared;
+use super::receive::{self, Wrong};
+use super::request::Terms;
+
+/// How often what is waited for is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Extents that prefetch hints may leave; more are dropped.
+const HINTS_MAX: usize = 256;
+/// Pause after this node could not keep what came, before it tries again.
+const LOCAL_RETRY: Duration = Duration::from_secs(1);
+/// Blocks in one demand request.
+const DEMAND_BLOCKS_MAX: u64 = 64;
+
+impl Fetch for Shared {
+    fn want(&self, absent: &[Extent]) -> Coming {
+        let missed = absent.iter().flat_map(|extent| extent.blocks()).any(|block| !self.is_on_its_way(block));
+        if !missed {
+            return Coming::Stream;
+        }
+        let foreseen =
+            |block| self.holding.frames().is_some_and(|frames| frames.heads().position(block).is_some());
+        if absent.iter().flat_map(|extent| extent.blocks()).any(|block| !foreseen(block)) {
+            Counters::count(&self.counters.misses);
+        }
+        let mut hints = self.hints.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for extent in absent {
+            if hints.len() < HINTS_MAX {
+                hints.push_back(*extent);
+            }
+        }
+        self.demand_wake.notify_one();
+        Coming::Demand
+    }
+}
+
+/// Fetches what is waited for until the engine stops.
+pub(super) async fn run(shared: &Arc<Shared>, tasks: &TaskTracker) {
+    loop {
+        if shared.cache.counters().waiting.load(Ordering::Relaxed) > 0 {
+            let _ = tokio::time::timeout(LOOK_AGAIN, shared.demand_wake.notified()).await;
+        } else {
+            // A reader that waits for the stream wakes nobody: look now and then whether it still comes.
+            let _ = tokio::time::timeout(10 * LOOK_AGAIN, shared.demand_wake.notified()).await;
+        }
+        let hints: Vec<Extent> =
+            shared.hints.lock().unwrap_or_else(std::sync::PoisonError::into_inner).drain(..).collect();
+        let wanted = shared.cache.wanted();
+        let blocks = wanted.into_iter().chain(hints).flat_map(|extent| shared.cache.absent(extent));
+        let due: Vec<Extent> = blocks
+            .flat_map(Extent::blocks)
+            .filter(|block| !shared.is_on_its_way(*block))
+            .map(|block| Extent::new(block, 1))
+            .collect();
+        while let Some(flight) = shared.flights.take(due.iter().copied(), DEMAND_BLOCKS_MAX, true) {
+            let shared = Arc::clone(shared);
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = fetch(&shared, &flight.extents, Kind::Demand) => {}
+                    () = shared.stop.cancelled() => {}
+                }
+            });
+        }
+    }
+}
+
+/// Brings `extents`, at most [`BLOCKS_MAX`] blocks, from whoever has them; ends when they are here.
+pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) {
+    let mut tried = Vec::new();
+    loop {
+        let absent: Vec<Extent> =
+            extents.iter().flat_map(|extent| shared.cache.absent(*extent)).take(EXTENTS_MAX).collect();
+        let Some(first) = absent.first() else { return };
+        let blocks: u64 = absent.iter().map(|extent| extent.count).sum();
+        debug_assert!(blocks <= BLOCKS_MAX, "callers cut what they ask for");
+        let (groups, pages) = unknown_parts(shared, &absent);
+        let ask = Ask::Blocks {
+            root: shared.holding.root(),
+            extents: absent.iter().copied().map(to_wire).collect(),
+            groups,
+            pages,
+            urgent: kind == Kind::Demand,
+        };
+        let frame = shared.holding.frames().and_then(|frames| frames.heads().position(first.start));
+        let page = first.start / PAGE_BLOCKS;
+        let pick = |tried: &[_]| shared.sources.for_page(page, frame, tried);
+        let terms = Terms { kind, bytes: blocks * 2048, patience: Duration::ZERO };
+        let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
+            tried.clear();
+            shared.sources.changed().await;
+            continue;
+        };
+        let work = {
+            let shared = Arc::clone(shared);
+            let asked = absent.clone();
+            let answered = reply.answered;
+            move || receive::blocks(&shared.holding, &shared.cache, &answered.answer, answered.bulk(), &asked)
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(0)) => {}
+            Ok(Ok(_)) => tried.clear(),
+            Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
+            Ok(Err(error @ Wrong::Local(_))) => {
+                tracing::error!(image = %shared.holding.root().short(), %error, "trying again");
+                tokio::time::sleep(LOCAL_RETRY).await;
+                tried.clear();
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// The groups and pages of the tree that are needed to check `extents` and are not known.
+fn unknown_parts(shared: &Shared, extents: &[Extent]) -> (Vec<u32>, Vec<u32>) {
+    let tree = &shared.holding.tree;
+    let number = |index: u64| u32::try_from(index).expect("an image has fewer than 2^32 pages");
+    let touched = extents.iter().flat_map(|e| e.start / PAGE_BLOCKS..=(e.end() - 1) / PAGE_BLOCKS);
+    let mut pages: Vec<u32> = touched.filter(|page| !tree.knows_page(*page)).map(number).collect();
+    pages.dedup();
+    pages.truncate(crate::peer::message::PAGES_MAX);
+    let group = |page: &u32| u64::from(*page) / GROUP_PAGES;
+    let mut groups: Vec<u32> =
+        pages.iter().map(group).filter(|group| !tree.knows_group(*group)).map(number).collect();
+    groups.dedup();
+    (groups, pages)
+}

@@ -1,0 +1,354 @@
+//! The transfer of one image to this node: the handle, and what its tasks share.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bootcache_nbd::disk::SharedDisk;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::block::Extent;
+use crate::choose::{Chooser, Weights, by_name, policy};
+use crate::local_cache::LocalCache;
+use crate::peer::holding::{Frames, Holding};
+use crate::peer::message::{Hello, PROTOCOL_VERSION};
+use crate::peer::transport::Security;
+
+use super::counters::{Counters, Kind};
+use super::flight::Flights;
+use super::sources::Sources;
+use super::stream::StreamState;
+use super::{demand, fill, stream};
+
+/// How often what has come is made durable.
+const SAVE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How an image is fetched.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What protects connections.
+    pub security: Security,
+    /// What this node calls itself.
+    pub node: String,
+    /// What stands for this node in the order of the relay; that of its server, if it has one.
+    pub key: u64,
+    /// The port on which this node serves what it has, if it does.
+    pub listen: Option<u16>,
+    /// Fetch everything, not only what boots and what is read.
+    pub fill: bool,
+    /// Bytes a second that the fill may take; 0: as many as there are.
+    pub fill_rate: u64,
+    /// How long a source that lied is not used.
+    pub ban: Duration,
+    /// How sources are chosen.
+    pub chooser: Arc<dyn Chooser>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let chooser = by_name(policy::NAMES[0], &Weights::default()).expect("the first name is the default");
+        Self {
+            security: Security::default(),
+            node: String::new(),
+            key: 0,
+            listen: None,
+            fill: true,
+            fill_rate: 0,
+            ban: Duration::from_secs(60),
+            chooser: Arc::from(chooser),
+        }
+    }
+}
+
+impl Options {
+    /// What this node says to others first.
+    pub(super) fn hello(&self) -> Hello {
+        Hello { version: PROTOCOL_VERSION, node: self.node.clone(), key: self.key, listen: self.listen }
+    }
+}
+
+/// How far an image is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// Bytes that are here, zeroes included.
+    pub present: u64,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Frames of the boot cache that are here.
+    pub frames: u32,
+    /// Frames of the boot cache; 0 when there is none, or the heads have not come.
+    pub frames_total: u32,
+    /// The boot cache is here, as far as it is needed.
+    pub boot_complete: bool,
+    /// Everything is here, and durable: no source is needed any more.
+    pub complete: bool,
+    /// Bytes that came over the network, by [`Kind`].
+    pub bytes: [u64; 4],
+    /// The sources, and how they are.
+    pub sources: Vec<SourceProgress>,
+}
+
+/// How a source is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SourceProgress {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// What it calls itself; empty before it has answered.
+    pub node: String,
+    /// It can be asked.
+    pub up: bool,
+    /// It lied, and is not asked for a while.
+    pub banned: bool,
+    /// It has all of the image.
+    pub complete: bool,
+    /// Bytes that came from it.
+    pub bytes: u64,
+}
+
+/// What the tasks of one transfer share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) holding: Arc<Holding>,
+    pub(super) cache: Arc<LocalCache>,
+    pub(super) sources: Arc<Sources>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) options: Options,
+    /// The image's folder.
+    pub(super) dir: PathBuf,
+    pub(super) flights: Arc<Flights>,
+    pub(super) stream: StreamState,
+    /// Extents to fetch soon for which nobody waits.
+    pub(super) hints: Mutex<VecDeque<Extent>>,
+    pub(super) demand_wake: Notify,
+    pub(super) fill_rate: AtomicU64,
+    pub(super) stop: CancellationToken,
+}
+
+/// The transfer of one image; see `crate::transfer`. Dropping it ends the transfer; [`Engine::stop`] also saves.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+    done: watch::Receiver<bool>,
+}
+
+impl Engine {
+    /// Starts to bring the image of `holding`, whose blocks go to `cache` in the folder `dir`, from `sources` and whom they know.
+    pub fn start(
+        holding: Arc<Holding>,
+        cache: Arc<LocalCache>,
+        dir: &Path,
+        sources: &[SocketAddr],
+        options: Options,
+    ) -> Self {
+        let stop = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            sources: Sources::new(
+                holding.root(),
+                options.hello(),
+                options.security.clone(),
+                Arc::clone(&options.chooser),
+                stop.clone(),
+            ),
+            counters: Arc::new(Counters::default()),
+            flights: Arc::new(Flights::default()),
+            stream: StreamState::new(),
+            hints: Mutex::new(VecDeque::new()),
+            demand_wake: Notify::new(),
+            fill_rate: AtomicU64::new(options.fill_rate),
+            stop,
+            holding,
+            cache,
+            options,
+            dir: dir.to_owned(),
+        });
+        for source in sources {
+            shared.sources.add(*source, true);
+        }
+        shared.cache.set_fetch(Arc::clone(&shared) as Arc<_>);
+        let tasks = TaskTracker::new();
+        let (tell, done) = watch::channel(false);
+        let run = {
+            let (shared, tasks) = (Arc::clone(&shared), tasks.clone());
+            async move {
+                tokio::select! {
+                    () = shared.run(&tasks, &tell) => {}
+                    () = shared.stop.cancelled() => {}
+                }
+            }
+        };
+        tasks.spawn(run);
+        Self { shared, tasks, done }
+    }
+
+    /// The image as guests read it.
+    pub fn disk(&self) -> SharedDisk {
+        Arc::clone(&self.shared.cache) as SharedDisk
+    }
+
+    /// The image's local cache.
+    pub fn cache(&self) -> &Arc<LocalCache> {
+        &self.shared.cache
+    }
+
+    /// The image as it is served to others.
+    pub fn holding(&self) -> &Arc<Holding> {
+        &self.shared.holding
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.shared.counters
+    }
+
+    /// Asks the node at `address` too.
+    pub fn add_source(&self, address: SocketAddr) {
+        self.shared.sources.add(address, true);
+    }
+
+    /// Lets the fill take `bytes` a second from now on; 0: as many as there are.
+    pub fn set_fill_rate(&self, bytes: u64) {
+        self.shared.fill_rate.store(bytes, Ordering::Relaxed);
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        let shared = &self.shared;
+        let frames = shared.holding.frames();
+        let sources = shared.sources.all();
+        Progress {
+            present: (shared.cache.blocks_present() * crate::block::BLOCK_SIZE)
+                .min(shared.holding.manifest.size),
+            size: shared.holding.manifest.size,
+            frames: frames.map_or(0, Frames::contiguous),
+            frames_total: frames.map_or(0, |frames| u32::try_from(frames.count()).unwrap_or(u32::MAX)),
+            boot_complete: shared.stream.is_over(),
+            complete: *self.done.borrow(),
+            bytes: Kind::ALL.map(|kind| shared.counters.bytes.get(kind)),
+            sources: sources
+                .iter()
+                .map(|source| {
+                    let banned = source.is_banned();
+                    let state = source.state();
+                    SourceProgress {
+                        address: source.address,
+                        node: state.node.clone(),
+                        up: state.link.is_some(),
+                        banned,
+                        complete: state.have.complete,
+                        bytes: source.bytes.total(),
+                    }
+                })
+                .collect(),
+        }
+    }
+
+    /// Ends when the boot cache is here; when there is none, at once.
+    pub async fn boot_complete(&self) {
+        self.shared.stream.over().await;
+    }
+
+    /// Ends when everything is here and durable, or the transfer was stopped. Whether it is complete.
+    pub async fn done(&self) -> bool {
+        let mut done = self.done.clone();
+        tokio::select! {
+            result = done.wait_for(|done| *done) => result.is_ok(),
+            () = self.shared.stop.cancelled() => *self.done.borrow(),
+        }
+    }
+
+    /// Ends the transfer and makes durable what has come.
+    pub async fn stop(&self) {
+        self.shared.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.shared.save().await;
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.stop.cancel();
+    }
+}
+
+impl Shared {
+    async fn run(self: &Arc<Self>, tasks: &TaskTracker, tell: &watch::Sender<bool>) {
+        let transfer = async {
+            stream::run(self).await;
+            if let Some(frames) = self.holding.frames() {
+                frames.end();
+            }
+            self.stream.end();
+            if !self.options.fill {
+                std::future::pending::<()>().await;
+            }
+            fill::run(self).await;
+            self.finish().await;
+            // Readers that came before the end have what they waited for; later ones find everything here.
+            tell.send_replace(true);
+            tracing::info!(image = %self.holding.root().short(), "the image is complete: no source is needed any more");
+        };
+        tokio::select! {
+            () = transfer => {}
+            () = demand::run(self, tasks) => {}
+            () = self.save_often() => {}
+        }
+        self.stop.cancel();
+    }
+
+    async fn save_often(self: &Arc<Self>) {
+        loop {
+            tokio::time::sleep(SAVE_INTERVAL).await;
+            self.save().await;
+        }
+    }
+
+    /// Makes what has come durable. Of a failure people are told; the image goes on from memory.
+    async fn save(self: &Arc<Self>) -> bool {
+        let shared = Arc::clone(self);
+        // The tree first: once the bits say that everything is here, it has to be whole.
+        let work = move || {
+            if shared.cache.is_complete() && shared.holding.tree.is_complete() {
+                shared.holding.tree.sync().map_err(std::io::Error::other)?;
+                shared.cache.save()
+            } else if shared.cache.is_complete() {
+                Ok(false)
+            } else {
+                shared.cache.save()
+            }
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => {
+                tracing::error!(image = %self.holding.root().short(), %error, "cannot save what has come");
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    async fn finish(self: &Arc<Self>) {
+        while !self.save().await {
+            tokio::time::sleep(10 * SAVE_INTERVAL).await;
+        }
+        self.holding.changed();
+    }
+
+    /// Whether the boot stream is about to bring `block`.
+    pub(super) fn is_on_its_way(&self, block: u64) -> bool {
+        if self.holding.manifest.boot.is_none() || !self.stream.is_alive() {
+            return false;
+        }
+        match self.holding.frames() {
+            // The heads will say.
+            None => true,
+            Some(frames) => frames.heads().position(block).is_some_and(|frame| !frames.has(frame)),
+        }
+    }
+}

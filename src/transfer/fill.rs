@@ -1,0 +1,256 @@
+//! The fill: everything that neither the stream nor a guest has brought, in the background.
+//!
+//! Yields to both: it starts when the stream is over, and pauses while a guest waits. Beyond that it keeps so much
+//! under way that an answer takes about [`TARGET`] longer than an empty link needs: a guest's miss never queues behind
+//! more than that. Zero blocks are never asked for.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::Instant;
+
+use crate::block::Extent;
+use crate::choose::Draw;
+use crate::image::page::PAGE_BLOCKS;
+use crate::image::tree::GROUP_PAGES;
+use crate::peer::message::{Answer, Ask, BLOCKS_MAX};
+
+use super::counters::Kind;
+use super::demand::fetch;
+use super::engine::Shared;
+use super::receive::{self, Wrong};
+use super::request::Terms;
+
+/// How much longer than on an empty link an answer may take.
+const TARGET: Duration = Duration::from_millis(8);
+/// Blocks under way, at least and at most.
+const UNDER_WAY_MIN: f64 = 16.0;
+const UNDER_WAY_MAX: f64 = 4096.0;
+/// Requests under way at most.
+const REQUESTS_MAX: usize = 16;
+/// Pages whose digests are asked for at once.
+const PAGES_AHEAD: u64 = 32;
+/// Pause after a guest's miss.
+const YIELD: Duration = Duration::from_millis(5);
+
+/// How many blocks may be under way, from how long answers take.
+#[derive(Debug)]
+struct Window {
+    blocks: f64,
+    /// The quickest answer lately, in seconds a request, whatever its size.
+    quickest: f64,
+}
+
+impl Window {
+    const fn new() -> Self {
+        Self { blocks: 64.0, quickest: f64::INFINITY }
+    }
+
+    /// An answer with `blocks` took `took`.
+    fn note(&mut self, blocks: u64, took: Duration) {
+        let took = took.as_secs_f64();
+        // The link may have changed: what was quickest long ago counts less and less.
+        self.quickest = (self.quickest * 1.002).min(took);
+        if took < self.quickest + TARGET.as_secs_f64() {
+            self.blocks += (blocks as f64 / 4.0).max(1.0);
+        } else {
+            self.blocks *= 0.9;
+        }
+        self.blocks = self.blocks.clamp(UNDER_WAY_MIN, UNDER_WAY_MAX);
+    }
+
+    /// Blocks that one request should have: two or more are under way.
+    fn request(&self) -> u64 {
+        [16_u64, 32, 64, 128].into_iter().rev().find(|size| (*size * 2) as f64 <= self.blocks).unwrap_or(8)
+    }
+}
+
+/// Brings everything; ends when nothing is missing.
+pub(super) async fn run(shared: &Arc<Shared>) {
+    let mut draw = Draw::new(shared.options.key ^ 0x5eed);
+    let mut window = Window::new();
+    let mut allowance = Allowance::new();
+    while !(shared.cache.is_complete() && shared.holding.tree.is_complete()) {
+        let pages = order(shared, &mut draw);
+        pass(shared, &pages, &mut window, &mut allowance).await;
+    }
+}
+
+/// The pages that are not here, in the order in which to fetch them: each node begins at another place, so that nodes
+/// that fill at the same time have something to give each other.
+fn order(shared: &Shared, draw: &mut Draw) -> Vec<u64> {
+    let holding = &shared.holding;
+    let blocks = holding.block_count();
+    let extent = |page: u64| {
+        let start = page * PAGE_BLOCKS;
+        Extent::new(start, PAGE_BLOCKS.min(blocks - start))
+    };
+    let missing = |page: &u64| !holding.tree.knows_page(*page) || !shared.cache.has(extent(*page));
+    let mut pages: Vec<u64> = (0..holding.tree.pages()).filter(missing).collect();
+    let holders = shared.sources.holders();
+    let count = |page: u64| {
+        holders.iter().filter(|pages| u32::try_from(page).is_ok_and(|p| pages.contains(p))).count()
+    };
+    shared.options.chooser.order(&mut pages, &count, draw);
+    if !pages.is_empty() && !holders.is_empty() {
+        // In steps of a group, whose digests come together.
+        let at = draw.below(pages.len());
+        let group = pages[at] / GROUP_PAGES;
+        let first = pages.iter().position(|page| page / GROUP_PAGES == group).unwrap_or(0);
+        pages.rotate_left(first);
+    }
+    pages
+}
+
+async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowance: &mut Allowance) {
+    let mut running = FuturesUnordered::new();
+    let mut under_way = 0_u64;
+    for (at, page) in pages.iter().copied().enumerate() {
+        if !shared.holding.tree.knows_page(page) {
+            let end = pages.len().min(at + usize::try_from(PAGES_AHEAD).unwrap_or(1));
+            fetch_pages(shared, &pages[at..end]).await;
+        }
+        let start = page * PAGE_BLOCKS;
+        let mut next = start;
+        let end = (start + PAGE_BLOCKS).min(shared.holding.block_count());
+        while next < end {
+            let size = window.request().min(BLOCKS_MAX);
+            let part = Extent::new(next, size.min(end - next));
+            next = part.end();
+            let absent = shared.cache.absent(part);
+            let Some(flight) = shared.flights.take(absent, BLOCKS_MAX, false) else { continue };
+            let blocks: u64 = flight.extents.iter().map(|extent| extent.count).sum();
+            while !running.is_empty()
+                && (running.len() >= REQUESTS_MAX || (under_way + blocks) as f64 > window.blocks)
+            {
+                if let Some((count, took)) = running.next().await {
+                    under_way -= count;
+                    window.note(count, took);
+                }
+            }
+            make_way(shared).await;
+            allowance.spend(shared).await;
+            under_way += blocks;
+            let shared = Arc::clone(shared);
+            running.push(async move {
+                let began = Instant::now();
+                fetch(&shared, &flight.extents, Kind::Fill).await;
+                (blocks, began.elapsed())
+            });
+        }
+        shared.holding.note_page(page);
+    }
+    while let Some((count, took)) = running.next().await {
+        window.note(count, took);
+    }
+    pages.iter().for_each(|page| shared.holding.note_page(*page));
+}
+
+/// Waits while a guest does.
+async fn make_way(shared: &Shared) {
+    while shared.cache.counters().waiting.load(Ordering::Relaxed) > 0 && shared.sources.any_up() {
+        tokio::time::sleep(YIELD).await;
+    }
+}
+
+/// Asks for the digests of those of `pages` that are not known; returns when some have come.
+async fn fetch_pages(shared: &Arc<Shared>, pages: &[u64]) {
+    let tree = &shared.holding.tree;
+    let number = |index: u64| u32::try_from(index).expect("an image has fewer than 2^32 pages");
+    let Some(first) = pages.first() else { return };
+    let mut groups: Vec<u64> = pages.iter().map(|page| page / GROUP_PAGES).collect();
+    groups.dedup();
+    groups.retain(|group| !tree.knows_group(*group));
+    // Which pages are zero is known with their group: those are not asked for.
+    if !groups.is_empty() {
+        ask_parts(shared, *first, groups.iter().copied().map(number).collect(), Vec::new()).await;
+    }
+    let unknown: Vec<u32> =
+        pages.iter().filter(|page| !tree.knows_page(**page)).copied().map(number).collect();
+    if !unknown.is_empty() && !tree.knows_page(*first) {
+        ask_parts(shared, *first, Vec::new(), unknown).await;
+    }
+}
+
+async fn ask_parts(shared: &Arc<Shared>, page: u64, groups: Vec<u32>, pages: Vec<u32>) {
+    let bytes = 4096 * (groups.len() + pages.len()) as u64;
+    let ask = Ask::Blocks { root: shared.holding.root(), extents: Vec::new(), groups, pages, urgent: false };
+    let pick = |tried: &[_]| shared.sources.for_page(page, None, tried);
+    let terms = Terms { kind: Kind::Tree, bytes, patience: Duration::ZERO };
+    let mut tried = Vec::new();
+    while let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await {
+        let got = match &reply.answered.answer {
+            Answer::Blocks { groups, pages, .. } => groups.len() + pages.len(),
+            _ => 0,
+        };
+        let work = {
+            let shared = Arc::clone(shared);
+            let answered = reply.answered;
+            move || receive::blocks(&shared.holding, &shared.cache, &answered.answer, answered.bulk(), &[])
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(_)) if got > 0 => return,
+            Ok(Ok(_)) => {}
+            Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
+            Ok(Err(error @ Wrong::Local(_))) => {
+                tracing::error!(image = %shared.holding.root().short(), %error, "trying again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                return;
+            }
+            Err(_) => return,
+        }
+    }
+    shared.sources.changed().await;
+}
+
+/// Keeps the fill within the rate that it may take.
+#[derive(Debug)]
+struct Allowance {
+    since: Instant,
+    bytes: u64,
+}
+
+impl Allowance {
+    fn new() -> Self {
+        Self { since: Instant::now(), bytes: 0 }
+    }
+
+    /// Waits until the bytes that came so far are within the rate, which may change at any time.
+    async fn spend(&mut self, shared: &Shared) {
+        loop {
+            let rate = shared.fill_rate.load(Ordering::Relaxed);
+            let came = shared.counters.bytes.get(Kind::Fill);
+            let allowed = self.since.elapsed().as_secs_f64() * rate as f64;
+            let ahead = came.saturating_sub(self.bytes) as f64 - allowed;
+            if rate == 0 || ahead <= 0.0 {
+                if self.since.elapsed() > Duration::from_secs(1) {
+                    // What was not used is not saved up.
+                    (self.since, self.bytes) = (Instant::now(), came);
+                }
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_follows_what_the_link_carries_within_the_target() {
+        // A link of 40 MB/s without compression, 1 ms away.
+        let mut window = Window::new();
+        for _ in 0..2000 {
+            let queued = window.blocks;
+            let took = Duration::from_secs_f64(0.001 + queued * 4096.0 / 40e6);
+            window.note(window.request(), took);
+        }
+        let delay = window.blocks * 4096.0 / 40e6;
+        assert!((0.004..0.016).contains(&delay), "{delay}");
+        assert!(window.request() >= 16);
+    }
+}

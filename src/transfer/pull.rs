@@ -1,0 +1,231 @@
+//! Begins the transfer of an image, or takes it up again: the image's folder in the store, from what a source describes.
+//!
+//! What has to be trusted is the root: given by who asks, or by the name that the store has for it already, or else
+//! taken from the first source that answers and kept with the name. The rest follows from the root.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::boot_cache::BootCache;
+use crate::digest::Digest;
+use crate::image::manifest::Manifest;
+use crate::image::partial_tree::PartialTree;
+use crate::image::partial_tree::Verdict;
+use crate::image::tree::TreeError;
+use crate::local_cache::LocalCache;
+use crate::name::ImageName;
+use crate::peer::connection::Connection;
+use crate::peer::holding::{Blocks, Frames, Holding, KnownTree};
+use crate::peer::message::{Answer, Ask, Wanted};
+use crate::store::{ImageEntry, Store, StoreError, write_atomic};
+
+use super::engine::{Engine, Options};
+use super::receive;
+use super::sources::SourceError;
+
+/// How long the first description of an image may take, over all sources.
+const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Which image to fetch.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Its name, at the sources and here.
+    pub name: ImageName,
+    /// Its root, when that is known from elsewhere. Sources that mean another image by the name are not used.
+    pub root: Option<Digest>,
+    /// Hold everything that is here already against the digests, instead of believing what was saved.
+    pub verify: bool,
+}
+
+/// What became of a pull.
+#[derive(Debug)]
+pub enum Pulled {
+    /// The whole image is here already.
+    Complete(Box<ImageEntry>),
+    /// It is on its way.
+    Coming(Engine),
+}
+
+/// Why an image cannot be fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// No source can be used; the reason of each.
+    #[error("no source has image {name}: {reasons}")]
+    NoSource {
+        /// The image.
+        name: ImageName,
+        /// The reasons, one a source.
+        reasons: String,
+    },
+    /// Not a single source was named.
+    #[error("say where image {0} is to come from: --from HOST:PORT")]
+    NoSourceNamed(ImageName),
+    /// The store does not take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The digest tree does not take it.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// A file cannot be used.
+    #[error("image {name}: {source}")]
+    Io {
+        /// The image.
+        name: ImageName,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+/// Starts to fetch `target` from `sources` into `store`, or goes on with what is there.
+///
+/// # Errors
+/// [`PullError`]. Sources that are not there yet are waited for some seconds; once begun, a transfer waits for ever.
+pub async fn pull(
+    store: &Store,
+    target: &Target,
+    sources: &[SocketAddr],
+    options: Options,
+) -> Result<Pulled, PullError> {
+    let io_error = |source| PullError::Io { name: target.name.clone(), source };
+    let here = match (store.root_of(&target.name)?, target.root) {
+        (Some(root), _) | (None, Some(root)) => match store.image(root) {
+            Ok(entry) => Some(entry),
+            Err(StoreError::NoSuchRoot(_)) => None,
+            Err(error) => return Err(error.into()),
+        },
+        (None, None) => None,
+    };
+    if let (Some(entry), Some(root)) = (&here, target.root)
+        && entry.root != root
+    {
+        store.check_name(&target.name, root)?;
+    }
+    let entry = match here {
+        Some(entry) => {
+            store.add_name(&target.name, entry.root)?;
+            entry
+        }
+        None if sources.is_empty() => return Err(PullError::NoSourceNamed(target.name.clone())),
+        None => begin(store, target, sources, &options).await?,
+    };
+    if entry.is_complete() {
+        return Ok(Pulled::Complete(Box::new(entry)));
+    }
+    let (dir, manifest, verify) = (entry.dir.clone(), entry.manifest.clone(), target.verify);
+    let opened = tokio::task::spawn_blocking(move || open(&dir, manifest, verify));
+    let (holding, cache) = opened.await.map_err(io::Error::other).map_err(io_error)??;
+    Ok(Pulled::Coming(Engine::start(holding, cache, &entry.dir, sources, options)))
+}
+
+/// Opens what has come of an image; verifies what was written after the last save, or everything.
+///
+/// # Errors
+/// [`PullError::Tree`], [`PullError::Io`].
+pub fn open(
+    dir: &Path,
+    manifest: Manifest,
+    verify: bool,
+) -> Result<(Arc<Holding>, Arc<LocalCache>), PullError> {
+    let tree = PartialTree::open(&dir.join("tree"), manifest.root)?;
+    let disk_error = |error| TreeError::Io { path: dir.join("disk"), error };
+    let mut cache = LocalCache::open(dir, manifest.root, manifest.size).map_err(disk_error)?;
+    let check = |block, bytes: &[u8]| match tree.verify_block(block, bytes) {
+        Verdict::Good => Some(true),
+        Verdict::Bad => Some(false),
+        // Nothing says what it should be: with the saved bits distrusted, it is fetched again.
+        Verdict::UnknownPage => verify.then_some(false),
+    };
+    let recovered = cache.recover(!verify, check);
+    recovered.map_err(disk_error)?;
+    let cache = Arc::new(cache);
+    let frames = manifest.boot.as_ref().and_then(|boot| {
+        let found = BootCache::open(&dir.join("boot"), manifest.root).ok()?;
+        (found.heads_digest() == boot.heads_digest).then(|| Frames::check(found).ok()).flatten()
+    });
+    let blocks = Blocks::Cache(Arc::clone(&cache));
+    let holding = Arc::new(Holding::new(manifest, blocks, KnownTree::Partial(tree), frames));
+    for page in (0..holding.tree.pages()).filter(|page| holding.tree.knows_page(*page)) {
+        receive::learn_zeroes(&holding, &cache, page);
+    }
+    // Frames that were kept when their blocks were not yet saved.
+    if let Some(frames) = holding.frames() {
+        for index in (0..frames.count()).filter(|index| frames.has(*index)) {
+            if frames.heads().frame_runs(index).iter().any(|run| !cache.has(run.extent))
+                && let Ok(bytes) = frames.read(index)
+                && let Err(error) = receive::keep_frame_blocks(&holding, &cache, index, &bytes)
+            {
+                tracing::warn!(%error, index, "cannot take up a boot frame again");
+            }
+        }
+    }
+    Ok((holding, cache))
+}
+
+/// Makes the image's folder from what the first source that answers describes.
+async fn begin(
+    store: &Store,
+    target: &Target,
+    sources: &[SocketAddr],
+    options: &Options,
+) -> Result<ImageEntry, PullError> {
+    let until = Instant::now() + DESCRIBE_TIMEOUT;
+    loop {
+        let mut reasons = Vec::new();
+        for source in sources {
+            match describe(*source, target, options).await {
+                Ok((manifest, top)) => return make(store, target, &manifest, &top),
+                Err(error) => reasons.push(format!("{source}: {error}")),
+            }
+        }
+        if Instant::now() >= until {
+            return Err(PullError::NoSource { name: target.name.clone(), reasons: reasons.join("; ") });
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// The manifest of the image, and the top of its digest tree, which proves the manifest's size.
+async fn describe(
+    source: SocketAddr,
+    target: &Target,
+    options: &Options,
+) -> Result<(Manifest, Vec<u8>), SourceError> {
+    // Not as one that serves: that is said when there is something to serve.
+    let hello = crate::peer::message::Hello { listen: None, ..options.hello() };
+    let connection = Connection::open(source, &options.security, &hello).await?;
+    let call = async |ask| {
+        tokio::time::timeout(ANSWER_TIMEOUT, connection.call(ask)).await.map_err(|_| SourceError::Silent)
+    };
+    let wanted = target.root.map_or_else(|| Wanted::Name(target.name.clone()), Wanted::Root);
+    let described = call(Ask::Describe(wanted)).await??;
+    if !matches!(described.answer, Answer::Described { .. }) {
+        return Err(SourceError::Absent);
+    }
+    let manifest = Manifest::from_bytes(described.bulk()).map_err(|_| SourceError::OtherImage)?;
+    if target.root.is_some_and(|root| root != manifest.root) {
+        return Err(SourceError::OtherImage);
+    }
+    let top = call(Ask::Top { root: manifest.root }).await??;
+    if crate::image::tree::root_digest(manifest.size, top.bulk()) != manifest.root {
+        return Err(SourceError::OtherImage);
+    }
+    Ok((manifest, top.bulk().to_vec()))
+}
+
+fn make(store: &Store, target: &Target, manifest: &Manifest, top: &[u8]) -> Result<ImageEntry, PullError> {
+    let io_error = |source| PullError::Io { name: target.name.clone(), source };
+    let scratch = store.scratch("pull")?;
+    LocalCache::create(scratch.path(), manifest.root, manifest.size).map_err(io_error)?;
+    PartialTree::create(&scratch.join("tree"), manifest.root, manifest.size, top)?.sync()?;
+    write_atomic(&scratch.join("manifest"), &manifest.to_bytes()).map_err(io_error)?;
+    let entry = store.publish(scratch, manifest.root, &target.name)?;
+    store.mark_pulled(manifest.root)?;
+    Ok(entry)
+}

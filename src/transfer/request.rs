@@ -1,0 +1,164 @@
+//! One request, to as many sources as it takes: accounting, deadlines, hedging and failover.
+//!
+//! A request that is late by what its source was seen to need is sent to a second source as well, and the first
+//! answer wins (at most 5 % extra requests). A source that breaks is replaced at once. With one source only, the
+//! request waits for it. A source that was overtaken is not the first choice for a while.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::Instant;
+
+use crate::choose::PeerKey;
+use crate::peer::connection::{Answered, CallError};
+use crate::peer::message::{Answer, Ask};
+
+use super::counters::{Counters, Kind};
+use super::engine::Shared;
+use super::source::Source;
+
+/// How long a source that was overtaken is not the first choice.
+const DEMOTED: Duration = Duration::from_secs(30);
+/// Hedges that are allowed beyond their share.
+const HEDGES_FREE: u64 = 4;
+/// One hedge to so many requests.
+const HEDGE_SHARE: u64 = 20;
+
+/// What came of a request.
+pub(super) struct Reply {
+    pub(super) answered: Answered,
+    pub(super) source: Arc<Source>,
+}
+
+/// What a request is for, and how it is judged.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    pub(super) kind: Kind,
+    /// Bytes that the answer is expected to have.
+    pub(super) bytes: u64,
+    /// The answer may take this long beyond what its source needs: it is being waited for there.
+    pub(super) patience: Duration,
+}
+
+impl Shared {
+    /// Asks the sources that `pick` names, given those that were tried, until one answers. None when `pick` has no
+    /// more. The sources tried are added to `tried`.
+    pub(super) async fn request(
+        &self,
+        terms: Terms,
+        tried: &mut Vec<PeerKey>,
+        pick: &(dyn Fn(&[PeerKey]) -> Option<Arc<Source>> + Sync),
+        ask: &Ask,
+    ) -> Option<Reply> {
+        type Asking<'a> = BoxFuture<'a, (Arc<Source>, Result<Answered, CallError>)>;
+        let mut running: FuturesUnordered<Asking<'_>> = FuturesUnordered::new();
+        let mut asked: Vec<Arc<Source>> = Vec::new();
+        let start = |source: Arc<Source>, tried: &mut Vec<PeerKey>| -> Asking<'_> {
+            tried.extend(source.state().key.map(PeerKey));
+            let ask = ask.clone();
+            Box::pin(async move {
+                let result = self.ask_one(&source, terms, ask).await;
+                (source, result)
+            })
+        };
+        let mut late = Instant::now();
+        loop {
+            if running.is_empty() {
+                let source = pick(tried)?;
+                if !asked.is_empty() {
+                    Counters::count(&self.counters.failovers);
+                }
+                late = Instant::now() + source.late_after(terms.bytes) + terms.patience;
+                asked.push(Arc::clone(&source));
+                running.push(start(source, tried));
+            }
+            tokio::select! {
+                Some((source, result)) = running.next() => match result {
+                    Ok(answered) => {
+                        let overtaken = asked.iter().filter(|other| !Arc::ptr_eq(other, &source));
+                        overtaken.filter(|other| other.requests.load(Ordering::Relaxed) > 0).for_each(|other| {
+                            other.demote(DEMOTED);
+                        });
+                        return Some(Reply { answered, source });
+                    }
+                    Err(_) => self.sources.failed(&source),
+                },
+                () = tokio::time::sleep_until(late), if asked.len() < 2 => {
+                    late = Instant::now() + Duration::from_millis(200);
+                    if self.may_hedge()
+                        && let Some(source) = pick(tried)
+                    {
+                        Counters::count(&self.counters.hedges);
+                        asked.push(Arc::clone(&source));
+                        running.push(start(source, tried));
+                    }
+                }
+            }
+        }
+    }
+
+    fn may_hedge(&self) -> bool {
+        let hedges = self.counters.hedges.load(Ordering::Relaxed);
+        hedges * HEDGE_SHARE <= self.counters.requests.total() + HEDGES_FREE * HEDGE_SHARE
+    }
+
+    /// One request to one source, with everything that is counted.
+    pub(super) async fn ask_one(
+        &self,
+        source: &Source,
+        terms: Terms,
+        ask: Ask,
+    ) -> Result<Answered, CallError> {
+        let link = source.link().ok_or(CallError::Closed)?;
+        let connection = match terms.kind {
+            Kind::Demand | Kind::Tree => link.urgent,
+            Kind::Stream | Kind::Fill => link.bulk,
+        };
+        let queued = source.outstanding.fetch_add(terms.bytes, Ordering::Relaxed);
+        source.requests.fetch_add(1, Ordering::Relaxed);
+        let _accounts = Accounts { source, bytes: terms.bytes };
+        self.counters.requests.add(terms.kind, 1);
+        let began = Instant::now();
+        let answered = connection.call(ask).await?;
+        let bytes = answered.bulk().len() as u64;
+        source.bytes.add(terms.kind, bytes);
+        self.counters.bytes.add(terms.kind, bytes);
+        if source.state().have.origin {
+            self.counters.origin_bytes.add(terms.kind, bytes);
+        }
+        if matches!(answered.answer, Answer::Data | Answer::Blocks { .. }) && terms.patience.is_zero() {
+            let took = began.elapsed();
+            source.note_answer(bytes, queued, took);
+            self.sources.answered(source, took);
+        }
+        Ok(answered)
+    }
+
+    /// Drops a source that has sent what is not the image.
+    pub(super) fn caught(&self, source: &Source, what: &str) {
+        Counters::count(&self.counters.lies);
+        Counters::count(&self.counters.bans);
+        source.lies.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(
+            source = %source.address, node = %source.state().node, image = %self.holding.root().short(), what,
+            seconds = self.options.ban.as_secs(), "a peer sent wrong bytes: not used for a while"
+        );
+        source.ban(self.options.ban);
+    }
+}
+
+/// Takes a request off its source's account when it ends, however it ends.
+struct Accounts<'a> {
+    source: &'a Source,
+    bytes: u64,
+}
+
+impl Drop for Accounts<'_> {
+    fn drop(&mut self) {
+        self.source.outstanding.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.source.requests.fetch_sub(1, Ordering::Relaxed);
+    }
+}

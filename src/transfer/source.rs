@@ -1,0 +1,157 @@
+//! One node that may be asked for an image: its connections, what it has, and how it has behaved.
+//!
+//! A task of its own connects, and connects again within [`RETRY`] for as long as the source is wanted, so that reads
+//! that wait go on soon after it is back.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use roaring::RoaringBitmap;
+use tokio::time::Instant;
+
+use crate::peer::connection::Connection;
+use crate::peer::message::Have;
+
+use super::counters::PerKind;
+
+/// Latency that is assumed of a source before it has answered anything.
+const LATENCY_UNKNOWN: Duration = Duration::from_millis(150);
+/// The least time after which an answer counts as late.
+const LATE_MIN: Duration = Duration::from_millis(20);
+
+/// The connections to a source that is up. Guests' requests do not queue behind the stream's bytes.
+#[derive(Debug, Clone)]
+pub(super) struct Link {
+    pub(super) urgent: Connection,
+    pub(super) bulk: Connection,
+}
+
+/// What is known of a source now.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) link: Option<Link>,
+    pub(super) key: Option<u64>,
+    pub(super) node: String,
+    pub(super) have: Have,
+    pub(super) pages: RoaringBitmap,
+    pub(super) banned_until: Option<Instant>,
+    pub(super) demoted_until: Option<Instant>,
+    latency: Option<Latency>,
+    /// The best rate seen lately, in bytes a second.
+    rate: f64,
+}
+
+/// Mean and deviation of the time to an answer, as TCP keeps its round-trip time (RFC 6298), in seconds.
+#[derive(Debug, Clone, Copy)]
+struct Latency {
+    mean: f64,
+    deviation: f64,
+}
+
+/// A node that may be asked.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) address: SocketAddr,
+    /// Named by a person or the controller, and so never forgotten.
+    pub(super) configured: bool,
+    state: Mutex<State>,
+    /// Bytes that came from it.
+    pub(super) bytes: PerKind,
+    /// Bytes asked for and not come.
+    pub(super) outstanding: AtomicU64,
+    /// Requests without an answer.
+    pub(super) requests: AtomicU32,
+    /// Lies it was caught in.
+    pub(super) lies: AtomicU64,
+}
+
+impl Source {
+    pub(super) fn new(address: SocketAddr, configured: bool) -> Arc<Self> {
+        Arc::new(Self {
+            address,
+            configured,
+            state: Mutex::new(State::default()),
+            bytes: PerKind::default(),
+            outstanding: AtomicU64::new(0),
+            requests: AtomicU32::new(0),
+            lies: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn link(&self) -> Option<Link> {
+        self.state().link.clone()
+    }
+
+    /// After which an answer of `bytes` to a request sent now is late: twice what is to be expected at the most, given
+    /// what is queued before it.
+    pub(super) fn late_after(&self, bytes: u64) -> Duration {
+        let queued = (self.outstanding.load(Ordering::Relaxed) + bytes) as f64;
+        let state = self.state();
+        let Some(latency) = state.latency else { return 2 * LATENCY_UNKNOWN };
+        let transfer = if state.rate > 0.0 { queued / state.rate } else { 0.0 };
+        let expected = latency.mean + 3.0 * latency.deviation + transfer;
+        Duration::from_secs_f64((2.0 * expected).min(60.0)).max(LATE_MIN)
+    }
+
+    /// Notes an answer of `bytes` that took `took`, with `queued` bytes before it.
+    pub(super) fn note_answer(&self, bytes: u64, queued: u64, took: Duration) {
+        let mut state = self.state();
+        let took = took.as_secs_f64();
+        if bytes >= 16 << 10 && took > 0.0 {
+            // What was queued before it came over the same link in that time.
+            let rate = (bytes + queued) as f64 / took;
+            state.rate = if rate > state.rate { rate } else { state.rate * 0.98 + rate * 0.02 };
+        }
+        let transfer = if state.rate > 0.0 { (bytes + queued) as f64 / state.rate } else { 0.0 };
+        let own = (took - transfer).max(0.0);
+        state.latency = Some(match state.latency {
+            None => Latency { mean: own, deviation: own / 2.0 },
+            Some(Latency { mean, deviation }) => Latency {
+                mean: mean + (own - mean) / 8.0,
+                deviation: deviation + ((own - mean).abs() - deviation) / 4.0,
+            },
+        });
+    }
+
+    /// Not to be used before others for `time`: it was slow.
+    pub(super) fn demote(&self, time: Duration) {
+        self.state().demoted_until = Some(Instant::now() + time);
+    }
+
+    /// Not to be used at all for `time`: it lied.
+    pub(super) fn ban(&self, time: Duration) {
+        let mut state = self.state();
+        state.banned_until = Some(Instant::now() + time);
+        if let Some(link) = state.link.take() {
+            link.urgent.close();
+            link.bulk.close();
+        }
+    }
+
+    /// Whether it may not be spoken to.
+    pub(super) fn is_banned(&self) -> bool {
+        self.state().banned_until.is_some_and(|until| until > Instant::now())
+    }
+}
+
+impl State {
+    pub(super) fn is_demoted(&self) -> bool {
+        self.demoted_until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// Takes what the source says it has. A bitmap that is not one counts as empty.
+    pub(super) fn set_have(&mut self, have: Have) {
+        self.pages = if have.pages.is_empty() {
+            RoaringBitmap::new()
+        } else {
+            RoaringBitmap::deserialize_from(&have.pages[..]).unwrap_or_default()
+        };
+        self.have = have;
+    }
+}

@@ -1,0 +1,215 @@
+//! The stream: the boot cache's frames in order, many asked for ahead, each checked, written and passed on as it comes.
+//!
+//! Frames are dealt to sources by `crate::choose::relay`; a source may be asked for a frame that it does not have yet,
+//! and answers when it has. A source that is late, breaks or lies is replaced for the frames that it owes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::block::Extent;
+use crate::boot_cache::BootCache;
+use crate::choose::PeerKey;
+use crate::peer::holding::Frames;
+use crate::peer::message::{Answer, Ask};
+
+use super::counters::Kind;
+use super::engine::Shared;
+use super::receive::{self, Wrong};
+use super::request::Terms;
+
+/// Compressed bytes asked for ahead: enough for a long fast link, and for the hops of a relay.
+const WINDOW: u64 = 2 << 20;
+/// How long a relay may take to have a frame that it was asked for before it has it.
+const RELAY_PATIENCE: Duration = Duration::from_millis(600);
+/// How long a node that the origin points to may take to be reached, before the origin is asked again.
+const REACH_PATIENCE: Duration = Duration::from_millis(300);
+/// A stream that has brought nothing for so long has stalled; what guests wait for is then fetched by itself.
+const STALLED_MIN: Duration = Duration::from_millis(400);
+
+/// How the stream is doing.
+#[derive(Debug)]
+pub(super) struct StreamState {
+    epoch: Instant,
+    /// When the last frame came, in ms since `epoch`.
+    last_ms: AtomicU64,
+    /// Mean time between frames in ms.
+    pace_ms: AtomicU64,
+    over: AtomicBool,
+    ended: Notify,
+}
+
+impl StreamState {
+    pub(super) fn new() -> Self {
+        Self {
+            epoch: Instant::now(),
+            last_ms: AtomicU64::new(0),
+            pace_ms: AtomicU64::new(0),
+            over: AtomicBool::new(false),
+            ended: Notify::new(),
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn progress(&self) {
+        let now = self.now_ms();
+        let gap = now.saturating_sub(self.last_ms.swap(now, Ordering::Relaxed));
+        let pace = self.pace_ms.load(Ordering::Relaxed);
+        self.pace_ms.store((pace * 7 + gap) / 8, Ordering::Relaxed);
+    }
+
+    /// Whether frames are coming: none is owed for longer than usual.
+    pub(super) fn is_alive(&self) -> bool {
+        let quiet = self.now_ms().saturating_sub(self.last_ms.load(Ordering::Relaxed));
+        let usual = Duration::from_millis(8 * self.pace_ms.load(Ordering::Relaxed));
+        !self.is_over() && Duration::from_millis(quiet) < STALLED_MIN.max(usual)
+    }
+
+    /// Whether everything that the stream brings is here.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    pub(super) fn end(&self) {
+        self.over.store(true, Ordering::Release);
+        self.ended.notify_waiters();
+    }
+
+    /// Ends when the stream is over.
+    pub(super) async fn over(&self) {
+        let mut ended = std::pin::pin!(self.ended.notified());
+        ended.as_mut().enable();
+        if !self.is_over() {
+            ended.await;
+        }
+    }
+}
+
+/// Brings the boot cache, if the image has one; ends when all of it is here.
+pub(super) async fn run(shared: &Arc<Shared>) {
+    if shared.holding.manifest.boot.is_none() {
+        return;
+    }
+    while shared.holding.frames().is_none() {
+        fetch_heads(shared).await;
+    }
+    let frames = shared.holding.frames().expect("the heads have come");
+    let lengths: Vec<u64> = frames.heads().frames().iter().map(|frame| u64::from(frame.length)).collect();
+    let mut missing = (0..frames.count()).filter(|index| !frames.has(*index)).peekable();
+    let mut running = FuturesUnordered::new();
+    let mut ahead = 0;
+    loop {
+        while let Some(index) = missing.next_if(|_| running.is_empty() || ahead < WINDOW) {
+            ahead += lengths[index];
+            let length = lengths[index];
+            running.push(async move {
+                fetch_frame(shared, index, length).await;
+                index
+            });
+        }
+        let Some(index) = running.next().await else { return };
+        ahead -= lengths[index];
+        shared.stream.progress();
+    }
+}
+
+/// Fetches the heads of the boot cache; returns without them when no source could give them.
+async fn fetch_heads(shared: &Arc<Shared>) {
+    let Some(boot) = &shared.holding.manifest.boot else { return };
+    let ask = Ask::Heads { root: shared.holding.root() };
+    let pick = |tried: &[_]| shared.sources.for_frame(0, 0, tried).or_else(|| shared.sources.any(tried));
+    let terms = Terms { kind: Kind::Tree, bytes: boot.heads_length, patience: Duration::ZERO };
+    let mut tried = Vec::new();
+    while let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await {
+        if reply.answered.answer != Answer::Data {
+            continue;
+        }
+        let path = shared.dir.join("boot");
+        let (root, digest) = (shared.holding.root(), boot.heads_digest);
+        let bytes = reply.answered.bulk().to_vec();
+        let made = tokio::task::spawn_blocking(move || BootCache::create(&path, root, bytes, digest)).await;
+        match made {
+            Ok(Ok(boot)) => {
+                shared.holding.set_frames(Frames::unchecked(boot, false));
+                shared.stream.progress();
+                shared.demand_wake.notify_one();
+                return;
+            }
+            Ok(Err(error)) => match Wrong::from(error) {
+                Wrong::Lie(_) => {
+                    shared.caught(&reply.source, "the heads of the boot cache are not those pinned")
+                }
+                Wrong::Local(error) => tracing::error!(%error, "cannot keep the boot cache"),
+            },
+            Err(_) => return,
+        }
+    }
+    shared.sources.changed().await;
+}
+
+/// Brings one frame, from whoever gives it.
+async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
+    let Some(frames) = shared.holding.frames() else { return };
+    let number = u32::try_from(index).expect("a boot cache has fewer than 2^32 frames");
+    let here = |extent: Extent| shared.cache.has(extent);
+    if bytes == 0 || frames.heads().frame_runs(index).iter().all(|run| here(run.extent)) {
+        // Nothing in it that is not known: an empty frame, or blocks that came another way.
+        let keep = || receive::frame(&shared.holding, &shared.cache, index, &[]);
+        if bytes > 0 || keep().is_ok() {
+            return;
+        }
+    }
+    let mut tried: Vec<PeerKey> = Vec::new();
+    let mut pointed_to = None;
+    loop {
+        let wait = tried.is_empty() || pointed_to.is_some();
+        let pick = |tried: &[PeerKey]| {
+            let pointed = pointed_to.filter(|key| !tried.contains(&PeerKey(*key)));
+            let pointed = pointed.and_then(|key| shared.sources.by_key(key));
+            pointed.or_else(|| shared.sources.for_frame(number, frames.contiguous(), tried))
+        };
+        let patience = if wait { RELAY_PATIENCE } else { Duration::ZERO };
+        let ask = Ask::Frame { root: shared.holding.root(), index: number, wait };
+        let terms = Terms { kind: Kind::Stream, bytes, patience };
+        let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
+            tried.clear();
+            pointed_to = None;
+            shared.sources.changed().await;
+            continue;
+        };
+        match &reply.answered.answer {
+            Answer::Data => {}
+            Answer::Elsewhere(peer) => {
+                pointed_to = Some(peer.key);
+                if !shared.sources.reach(*peer, REACH_PATIENCE).await {
+                    pointed_to = None;
+                    // Not known here, or not reachable: ask again, and it is sent.
+                    tried.retain(|tried| Some(tried.0) != reply.source.state().key);
+                }
+                continue;
+            }
+            _ => continue,
+        }
+        let work = {
+            let shared = Arc::clone(shared);
+            let answered = reply.answered;
+            move || receive::frame(&shared.holding, &shared.cache, index, answered.bulk())
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(())) | Err(_) => return,
+            Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
+            Ok(Err(error @ Wrong::Local(_))) => {
+                tracing::error!(image = %shared.holding.root().short(), %error, "trying again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                tried.clear();
+            }
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Nodes within one process, each with a store and a peer server on loopback, and an image to hand around.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails with the reason")]
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bootcache::boot_cache::Builder;
+use bootcache::boot_cache::merge::Touch;
+use bootcache::choose::PeerKey;
+use bootcache::image::import::{ImportOptions, import};
+use bootcache::image::manifest::{Boot, ImageKind};
+use bootcache::image::scan::Watch;
+use bootcache::name::ImageName;
+use bootcache::peer::catalogue::Catalogue;
+use bootcache::peer::fault::Faults;
+use bootcache::peer::message::Load;
+use bootcache::peer::server::{Server, ServerOptions};
+use bootcache::store::Store;
+use bootcache::transfer::{Engine, Options, PullError, Pulled, Target, pull};
+use bootcache_nbd::Disk;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) fn image_name() -> ImageName {
+    "sample".parse().unwrap()
+}
+
+/// A disk that is neither all noise nor all zero, and a boot that reads an eighth of it in an order of its own.
+pub(crate) struct Sample {
+    pub(crate) disk: Vec<u8>,
+    pub(crate) boot_blocks: Vec<u64>,
+    /// Compressed bytes of the boot cache's frames.
+    pub(crate) boot_bytes: u64,
+    dir: tempfile::TempDir,
+}
+
+fn next(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+impl Sample {
+    pub(crate) fn new(size: usize, seed: u64) -> Self {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let blocks = size / 4096;
+        let mut disk = vec![0; size + 1000];
+        for block in disk.chunks_mut(4096) {
+            match next(&mut state) % 8 {
+                0..3 => {}
+                3..6 => {
+                    let half = block.len() / 2;
+                    block[..half].iter_mut().for_each(|byte| *byte = next(&mut state).to_le_bytes()[3]);
+                }
+                _ => block.iter_mut().for_each(|byte| *byte = next(&mut state).to_le_bytes()[3]),
+            }
+        }
+        let mut boot_blocks: Vec<u64> = Vec::new();
+        while boot_blocks.len() < blocks / 8 {
+            let start = next(&mut state) % blocks as u64;
+            let run = 1 + next(&mut state) % 40;
+            for block in start..(start + run).min(blocks as u64) {
+                if !boot_blocks.contains(&block) {
+                    boot_blocks.push(block);
+                }
+            }
+        }
+        let mut sample = Self { disk, boot_blocks, boot_bytes: 0, dir: tempfile::tempdir().unwrap() };
+        sample.boot_bytes = sample.publish();
+        sample
+    }
+
+    /// Makes the store from which every origin of this sample is copied.
+    fn publish(&self) -> u64 {
+        let source = self.dir.path().join("source.raw");
+        std::fs::write(&source, &self.disk).unwrap();
+        let store = Store::open(&self.dir.path().join("store")).unwrap();
+        let options = ImportOptions {
+            format: Some(bootcache::image::manifest::SourceFormat::Raw),
+            kind: Some(ImageKind::Vm),
+            ..ImportOptions::default()
+        };
+        let entry = import(&store, &image_name(), &source, options, &Watch::default()).unwrap();
+        let touches: Vec<Touch> = (1..)
+            .zip(&self.boot_blocks)
+            .map(|(at, block)| Touch { block: *block, time_ns: at * 100_000 })
+            .collect();
+        let path = store.tmp().join("boot-of-sample");
+        let builder = Builder {
+            root: entry.root,
+            size: entry.manifest.size,
+            touches: &touches,
+            end_ns: 1_000_000_000,
+            level: 3,
+            threads: 1,
+        };
+        let read = |extent: bootcache::block::Extent, buf: &mut [u8]| {
+            let from = usize::try_from(extent.offset()).unwrap();
+            let bytes = &self.disk[from..self.disk.len().min(from + buf.len())];
+            buf.fill(0);
+            buf[..bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        };
+        let written = builder.write(&path, &read, &|_| ()).unwrap();
+        let boot = Boot {
+            heads_digest: written.heads_digest,
+            heads_length: written.heads_length,
+            file_length: written.file_length,
+            until: None,
+        };
+        store.set_boot(entry.root, &path, boot).unwrap();
+        written.file_length - written.heads_length
+    }
+
+    pub(crate) fn bytes(&self, offset: u64, length: usize) -> &[u8] {
+        let from = usize::try_from(offset).unwrap();
+        &self.disk[from..from + length]
+    }
+
+    /// Bytes of blocks that are not zero.
+    pub(crate) fn data_bytes(&self) -> u64 {
+        self.disk.chunks(4096).filter(|block| block.iter().any(|byte| *byte != 0)).count() as u64 * 4096
+    }
+
+    /// A block with data that the boot does not read.
+    pub(crate) fn unforeseen_block(&self) -> u64 {
+        let data = |block: &u64| self.bytes(block * 4096, 4096).iter().any(|byte| *byte != 0);
+        (100..).find(|block| !self.boot_blocks.contains(block) && data(block)).unwrap()
+    }
+
+    /// Reads the whole disk, and holds every byte against what it should be.
+    pub(crate) async fn read_all(&self, disk: &dyn Disk) {
+        for (at, expected) in (0..).step_by(50_000).zip(self.disk.chunks(50_000)) {
+            let mut bytes = vec![0; expected.len()];
+            disk.read(at, &mut bytes).await.unwrap();
+            assert!(bytes == expected, "wrong bytes in {at}+{}", expected.len());
+        }
+    }
+}
+
+/// A node: a store, and a server of what is in it.
+pub(crate) struct Node {
+    pub(crate) address: SocketAddr,
+    pub(crate) server: Arc<Server>,
+    pub(crate) catalogue: Arc<Catalogue>,
+    key: u64,
+    dir: tempfile::TempDir,
+    stop: CancellationToken,
+    serving: Option<tokio::task::JoinHandle<()>>,
+}
+
+static NODES: AtomicU64 = AtomicU64::new(0);
+
+fn copy(from: &Path, to: &Path) {
+    let status = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
+    assert!(status.success());
+}
+
+impl Node {
+    /// A node that has published `sample`.
+    pub(crate) async fn origin(sample: &Sample, faults: Option<Arc<Faults>>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        copy(&sample.dir.path().join("store"), &dir.path().join("store"));
+        Self::start(dir, faults).await
+    }
+
+    /// A node that has nothing.
+    pub(crate) async fn empty(faults: Option<Arc<Faults>>) -> Self {
+        Self::start(tempfile::tempdir().unwrap(), faults).await
+    }
+
+    async fn start(dir: tempfile::TempDir, faults: Option<Arc<Faults>>) -> Self {
+        let filter = tracing_subscriber::EnvFilter::from_env("BOOTCACHE_LOG");
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+        let number = NODES.fetch_add(1, Ordering::Relaxed);
+        let node = format!("node-{number}");
+        let key = PeerKey::of(&node).0;
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let catalogue = Catalogue::new(store, Load::default);
+        let options = ServerOptions { node, key, faults, ..ServerOptions::default() };
+        let server = Server::new(Arc::clone(&catalogue) as Arc<_>, options);
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut node =
+            Self { address: any, server, catalogue, key, dir, stop: CancellationToken::new(), serving: None };
+        node.serve_again().await;
+        node
+    }
+
+    pub(crate) async fn serve_again(&mut self) {
+        let (listener, address) = self.server.listen(self.address).await.unwrap();
+        self.address = address;
+        self.stop = CancellationToken::new();
+        self.serving = Some(tokio::spawn(Arc::clone(&self.server).run(listener, self.stop.clone())));
+    }
+
+    pub(crate) async fn stop_serving(&mut self) {
+        self.stop.cancel();
+        if let Some(serving) = self.serving.take() {
+            serving.await.unwrap();
+        }
+    }
+
+    fn store(&self) -> Store {
+        Store::open(&self.dir.path().join("store")).unwrap()
+    }
+
+    pub(crate) async fn try_pull(&self, sources: &[SocketAddr]) -> Result<Pulled, PullError> {
+        self.pull_with(sources, |_| ()).await
+    }
+
+    async fn pull_with(
+        &self,
+        sources: &[SocketAddr],
+        change: impl FnOnce(&mut Options),
+    ) -> Result<Pulled, PullError> {
+        let target = Target { name: image_name(), root: None, verify: false };
+        let mut options = Options { key: self.key, listen: Some(self.address.port()), ..Options::default() };
+        change(&mut options);
+        pull(&self.store(), &target, sources, options).await
+    }
+
+    /// Begins to fetch the sample, and offers it from then on.
+    pub(crate) async fn pull(&self, sources: &[SocketAddr], change: impl FnOnce(&mut Options)) -> Engine {
+        match self.pull_with(sources, change).await.unwrap() {
+            Pulled::Coming(engine) => {
+                self.catalogue.offer(Arc::clone(engine.holding()));
+                engine
+            }
+            Pulled::Complete(_) => panic!("the image is here already"),
+        }
+    }
+
+    /// The disk's file, whole.
+    pub(crate) fn read_file(&self) -> Vec<u8> {
+        let entry = self.store().resolve(&image_name()).unwrap();
+        assert!(entry.is_complete(), "a presence bitmap is still there");
+        bootcache::image::tree::Tree::open(&entry.tree_path(), Some(entry.root)).unwrap();
+        std::fs::read(entry.disk_path()).unwrap()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}

@@ -1,0 +1,192 @@
+//! Nodes that fetch an image from each other over loopback: complete ones, partial ones, and ones that lie or break.
+
+mod nodes;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bootcache::peer::fault::{Fault, Faults};
+use bootcache::transfer::{Kind, Pulled};
+use nodes::{Node, Sample};
+
+/// One test's worth of faults; the full number is `BOOTCACHE_FAULTS=500`.
+fn fault_count() -> u64 {
+    std::env::var("BOOTCACHE_FAULTS").ok().and_then(|count| count.parse().ok()).unwrap_or(50)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_comes_whole_and_needs_nobody_afterwards() {
+    let sample = Sample::new(24 << 20, 7);
+    let origin = Node::origin(&sample, None).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[origin.address], |_| ()).await;
+    let mut bytes = vec![0; 100_000];
+    engine.disk().read(5 << 20, &mut bytes).await.unwrap();
+    assert!(bytes == sample.bytes(5 << 20, 100_000));
+    assert!(engine.done().await);
+    engine.stop().await;
+    drop(origin);
+    assert!(node.read_file() == sample.disk);
+    assert!(matches!(node.try_pull(&[]).await, Ok(Pulled::Complete(_))));
+    let counters = engine.counters();
+    assert_eq!(counters.lies.load(Ordering::Relaxed), 0);
+    // Zero blocks do not travel, and what has come by the stream is not fetched again.
+    let blocks =
+        counters.bytes.get(Kind::Fill) + counters.bytes.get(Kind::Demand) + counters.bytes.get(Kind::Stream);
+    assert!(blocks < sample.data_bytes() + sample.data_bytes() / 10, "{blocks} of {}", sample.data_bytes());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_readers_of_one_block_cause_one_fetch() {
+    let sample = Sample::new(8 << 20, 1);
+    let origin = Node::origin(&sample, None).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[origin.address], |options| options.fill = false).await;
+    engine.boot_complete().await;
+    let offset = sample.unforeseen_block() * 4096;
+    let mut readers = tokio::task::JoinSet::new();
+    for _ in 0..64 {
+        let disk = engine.disk();
+        readers.spawn(async move {
+            let mut bytes = [0; 4096];
+            disk.read(offset, &mut bytes).await.unwrap();
+            bytes
+        });
+    }
+    while let Some(bytes) = readers.join_next().await {
+        assert!(bytes.unwrap()[..] == *sample.bytes(offset, 4096));
+    }
+    assert_eq!(engine.counters().requests.get(Kind::Demand), 1);
+    assert_eq!(engine.counters().misses.load(Ordering::Relaxed), 64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_costs_the_origin_about_one_boot_set() {
+    let sample = Sample::new(32 << 20, 3);
+    let origin = Node::origin(&sample, None).await;
+    let mut nodes = Vec::new();
+    for _ in 0..6 {
+        nodes.push(Node::empty(None).await);
+    }
+    let mut engines = Vec::new();
+    for node in &nodes {
+        engines.push(node.pull(&[origin.address], |options| options.fill = false).await);
+    }
+    for engine in &engines {
+        tokio::time::timeout(Duration::from_secs(60), engine.boot_complete()).await.unwrap();
+    }
+    let sent = origin.server.counters().stream_bytes.load(Ordering::Relaxed);
+    assert!(sent < sample.boot_bytes * 2, "the origin sent {sent} of a boot set of {}", sample.boot_bytes);
+    for engine in &engines {
+        let mut bytes = vec![0; 4096];
+        for block in &sample.boot_blocks {
+            engine.disk().read(block * 4096, &mut bytes).await.unwrap();
+            assert!(bytes == sample.bytes(block * 4096, 4096));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lying_peer_is_found_out_and_no_wrong_byte_is_read() {
+    let count = fault_count();
+    let mut found = 0;
+    for kind in [Fault::Flip, Fault::Zero, Fault::Swap, Fault::Truncate, Fault::WrongPlace] {
+        let sample = Sample::new(8 << 20, 11);
+        let origin = Node::origin(&sample, None).await;
+        let share = count / 5;
+        let faults = Arc::new(Faults::new(&[kind], 1, share));
+        let liar = Node::origin(&sample, Some(Arc::clone(&faults))).await;
+        let node = Node::empty(None).await;
+        // Liars are forgiven at once, so that every fault meets the check.
+        let addresses = [liar.address, origin.address];
+        let engine = node.pull(&addresses, |options| options.ban = Duration::from_millis(1)).await;
+        sample.read_all(&*engine.disk()).await;
+        assert!(engine.done().await);
+        engine.stop().await;
+        assert!(node.read_file() == sample.disk, "{kind:?}");
+        let lies = engine.counters().lies.load(Ordering::Relaxed);
+        assert!(lies <= faults.done(), "{kind:?}: {lies} found, {} done", faults.done());
+        assert!(lies > 0, "{kind:?}: none of {} was met", faults.done());
+        found += lies;
+    }
+    eprintln!("{found} lies found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_stalls_breaks_or_trickles_is_replaced() {
+    for kind in [Fault::Stall, Fault::Reset, Fault::Trickle] {
+        let sample = Sample::new(8 << 20, 5);
+        let origin = Node::origin(&sample, None).await;
+        let faults = Arc::new(Faults::new(&[kind], 3, 40));
+        let bad = Node::origin(&sample, Some(faults)).await;
+        let node = Node::empty(None).await;
+        let engine = node.pull(&[bad.address, origin.address], |_| ()).await;
+        let began = Instant::now();
+        sample.read_all(&*engine.disk()).await;
+        assert!(tokio::time::timeout(Duration::from_secs(60), engine.done()).await.unwrap(), "{kind:?}");
+        eprintln!("{kind:?}: {:?}", began.elapsed());
+        engine.stop().await;
+        assert!(node.read_file() == sample.disk, "{kind:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_wait_while_every_source_is_gone_and_go_on_when_one_is_back() {
+    let sample = Sample::new(8 << 20, 13);
+    let mut origin = Node::origin(&sample, None).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[origin.address], |options| options.fill = false).await;
+    engine.boot_complete().await;
+    origin.stop_serving().await;
+    let disk = engine.disk();
+    let offset = sample.unforeseen_block() * 4096;
+    let reader = tokio::spawn(async move {
+        let mut bytes = [0; 4096];
+        disk.read(offset, &mut bytes).await.map(|()| bytes)
+    });
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert!(!reader.is_finished());
+    origin.serve_again().await;
+    let back = Instant::now();
+    assert!(reader.await.unwrap().unwrap()[..] == *sample.bytes(offset, 4096));
+    assert!(back.elapsed() < Duration::from_secs(1), "{:?}", back.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_goes_on_after_a_restart_without_fetching_again_what_is_here() {
+    let sample = Sample::new(24 << 20, 17);
+    let origin = Node::origin(&sample, None).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[origin.address], |options| options.fill_rate = 2 << 20).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    engine.stop().await;
+    let before = engine.progress().present;
+    drop(engine);
+    let engine = node.pull(&[origin.address], |_| ()).await;
+    assert!(engine.progress().present >= before);
+    assert!(engine.done().await);
+    let second = engine.counters().bytes.total();
+    assert!(second < sample.data_bytes(), "{second}");
+    engine.stop().await;
+    assert!(node.read_file() == sample.disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partial_peer_is_enough_for_what_it_has_when_the_origin_dies() {
+    let sample = Sample::new(16 << 20, 19);
+    let mut origin = Node::origin(&sample, None).await;
+    let first = Node::empty(None).await;
+    let first_engine = first.pull(&[origin.address], |options| options.fill = false).await;
+    first_engine.boot_complete().await;
+    let second = Node::empty(None).await;
+    let second_engine = second.pull(&[origin.address], |options| options.fill = false).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    origin.stop_serving().await;
+    tokio::time::timeout(Duration::from_secs(30), second_engine.boot_complete()).await.unwrap();
+    for block in &sample.boot_blocks {
+        let mut bytes = vec![0; 4096];
+        second_engine.disk().read(block * 4096, &mut bytes).await.unwrap();
+        assert!(bytes == sample.bytes(block * 4096, 4096));
+    }
+}
