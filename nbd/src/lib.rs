@@ -1,9 +1,10 @@
-//! An asynchronous NBD server: structured replies, block status, TLS, many requests in flight.
+//! An asynchronous NBD server and client: structured replies, block status, TLS, many requests in flight.
 //!
-//! [`disk::Disk`] is what an export shows; [`layers`] are disks to begin with; [`server::Server`] serves them. The
-//! codecs ([`handshake`], [`request`], [`chunk`]) take bytes and give bytes.
+//! [`disk::Disk`] is what an export shows; [`layers`] are disks to begin with; [`server::Server`] serves them,
+//! [`client::Client`] reads them from afar. The codecs ([`handshake`], [`request`], [`chunk`]) take bytes and give bytes.
 
 pub mod chunk;
+pub mod client;
 mod connection;
 pub mod consts;
 pub mod disk;
@@ -14,6 +15,7 @@ mod negotiate;
 pub mod request;
 pub mod server;
 
+pub use client::Client;
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
 pub use limits::Limits;
 pub use server::{Export, ExportStats, Exports, Server, Tls};

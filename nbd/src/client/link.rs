@@ -1,0 +1,325 @@
+//! One connection of a client: requests go out under a lock, a task of its own hands the replies out.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::negotiation::ExportDescription;
+use crate::consts::{
+    REPLY_FLAG_DONE, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, command,
+};
+use crate::disk::StatusExtent;
+use crate::negotiate::Stream;
+
+/// Longest structured chunk that is not data: a message, or extents.
+const CHUNK_MAX: usize = 1 << 20;
+/// Most extents that are kept of one answer.
+const EXTENTS_MAX: usize = 64 << 10;
+
+/// A request to be sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call<'a> {
+    pub(super) command: u16,
+    pub(super) flags: u16,
+    pub(super) offset: u64,
+    pub(super) length: u32,
+    pub(super) payload: &'a [u8],
+}
+
+/// What came back.
+#[derive(Debug, Default)]
+pub(super) struct Answer {
+    pub(super) data: Vec<u8>,
+    pub(super) extents: Vec<StatusExtent>,
+}
+
+/// A request that waits for its reply.
+#[derive(Debug)]
+struct Waiting {
+    command: u16,
+    offset: u64,
+    length: u32,
+    answer: Answer,
+    /// Bytes of a read that have come.
+    filled: u64,
+    error: Option<io::Error>,
+    done: oneshot::Sender<io::Result<Answer>>,
+}
+
+type Table = Mutex<HashMap<u64, Waiting>>;
+
+/// One connection.
+pub(super) struct Link {
+    writer: tokio::sync::Mutex<WriteHalf<Box<dyn Stream>>>,
+    waiting: Arc<Table>,
+    broken: Arc<AtomicBool>,
+    cookie: AtomicU64,
+    in_flight: AtomicUsize,
+    reader: JoinHandle<()>,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+/// Counts a request for as long as somebody waits for it.
+struct InFlight<'a>(&'a AtomicUsize);
+
+impl<'a> InFlight<'a> {
+    fn count(counter: &'a AtomicUsize) -> Self {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Self(counter)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Marks the connection broken unless the request was sent whole: half of one would garble all that follow.
+struct Sending<'a>(&'a Link, bool);
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        if !self.1 {
+            self.0.broken.store(true, Ordering::Release);
+            self.0.reader.abort();
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+impl Link {
+    pub(super) fn new(stream: Box<dyn Stream>, description: &ExportDescription) -> Self {
+        let (reader, writer) = tokio::io::split(stream);
+        let waiting = Arc::<Table>::default();
+        let broken = Arc::new(AtomicBool::new(false));
+        let replies = Replies {
+            reader: BufReader::with_capacity(64 << 10, reader),
+            waiting: Arc::clone(&waiting),
+            structured: description.structured,
+            allocation: description.allocation,
+        };
+        let (table, flag) = (Arc::clone(&waiting), Arc::clone(&broken));
+        let reader = tokio::spawn(async move {
+            let error = replies.run().await;
+            flag.store(true, Ordering::Release);
+            for (_, waiting) in table.lock().unwrap_or_else(PoisonError::into_inner).drain() {
+                let _ = waiting.done.send(Err(io::Error::new(error.kind(), error.to_string())));
+            }
+        });
+        Self {
+            writer: tokio::sync::Mutex::new(writer),
+            waiting,
+            broken,
+            cookie: AtomicU64::new(1),
+            in_flight: AtomicUsize::new(0),
+            reader,
+        }
+    }
+
+    /// Requests that have not been answered.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Whether the connection has ended.
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
+
+    /// Sends one request and waits for its answer.
+    pub(super) async fn call(&self, call: &Call<'_>) -> io::Result<Answer> {
+        let cookie = self.cookie.fetch_add(1, Ordering::Relaxed);
+        let (done, answer) = oneshot::channel();
+        let data = if call.command == command::READ { vec![0; call.length as usize] } else { Vec::new() };
+        let waiting = Waiting {
+            command: call.command,
+            offset: call.offset,
+            length: call.length,
+            answer: Answer { data, extents: Vec::new() },
+            filled: 0,
+            error: None,
+            done,
+        };
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(cookie, waiting);
+        if self.is_broken() {
+            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&cookie);
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let _in_flight = InFlight::count(&self.in_flight);
+        self.write(cookie, call).await?;
+        answer.await.unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    async fn write(&self, cookie: u64, call: &Call<'_>) -> io::Result<()> {
+        let mut header = Vec::with_capacity(28);
+        header.extend_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        header.extend_from_slice(&call.flags.to_be_bytes());
+        header.extend_from_slice(&call.command.to_be_bytes());
+        header.extend_from_slice(&cookie.to_be_bytes());
+        header.extend_from_slice(&call.offset.to_be_bytes());
+        header.extend_from_slice(&call.length.to_be_bytes());
+        let mut writer = self.writer.lock().await;
+        let mut sending = Sending(self, false);
+        writer.write_all(&header).await?;
+        writer.write_all(call.payload).await?;
+        writer.flush().await?;
+        sending.1 = true;
+        Ok(())
+    }
+
+    /// Says goodbye; the server carries out what it has, and closes.
+    pub(super) async fn disconnect(&self) {
+        let call = Call { command: command::DISC, flags: 0, offset: 0, length: 0, payload: &[] };
+        let _ = self.write(0, &call).await;
+    }
+}
+
+/// The side of a connection that reads.
+struct Replies {
+    reader: BufReader<ReadHalf<Box<dyn Stream>>>,
+    waiting: Arc<Table>,
+    structured: bool,
+    allocation: Option<u32>,
+}
+
+impl Replies {
+    /// Hands replies out until the connection ends; returns why it did.
+    async fn run(mut self) -> io::Error {
+        loop {
+            if let Err(error) = self.next().await {
+                return error;
+            }
+        }
+    }
+
+    async fn next(&mut self) -> io::Result<()> {
+        match self.reader.read_u32().await? {
+            SIMPLE_REPLY_MAGIC => {
+                let errno = self.reader.read_u32().await?;
+                let cookie = self.reader.read_u64().await?;
+                let mut waiting = self.take(cookie)?;
+                if errno != 0 {
+                    waiting.error = Some(io::Error::from_raw_os_error(errno.cast_signed()));
+                } else if waiting.command == command::READ {
+                    if self.structured {
+                        return Err(violation("a simple reply to a read"));
+                    }
+                    self.reader.read_exact(&mut waiting.answer.data).await?;
+                    waiting.filled = waiting.length.into();
+                }
+                finish(waiting);
+                Ok(())
+            }
+            STRUCTURED_REPLY_MAGIC if self.structured => self.chunk().await,
+            _ => Err(violation("a reply without its magic")),
+        }
+    }
+
+    async fn chunk(&mut self) -> io::Result<()> {
+        let flags = self.reader.read_u16().await?;
+        let kind = self.reader.read_u16().await?;
+        let cookie = self.reader.read_u64().await?;
+        let length = self.reader.read_u32().await? as usize;
+        let mut waiting = self.take(cookie)?;
+        match kind {
+            chunk::NONE if length == 0 => {}
+            chunk::OFFSET_DATA if length > 8 && waiting.command == command::READ => {
+                let at = self.reader.read_u64().await?;
+                let data = part(&mut waiting, at, length as u64 - 8)?;
+                self.reader.read_exact(data).await?;
+            }
+            chunk::OFFSET_HOLE if length == 12 && waiting.command == command::READ => {
+                let at = self.reader.read_u64().await?;
+                let hole = self.reader.read_u32().await?;
+                part(&mut waiting, at, hole.into())?.fill(0);
+            }
+            chunk::BLOCK_STATUS if waiting.command == command::BLOCK_STATUS && length % 8 == 4 => {
+                self.extents(&mut waiting, length).await?;
+            }
+            _ if kind & 0x8000 != 0 && (6..=CHUNK_MAX).contains(&length) => {
+                let errno = self.reader.read_u32().await?;
+                let mut rest = vec![0; length - 4];
+                self.reader.read_exact(&mut rest).await?;
+                waiting.error = Some(io::Error::from_raw_os_error(errno.cast_signed()));
+            }
+            _ => return Err(violation("a chunk that does not fit its request")),
+        }
+        if flags & REPLY_FLAG_DONE != 0 {
+            finish(waiting);
+        } else {
+            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(cookie, waiting);
+        }
+        Ok(())
+    }
+
+    async fn extents(&mut self, waiting: &mut Waiting, length: usize) -> io::Result<()> {
+        let context = self.reader.read_u32().await?;
+        let count = (length - 4) / 8;
+        if Some(context) != self.allocation || count == 0 || count > EXTENTS_MAX {
+            return Err(violation("extents that were not asked for"));
+        }
+        for _ in 0..count {
+            let length = self.reader.read_u32().await?;
+            let flags = self.reader.read_u32().await?;
+            if length == 0 {
+                return Err(violation("an extent of no length"));
+            }
+            waiting.answer.extents.push(StatusExtent { length: length.into(), flags });
+        }
+        Ok(())
+    }
+
+    fn take(&self, cookie: u64) -> io::Result<Waiting> {
+        let mut table = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        table.remove(&cookie).ok_or_else(|| violation("a reply to nothing"))
+    }
+}
+
+/// The part of a read's buffer that a chunk is for. Counts its bytes: each must come once.
+fn part(waiting: &mut Waiting, at: u64, length: u64) -> io::Result<&mut [u8]> {
+    let start = at.checked_sub(waiting.offset);
+    let end = start.and_then(|start| start.checked_add(length));
+    waiting.filled = waiting.filled.saturating_add(length);
+    match (start, end) {
+        (Some(start), Some(end))
+            if length > 0 && end <= waiting.length.into() && waiting.filled <= waiting.length.into() =>
+        {
+            let index = |at: u64| usize::try_from(at).expect("it lies within the buffer");
+            Ok(&mut waiting.answer.data[index(start)..index(end)])
+        }
+        _ => Err(violation("data outside of what was asked for")),
+    }
+}
+
+fn finish(waiting: Waiting) {
+    let Waiting { command, length, answer, filled, error, done, .. } = waiting;
+    let result = match error {
+        Some(error) => Err(error),
+        None if command == command::READ && filled != u64::from(length) => {
+            Err(violation("a read that ended before all its bytes had come"))
+        }
+        None => Ok(answer),
+    };
+    // Whoever asked may have gone.
+    let _ = done.send(result);
+}
+
+fn violation(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("the NBD server breaks the protocol: {what}"))
+}
