@@ -19,6 +19,7 @@ pub mod qemu;
 pub mod serve;
 pub mod store;
 pub mod tls;
+pub mod trace;
 pub mod transfer;
 pub mod vm;
 pub mod wire;
