@@ -12,6 +12,7 @@ mod guest;
 mod image;
 mod overlay;
 mod progress;
+mod record;
 mod serve;
 mod session;
 mod status;
@@ -82,6 +83,8 @@ enum Command {
     Status(status::Args),
     /// Run this node's daemon: exports images and overlays to NBD clients
     Serve(serve::Args),
+    /// Boot an image, see what it reads, and make its boot cache
+    Record(record::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
 }
@@ -97,6 +100,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Overlay(args) => overlay::run(&cli.globals, args),
         Command::Status(args) => status::run(&cli.globals, &args),
         Command::Serve(args) => serve::run(&cli.globals, args),
+        Command::Record(args) => record::run(&cli.globals, args),
         Command::Completions(args) => completions::run(&args),
     }
 }

@@ -16,6 +16,7 @@ pub mod name;
 pub mod overlay;
 pub mod peer;
 pub mod qemu;
+pub mod record;
 pub mod serve;
 pub mod store;
 pub mod tls;
