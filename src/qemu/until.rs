@@ -217,11 +217,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_from_the_guest_is_enough() {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let condition = Condition::prepare(Until::Tcp(free), Ipv4Addr::LOCALHOST).await.unwrap();
-        let taken = Condition::prepare(Until::Tcp(free), Ipv4Addr::LOCALHOST).await;
+        let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut port = free();
+        let condition = loop {
+            // Others on this machine look for free ports too.
+            match Condition::prepare(Until::Tcp(port), Ipv4Addr::LOCALHOST).await {
+                Ok(condition) => break condition,
+                Err(_) => port = free(),
+            }
+        };
+        let taken = Condition::prepare(Until::Tcp(port), Ipv4Addr::LOCALHOST).await;
         assert!(taken.unwrap_err().to_string().contains("choose another"));
-        let guest = std::thread::spawn(move || std::net::TcpStream::connect(("127.0.0.1", free)).map(drop));
+        let guest = std::thread::spawn(move || std::net::TcpStream::connect(("127.0.0.1", port)).map(drop));
         condition.met(tokio::io::empty(), || 0).await;
         guest.join().unwrap().unwrap();
     }
