@@ -150,7 +150,9 @@ fn boot_cache_frame(operations: u32) {
     let path = folder.path().join("boot");
     let builder =
         Builder { root, size: (4 * MEGABYTE) as u64, touches: &touches, end_ns: 100, level: 3, threads: 1 };
-    builder.write(&path, &|extent, buffer| disk.read_exact_at(buffer, extent.offset()), &|_| ()).expect("space");
+    builder
+        .write(&path, &|extent, buffer| disk.read_exact_at(buffer, extent.offset()), &|_| ())
+        .expect("space");
     let cache = BootCache::open(&path, root).expect("the boot cache just written");
     let frame = cache.read_frame(1).expect("it has several frames");
     for _ in 0..operations {

@@ -66,12 +66,13 @@ impl Accelerator {
     }
 
     async fn try_boot(self, deadline: Duration) -> std::io::Result<bool> {
-        let mut sector = [0_u8; 512];
-        sector[..BOOT_SECTOR.len()].copy_from_slice(&BOOT_SECTOR);
-        sector[510..].copy_from_slice(&[0x55, 0xaa]);
+        // AHCI's part of the firmware reads no disk of a single sector.
+        let mut disk = vec![0_u8; 1 << 20];
+        disk[..BOOT_SECTOR.len()].copy_from_slice(&BOOT_SECTOR);
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
         let dir = std::env::temp_dir();
         let path = dir.join(format!("bootcache-accelerator-{}-{self}", std::process::id()));
-        std::fs::File::create(&path)?.write_all(&sector)?;
+        std::fs::File::create(&path)?.write_all(&disk)?;
         let mut command = Command::new(super::PROGRAM);
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "32"])
