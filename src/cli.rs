@@ -4,6 +4,7 @@
 //! expected (`image verify`), 130 interrupted.
 
 mod analyze;
+mod attach;
 mod boot;
 mod ca;
 mod completions;
@@ -69,6 +70,10 @@ impl Globals {
 enum Command {
     /// Show what the recorded boots of an image read, compare them, draw them
     Analyze(analyze::Args),
+    Attach(attach::AttachArgs),
+    Detach(attach::DetachArgs),
+    /// List what is attached
+    Attached,
     /// Make the cluster's certificate authority, and certificates for its members
     Ca(ca::Args),
     /// Add, list, show, verify, remove and export images
@@ -93,6 +98,9 @@ enum Command {
 pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Analyze(args) => analyze::run(&cli.globals, &args),
+        Command::Attach(args) => attach::attach(&cli.globals, &args),
+        Command::Detach(args) => attach::detach(&cli.globals, &args),
+        Command::Attached => attach::attached(&cli.globals),
         Command::Ca(args) => ca::run(&cli.globals, args),
         Command::Image(args) => image::run(&cli.globals, args),
         Command::Boot(args) => boot::run(&cli.globals, args),

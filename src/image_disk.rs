@@ -51,7 +51,7 @@ impl ImageDisk {
         base: SharedDisk,
         base_root: Digest,
     ) -> Result<Self, OverlayError> {
-        let disk_error = |source| OverlayError::Diff { path: disk.display().to_string(), source };
+        let disk_error = |error| OverlayError::Diff { path: disk.display().to_string(), error };
         let file = FileDiff::open_read_only(disk).map_err(disk_error)?;
         let length = file.length().map_err(disk_error)?;
         let (header, layer) = open_increment(index, Arc::new(file), base)?;

@@ -3,6 +3,7 @@
 //! Modules in reading order: the vocabulary ([`block`], [`digest`], [`name`]), then what crosses a network ([`wire`]).
 
 pub mod analyze;
+pub mod attach;
 pub mod block;
 pub mod boot_cache;
 pub mod choose;

@@ -59,11 +59,11 @@ pub const LIVE_FILE: &str = "live";
 #[derive(Debug, thiserror::Error)]
 pub enum OverlayError {
     /// Its index is bad.
-    #[error("cannot use the index {path}: {source}")]
-    Index { path: String, source: IndexError },
+    #[error("cannot use the index {path}: {error}")]
+    Index { path: String, error: IndexError },
     /// Its diff is bad.
-    #[error("cannot use the diff {path}: {source}")]
-    Diff { path: String, source: io::Error },
+    #[error("cannot use the diff {path}: {error}")]
+    Diff { path: String, error: io::Error },
     /// Another process has it open.
     #[error("the overlay {0} is in use by another process; stop its VM or its server first")]
     InUse(String),
@@ -114,9 +114,9 @@ impl Overlay {
         std::fs::create_dir_all(dir)
             .and_then(|()| sync_dir(parent.unwrap_or_else(|| Path::new("."))))
             .and_then(|()| FileDiff::create(&diff, size))
-            .map_err(|source| OverlayError::Diff { path: diff.display().to_string(), source })?;
+            .map_err(|error| OverlayError::Diff { path: diff.display().to_string(), error })?;
         FileLog::create(&index, &Header { base, size }.encode())
-            .map_err(|source| index_error(&index, source.into()))?;
+            .map_err(|error| index_error(&index, error.into()))?;
         Ok(())
     }
 
@@ -128,14 +128,14 @@ impl Overlay {
     /// Opens the overlay in `dir` over `base`, whose root digest must be `base_root`.
     pub fn open(dir: &Path, base: SharedDisk, base_root: Digest) -> Result<Self, OverlayError> {
         let (index, diff) = (dir.join(INDEX_FILE), dir.join(DIFF_FILE));
-        let diff_error = |source: io::Error| match source.kind() {
+        let diff_error = |error: io::Error| match error.kind() {
             io::ErrorKind::WouldBlock => OverlayError::InUse(dir.display().to_string()),
-            _ => OverlayError::Diff { path: diff.display().to_string(), source },
+            _ => OverlayError::Diff { path: diff.display().to_string(), error },
         };
         let diff_file = FileDiff::open(&diff).map_err(diff_error)?;
         let length = diff_file.length().map_err(diff_error)?;
         let log_file = FileLog::open(&index).map_err(|error| index_error(&index, error.into()))?;
-        let (log, runs) = Log::open(Arc::new(log_file)).map_err(|source| index_error(&index, source))?;
+        let (log, runs) = Log::open(Arc::new(log_file)).map_err(|error| index_error(&index, error))?;
         let header = log.header();
         let indexed = map_of(header.size, &runs);
         let owner = Owner { header: &header, batch: log.batch(), diff: diff_file.file() };
@@ -221,14 +221,14 @@ fn map_of(size: u64, runs: &[Run]) -> BlockMap {
     map
 }
 
-fn index_error(path: &Path, source: IndexError) -> OverlayError {
-    OverlayError::Index { path: path.display().to_string(), source }
+fn index_error(path: &Path, error: IndexError) -> OverlayError {
+    OverlayError::Index { path: path.display().to_string(), error }
 }
 
 /// What the index file at `path` says: the runs that are not absent, in ascending order, without overlaps.
 pub fn read_index(path: &Path) -> Result<(Header, Vec<Run>), OverlayError> {
     let bytes = std::fs::read(path).map_err(|error| index_error(path, error.into()))?;
-    let content = log::parse(&bytes).map_err(|source| index_error(path, source))?;
+    let content = log::parse(&bytes).map_err(|error| index_error(path, error))?;
     Ok((content.header, map_of(content.header.size, &content.runs).own_runs()))
 }
 
@@ -238,7 +238,7 @@ pub fn write_index(path: &Path, header: Header, runs: &[Run]) -> Result<(), Over
         let (mut log, _) = Log::open(Arc::new(FileLog::create(path, &header.encode())?))?;
         Ok(log.replace(runs)?)
     };
-    create().map_err(|source| index_error(path, source))
+    create().map_err(|error| index_error(path, error))
 }
 
 /// The reading half of an increment: its `index` and `disk` over its base, which is as large or smaller.

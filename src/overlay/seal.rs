@@ -55,7 +55,7 @@ impl Overlay {
         let sealed = self
             .copy_own(&disk)
             .await
-            .map_err(|source| OverlayError::Diff { path: disk.display().to_string(), source })?;
+            .map_err(|error| OverlayError::Diff { path: disk.display().to_string(), error })?;
         write_index(&dir.join(INDEX_FILE), self.0.header, &sealed.runs)?;
         Ok(sealed)
     }

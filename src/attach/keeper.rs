@@ -1,0 +1,334 @@
+//! The keeper of one device: attaches it, gives the kernel new sockets when the server was restarted, and ends with it.
+//!
+//! It keeps duplicates of the sockets that the kernel has, and looks at them for a hang-up without ever reading. When it
+//! is killed, the device goes on; only nobody would reconnect it, so the next `attach` of the name takes it over.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use bootcache_nbd::consts::flag;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::handshake::{self, HandshakeError, Opened};
+use super::ioctl::{self, Session};
+use super::netlink::{Kernel, KernelError, Setup};
+use super::table::KeeperLock;
+use super::{AttachError, Device, Entry, Options, Table, Way};
+
+/// How often the connections and the device are looked at.
+const LOOK: Duration = Duration::from_millis(200);
+/// How long a new keeper may take to see that the old one's device is gone.
+const KEEPER_END: Duration = Duration::from_secs(10);
+/// Logical block size: what the images' partition tables count in.
+const BLOCK_SIZE: u32 = 512;
+
+/// Attaches what `options` say, tells `ready` the entry, and keeps the device connected until it is detached (by whomever)
+/// or `stop` is cancelled. On `stop` the device is detached if nothing uses it.
+///
+/// # Errors
+///
+/// [`AttachError`]; nothing is attached then, except that a device which was in use when `stop` came stays.
+pub async fn keep(
+    table: &Table,
+    options: &Options,
+    stop: &CancellationToken,
+    ready: impl FnOnce(&Entry),
+) -> Result<(), AttachError> {
+    let Some(lock) = table.lock(&options.name)? else {
+        return Err(match table.get(&options.name)? {
+            Some(entry) => AttachError::Attached { name: entry.name, device: entry.device },
+            None => AttachError::Attaching(options.name.clone()),
+        });
+    };
+    let keeper = Keeper { table, options, _lock: lock };
+    let kernel = match options.way {
+        Some(Way::Ioctl) => None,
+        _ => match open_kernel().await {
+            Ok(kernel) => Some(kernel),
+            Err(KernelError::NoModule) if options.way.is_none() && !Device::all().is_empty() => None,
+            Err(error) => return Err(error.into()),
+        },
+    };
+    match kernel {
+        Some(kernel) => keeper.by_netlink(kernel, stop, ready).await,
+        None => keeper.by_ioctl(stop, ready).await,
+    }
+}
+
+/// Opens the kernel's client; loads its module first if it is there to be loaded.
+async fn open_kernel() -> Result<Kernel, KernelError> {
+    match Kernel::open().await {
+        Err(KernelError::NoModule) => {
+            // It fails where there is no module, or no modprobe; the second look tells what counts.
+            let _ = tokio::process::Command::new("modprobe").args(["-q", "nbd"]).status().await;
+            Kernel::open().await
+        }
+        opened => opened,
+    }
+}
+
+/// Disconnects a device that nothing uses, after its last writes have reached the server, and waits until it is quiet.
+///
+/// # Errors
+///
+/// [`AttachError::Busy`] when something uses it; nothing has changed then.
+pub async fn detach(table: &Table, entry: &Entry) -> Result<(), AttachError> {
+    if entry.is_live() {
+        disconnect(entry).await?;
+    }
+    // The keeper ends when it sees that the device is gone. A dead one has nothing to see.
+    let end = tokio::time::timeout(KEEPER_END, async {
+        while table.is_kept(&entry.name)? {
+            sleep(LOOK / 4).await;
+        }
+        Ok::<_, AttachError>(())
+    });
+    end.await.unwrap_or(Ok(()))?;
+    table.remove(&entry.name)
+}
+
+async fn disconnect(entry: &Entry) -> Result<(), AttachError> {
+    let device = entry.device;
+    let device_error = move |error: io::Error| AttachError::Device { device, error };
+    let keeper = entry.keeper;
+    let claim = tokio::task::spawn_blocking(move || {
+        let file = device.claim(keeper)?;
+        file.sync_all().map_err(device_error)?;
+        Ok::<_, AttachError>(file)
+    });
+    let file = claim.await.map_err(|error| device_error(io::Error::other(error)))??;
+    match entry.way {
+        Way::Netlink => Kernel::open().await?.disconnect(device.0).await?,
+        Way::Ioctl => ioctl::disconnect(&file).map_err(device_error)?,
+    }
+    drop(file); // The kernel keeps a device until it is closed.
+    device.quiet().await
+}
+
+struct Keeper<'a> {
+    table: &'a Table,
+    options: &'a Options,
+    _lock: KeeperLock,
+}
+
+impl Keeper<'_> {
+    async fn by_netlink(
+        &self,
+        mut kernel: Kernel,
+        stop: &CancellationToken,
+        ready: impl FnOnce(&Entry),
+    ) -> Result<(), AttachError> {
+        let old = self.table.get(&self.options.name)?.filter(Entry::is_live);
+        let (entry, setup, mut sockets) = match old {
+            Some(old) => self.adopt(&old).await?,
+            None => self.connect(&mut kernel).await?,
+        };
+        self.table.put(&entry)?;
+        ready(&entry);
+        while entry.is_live() {
+            if stop.is_cancelled() {
+                disconnect(&entry).await?;
+                break;
+            }
+            let dead = hung_up(&sockets);
+            if dead.is_empty() {
+                tokio::select! { () = sleep(LOOK) => {}, () = stop.cancelled() => {} }
+            } else {
+                info!(device = %entry.device, connections = dead.len(), "the server hung up; reconnecting");
+                self.reconnect(&mut kernel, &entry, &setup, &mut sockets, &dead, stop).await?;
+            }
+        }
+        self.table.remove(&entry.name)
+    }
+
+    async fn connect(&self, kernel: &mut Kernel) -> Result<(Entry, Setup, Vec<UnixStream>), AttachError> {
+        let (setup, sockets) = self.open_all().await?;
+        let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+        let device = Device(kernel.connect(&setup, &fds).await?);
+        device.ready(setup.size).await?;
+        Ok((self.entry(device, Way::Netlink, &setup), setup, sockets))
+    }
+
+    /// Takes over a device whose keeper is gone. Its sockets cannot be had, so a connection of our own stands for them:
+    /// it ends when the server does, as theirs do.
+    async fn adopt(&self, old: &Entry) -> Result<(Entry, Setup, Vec<UnixStream>), AttachError> {
+        let opened = self.open_patiently().await?;
+        let setup = self.setup(&opened);
+        let sockets = vec![opened.socket];
+        let entry = Entry { keeper: std::process::id(), ..old.clone() };
+        let mut kernel = Kernel::open().await?;
+        // If the server was restarted meanwhile, the kernel takes this one at once; else it has no room for it.
+        match kernel.reconfigure(old.device.0, &setup, &[sockets[0].as_fd()]).await {
+            Err(KernelError::Io(error)) if is(&error, Errno::NOSPC) => {}
+            result => result?,
+        }
+        Ok((entry, setup, sockets))
+    }
+
+    /// Gives the kernel a new socket for each that is dead, as soon as there is a server again.
+    async fn reconnect(
+        &self,
+        kernel: &mut Kernel,
+        entry: &Entry,
+        setup: &Setup,
+        sockets: &mut [UnixStream],
+        dead: &[usize],
+        stop: &CancellationToken,
+    ) -> Result<(), AttachError> {
+        for index in dead {
+            let opened = tokio::select! {
+                opened = self.open_patiently() => opened?,
+                () = stop.cancelled() => return Ok(()),
+            };
+            if opened.size != setup.size {
+                warn!(device = %entry.device, size = opened.size, "the export has another size now; not reconnected");
+                return Err(AttachError::Kernel(io::Error::other("the export has changed its size").into()));
+            }
+            // The kernel may not have noticed yet that the old one is dead: no room is a reason to try again.
+            while entry.is_live() && !stop.is_cancelled() {
+                match kernel.reconfigure(entry.device.0, setup, &[opened.socket.as_fd()]).await {
+                    Err(KernelError::Io(error)) if is(&error, Errno::NOSPC) => sleep(LOOK).await,
+                    Ok(()) => break,
+                    Err(error) => {
+                        warn!(device = %entry.device, %error, "the kernel did not take the new connection");
+                        sleep(LOOK).await;
+                    }
+                }
+            }
+            sockets[*index] = opened.socket;
+        }
+        info!(device = %entry.device, "reconnected");
+        Ok(())
+    }
+
+    async fn by_ioctl(
+        &self,
+        stop: &CancellationToken,
+        ready: impl FnOnce(&Entry),
+    ) -> Result<(), AttachError> {
+        let (setup, sockets) = self.open_all().await?;
+        let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+        let session = Session::start(&setup, &fds)?;
+        let device = session.device();
+        let entry = self.entry(device, Way::Ioctl, &setup);
+        let mut run = tokio::task::spawn_blocking(move || session.run());
+        let device_error = |error: io::Error| AttachError::Device { device, error };
+        tokio::select! {
+            result = device.ready(setup.size) => result?,
+            ended = &mut run => {
+                ended.map_err(|error| device_error(io::Error::other(error)))?.map_err(device_error)?;
+            }
+        }
+        self.table.put(&entry)?;
+        ready(&entry);
+        tokio::select! {
+            _ = &mut run => {}
+            () = stop.cancelled() => {
+                while let Err(error) = disconnect(&entry).await {
+                    warn!(%error, "staying, since the device would end with this process");
+                    sleep(Duration::from_secs(5)).await;
+                }
+            }
+        }
+        self.table.remove(&entry.name)
+    }
+
+    fn entry(&self, device: Device, way: Way, setup: &Setup) -> Entry {
+        Entry {
+            name: self.options.name.clone(),
+            device,
+            way,
+            size: setup.size,
+            read_only: !setup.is_writable(),
+            keeper: std::process::id(),
+        }
+    }
+
+    fn setup(&self, opened: &Opened) -> Setup {
+        Setup {
+            index: self.options.device.map(|device| device.0),
+            size: opened.size / u64::from(BLOCK_SIZE) * u64::from(BLOCK_SIZE),
+            block_size: BLOCK_SIZE,
+            flags: opened.flags,
+            dead_connection_timeout: self.options.patience,
+            backend: Entry::backend(&self.options.name),
+        }
+    }
+
+    /// The first connection, and as many more as are wanted and the server takes.
+    async fn open_all(&self) -> Result<(Setup, Vec<UnixStream>), AttachError> {
+        let first = self.open().await?;
+        let setup = self.setup(&first);
+        let mut sockets = vec![first.socket];
+        if setup.flags & flag::CAN_MULTI_CONN != 0 {
+            while sockets.len() < self.options.connections {
+                sockets.push(self.open().await?.socket);
+            }
+        }
+        Ok((setup, sockets))
+    }
+
+    async fn open(&self) -> Result<Opened, AttachError> {
+        let (socket, name) = (self.options.socket.clone(), self.options.name.clone());
+        let opened = tokio::task::spawn_blocking(move || handshake::open(&socket, &name)).await;
+        let opened = opened.unwrap_or_else(|error| Err(HandshakeError::Io(io::Error::other(error))));
+        opened.map_err(|error| AttachError::Server {
+            name: self.options.name.clone(),
+            socket: self.options.socket.display().to_string(),
+            error,
+        })
+    }
+
+    /// Opens a connection, however long it takes until there is a server. A refusal may pass too: a server that has just
+    /// started may not know all its exports.
+    async fn open_patiently(&self) -> Result<Opened, AttachError> {
+        let patience = tokio::time::Instant::now() + self.options.patience;
+        loop {
+            match self.open().await {
+                Err(_) if tokio::time::Instant::now() < patience => sleep(LOOK).await,
+                result => return result,
+            }
+        }
+    }
+}
+
+/// Which of the connections have been closed by the server. Reads nothing: the bytes are the kernel's.
+fn hung_up(sockets: &[UnixStream]) -> Vec<usize> {
+    let mut fds: Vec<_> = sockets.iter().map(|socket| PollFd::new(socket, PollFlags::RDHUP)).collect();
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if poll(&mut fds, Some(&now)).is_err() {
+        return Vec::new(); // Interrupted: the next look will tell.
+    }
+    let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    (0..fds.len()).filter(|index| fds[*index].revents().intersects(ended)).collect()
+}
+
+fn is(error: &io::Error, errno: Errno) -> bool {
+    error.raw_os_error() == Some(errno.raw_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hang_up_is_seen_without_reading() {
+        use std::io::{Read, Write};
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        let (other, _open) = UnixStream::pair().unwrap();
+        theirs.write_all(b"x").unwrap();
+        let sockets = [other, ours.try_clone().unwrap()];
+        assert!(hung_up(&sockets).is_empty());
+        drop(theirs);
+        assert_eq!(hung_up(&sockets), [1]);
+        let mut byte = [0];
+        ours.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, *b"x");
+    }
+}

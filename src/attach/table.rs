@@ -1,0 +1,186 @@
+//! What is attached where: one JSON file for each name in the store's folder `attached/`, and a lock beside it.
+//!
+//! The lock (`flock`) is held by the name's keeper for as long as it lives, so that a name has one keeper at most and a
+//! dead one is known without trusting a process id. Files are replaced atomically. An entry may be older than the host's
+//! last start: whether its device is still the one it names is checked against the kernel ([`Entry::is_live`]).
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use super::{AttachError, Device, Way};
+use crate::store::atomic::write_atomic;
+
+/// The folder's name within a store.
+const FOLDER: &str = "attached";
+
+/// One attached export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The VM or image.
+    pub name: String,
+    /// Its device.
+    pub device: Device,
+    /// How it was attached.
+    pub way: Way,
+    /// Size in bytes.
+    pub size: u64,
+    /// Whether it cannot be written.
+    pub read_only: bool,
+    /// Process that looks after it.
+    pub keeper: u32,
+}
+
+impl Entry {
+    /// What the kernel is told as the device's backend.
+    pub fn backend(name: &str) -> String {
+        format!("bootcache:{name}")
+    }
+
+    /// Whether the kernel has the device for this name.
+    pub fn is_live(&self) -> bool {
+        let ours = |backend: String| backend.is_empty() || backend == Self::backend(&self.name);
+        self.device.is_connected() && self.device.backend().is_none_or(ours)
+    }
+}
+
+/// The table of one store.
+#[derive(Debug, Clone)]
+pub struct Table(PathBuf);
+
+/// Makes its holder the keeper of a name.
+#[derive(Debug)]
+pub struct KeeperLock {
+    _file: File,
+}
+
+impl Table {
+    /// The table of the store in `store`; makes the folder if it is missing.
+    pub fn open(store: &Path) -> Result<Self, AttachError> {
+        let folder = store.join(FOLDER);
+        fs::create_dir_all(&folder).map_err(|error| at(&folder, error))?;
+        Ok(Self(folder))
+    }
+
+    /// Everything in it, by device.
+    pub fn entries(&self) -> Result<Vec<Entry>, AttachError> {
+        let mut entries = Vec::new();
+        for file in fs::read_dir(&self.0).map_err(|error| at(&self.0, error))? {
+            let path = file.map_err(|error| at(&self.0, error))?.path();
+            // Names may have dots in them, so the ending is looked at and not the extension cut off.
+            if let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".json")) {
+                entries.extend(self.get(name)?);
+            }
+        }
+        entries.sort_by_key(|entry| entry.device);
+        Ok(entries)
+    }
+
+    /// The entry of a name.
+    pub fn get(&self, name: &str) -> Result<Option<Entry>, AttachError> {
+        let path = self.path(name);
+        match fs::read(&path) {
+            Ok(bytes) => {
+                let parsed = serde_json::from_slice(&bytes);
+                parsed.map(Some).map_err(|error| at(&path, io::Error::new(io::ErrorKind::InvalidData, error)))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(at(&path, error)),
+        }
+    }
+
+    /// The entry of a name, or of the device of which `text` is the name.
+    pub fn find(&self, text: &str) -> Result<Entry, AttachError> {
+        let device = text.strip_prefix("/dev/").and_then(|_| text.parse::<Device>().ok());
+        let found = match device {
+            Some(device) => self.entries()?.into_iter().find(|entry| entry.device == device),
+            None if text.contains('/') => None,
+            None => self.get(text)?,
+        };
+        found.ok_or_else(|| AttachError::NotAttached(text.to_owned()))
+    }
+
+    /// Adds or replaces the entry of a name. For its keeper.
+    pub(super) fn put(&self, entry: &Entry) -> Result<(), AttachError> {
+        let path = self.path(&entry.name);
+        let bytes = serde_json::to_vec_pretty(entry).map_err(|error| at(&path, io::Error::other(error)))?;
+        write_atomic(&path, &bytes).map_err(|error| at(&path, error))
+    }
+
+    /// Removes the entry of a name.
+    pub(super) fn remove(&self, name: &str) -> Result<(), AttachError> {
+        let path = self.path(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&path, error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Becomes the keeper of a name, if it has none.
+    pub(super) fn lock(&self, name: &str) -> Result<Option<KeeperLock>, AttachError> {
+        let path = self.0.join(format!("{name}.lock"));
+        let open = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = open.map_err(|error| at(&path, error))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(KeeperLock { _file: file })),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(at(&path, error.into())),
+        }
+    }
+
+    /// Whether a name has a keeper.
+    pub fn is_kept(&self, name: &str) -> Result<bool, AttachError> {
+        self.lock(name).map(|lock| lock.is_none())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.json"))
+    }
+}
+
+fn at(path: &Path, error: io::Error) -> AttachError {
+    AttachError::Table { path: path.display().to_string(), error }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str, device: u32) -> Entry {
+        let device = Device(device);
+        Entry { name: name.into(), device, way: Way::Netlink, size: 4096, read_only: false, keeper: 1 }
+    }
+
+    #[test]
+    fn keeps_what_was_put_and_finds_it_by_name_and_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(dir.path()).unwrap();
+        for entry in [entry("vm-2", 1), entry("debian.12", 0)] {
+            table.put(&entry).unwrap();
+        }
+        let table = Table::open(dir.path()).unwrap();
+        assert_eq!(table.entries().unwrap(), [entry("debian.12", 0), entry("vm-2", 1)]);
+        assert_eq!(table.find("vm-2").unwrap().device, Device(1));
+        assert_eq!(table.find("/dev/nbd0").unwrap().name, "debian.12");
+        for text in ["vm-3", "/dev/nbd7", "../vm-2"] {
+            assert!(matches!(table.find(text), Err(AttachError::NotAttached(_))), "{text}");
+        }
+        table.remove("vm-2").unwrap();
+        table.remove("vm-2").unwrap();
+        assert_eq!(table.entries().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_name_has_one_keeper() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(dir.path()).unwrap();
+        let lock = table.lock("vm").unwrap();
+        assert!(lock.is_some() && table.is_kept("vm").unwrap() && !table.is_kept("other").unwrap());
+        assert!(table.lock("vm").unwrap().is_none());
+        drop(lock);
+        assert!(!table.is_kept("vm").unwrap());
+    }
+}

@@ -1,0 +1,194 @@
+//! `bootcache attach`, `detach` and `attached`: VMs' disks and images as `/dev/nbdX`.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bootcache::attach::{self, Device, Entry, Options, Table, Way};
+use bootcache::name::{HostName, ImageName};
+use indicatif::HumanBytes;
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::Globals;
+
+/// Attach a VM's disk or an image to this host as /dev/nbdX
+///
+/// The device lives until `detach`, through restarts of `serve`: a process of its own stays behind and reconnects it.
+#[derive(Debug, clap::Args)]
+pub(crate) struct AttachArgs {
+    /// The VM or image, as `serve` exports it
+    #[arg(value_parser = export_name)]
+    name: String,
+    /// The device, such as /dev/nbd0 [default: the kernel chooses a free one]
+    device: Option<Device>,
+    /// Connections to the server
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    connections: u8,
+    /// Seconds that reads and writes wait for a server that is gone before they fail
+    #[arg(long, default_value_t = 3600, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    patience: u64,
+    /// Attach by ioctl, as old kernels want it; the device then breaks when the server restarts
+    #[arg(long)]
+    ioctl: bool,
+    /// The server's socket [default: nbd.sock in the store]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Stay and look after the device; SIGTERM or Ctrl-C detaches it
+    #[arg(long)]
+    foreground: bool,
+    /// Started by `attach` itself: leave the session, say one line when ready.
+    #[arg(long, hide = true, requires = "foreground")]
+    keeper: bool,
+}
+
+/// Detach a device that nothing uses any more
+#[derive(Debug, clap::Args)]
+pub(crate) struct DetachArgs {
+    /// The VM, the image, or its /dev/nbdX
+    name: String,
+}
+
+/// One line of `attached`.
+#[derive(Debug, Serialize)]
+struct Line {
+    #[serde(flatten)]
+    entry: Entry,
+    state: &'static str,
+}
+
+fn export_name(text: &str) -> Result<String, String> {
+    let image = text.parse::<ImageName>().map(|name| name.to_string());
+    image
+        .or_else(|error| text.parse::<HostName>().map(|name| name.to_string()).map_err(|_| error.to_string()))
+}
+
+/// Runs `attach`.
+pub(crate) fn attach(globals: &Globals, args: &AttachArgs) -> anyhow::Result<ExitCode> {
+    let store = globals.store_dir();
+    let table = Table::open(&store)?;
+    let entry = if args.foreground {
+        stay(globals, &store, &table, args)?
+    } else {
+        Some(leave(&store, &table, args)?)
+    };
+    if let Some(entry) = entry {
+        say(globals, &entry)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what was attached: the device alone, so that a script can use it.
+fn say(globals: &Globals, entry: &Entry) -> anyhow::Result<()> {
+    if globals.json {
+        println!("{}", serde_json::to_string(entry)?);
+    } else {
+        println!("{}", entry.device);
+    }
+    Ok(())
+}
+
+/// Keeps the device in this process.
+fn stay(globals: &Globals, store: &Path, table: &Table, args: &AttachArgs) -> anyhow::Result<Option<Entry>> {
+    if args.keeper {
+        // Fails when this process leads a session already, which is as good.
+        let _ = rustix::process::setsid();
+    }
+    let options = Options {
+        name: args.name.clone(),
+        socket: args.socket.clone().unwrap_or_else(|| store.join("nbd.sock")),
+        device: args.device,
+        connections: args.connections.into(),
+        patience: Duration::from_secs(args.patience),
+        way: args.ioctl.then_some(Way::Ioctl),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stopping = stop.clone();
+        tokio::spawn(async move {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            stopping.cancel();
+        });
+        let ready = |entry: &Entry| {
+            let said = say(globals, entry).and_then(|()| Ok(std::io::stdout().flush()?));
+            if let Err(error) = said {
+                tracing::warn!(%error, "nobody listens any more");
+            }
+        };
+        anyhow::Ok(attach::keep(table, &options, &stop, ready).await?)
+    })?;
+    Ok(None)
+}
+
+/// Starts a keeper of its own and waits until it has attached the device.
+fn leave(store: &Path, table: &Table, args: &AttachArgs) -> anyhow::Result<Entry> {
+    let log_path = store.join("attached").join(format!("{}.log", args.name));
+    let log = File::create(&log_path).with_context(|| format!("cannot write {}", log_path.display()))?;
+    let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
+    command.arg("--store").arg(store).args(["attach", "--foreground", "--keeper", "-v", &args.name]);
+    command.args(args.device.map(|device| device.to_string()));
+    command.arg(format!("--connections={}", args.connections)).arg(format!("--patience={}", args.patience));
+    command.args(args.ioctl.then_some("--ioctl"));
+    if let Some(socket) = &args.socket {
+        command.arg("--socket").arg(std::path::absolute(socket)?);
+    }
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    let mut keeper = command.spawn().context("cannot start the process that looks after the device")?;
+    let mut line = String::new();
+    BufReader::new(keeper.stdout.take().expect("it is piped")).read_line(&mut line)?;
+    if line.is_empty() {
+        keeper.wait()?;
+        let said = std::fs::read_to_string(&log_path).unwrap_or_default();
+        let reason = said.lines().rev().find_map(|line| line.strip_prefix("bootcache: "));
+        bail!("{}", reason.unwrap_or("the process that looks after the device ended; see its log"));
+    }
+    table.get(&args.name)?.context("the device went away at once")
+}
+
+/// Runs `detach`.
+pub(crate) fn detach(globals: &Globals, args: &DetachArgs) -> anyhow::Result<ExitCode> {
+    let table = Table::open(&globals.store_dir())?;
+    let entry = table.find(&args.name)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(attach::detach(&table, &entry))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs `attached`.
+pub(crate) fn attached(globals: &Globals) -> anyhow::Result<ExitCode> {
+    let table = Table::open(&globals.store_dir())?;
+    let mut lines = Vec::new();
+    for entry in table.entries()? {
+        let state = match (entry.is_live(), table.is_kept(&entry.name)?) {
+            (false, _) => "gone",
+            (true, true) => "attached",
+            (true, false) => "unattended",
+        };
+        lines.push(Line { entry, state });
+    }
+    if globals.json {
+        println!("{}", serde_json::to_string_pretty(&lines)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if lines.is_empty() {
+        eprintln!("nothing is attached");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{:<12} {:<30} {:>11} {:<5} STATE", "DEVICE", "NAME", "SIZE", "MODE");
+    for Line { entry, state } in &lines {
+        let mode = if entry.read_only { "read" } else { "write" };
+        let size = HumanBytes(entry.size).to_string();
+        println!("{:<12} {:<30} {size:>11} {mode:<5} {state}", entry.device.to_string(), entry.name);
+    }
+    if lines.iter().any(|line| line.state == "unattended") {
+        eprintln!("unattended: nobody would reconnect it; `bootcache attach` the same name again");
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,127 @@
+# Runs in the guest of tests/attach.rs: sh of busybox, bootcache and serve_overlay in PATH.
+export BOOTCACHE_STORE=/tmp/store
+mkdir -p /tmp/mnt
+fail() { echo "ATTACH-FAILED: $*"; cat /tmp/store/attached/*.log; dmesg | tail -30; exit 1; }
+# A step is named, so that the log tells where the time went.
+step() { echo "STEP $(cut -d' ' -f1 /proc/uptime) $*"; }
+quiet_log() { dmesg | grep -iE 'I/O error|EXT4-fs (error|warning)|Buffer I/O|blk_update_request' && fail "the kernel complains: $1"; }
+sum() { sha256sum "$1" | cut -d' ' -f1; }
+# serve NAME: a server of one overlay, its pid in /tmp/NAME.pid
+serve() {
+	[ -e /tmp/$1.raw ] || truncate -s 128M /tmp/$1.raw
+	serve_overlay /tmp/$1.raw /tmp/$1.overlay /tmp/$1.sock >/tmp/$1.said 2>&1 &
+	echo $! >/tmp/$1.pid
+	for try in $(seq 100); do grep -q ready /tmp/$1.said && return; usleep 100000; done
+	cat /tmp/$1.said; fail "server $1 does not start"
+}
+attach() { bootcache attach overlay --socket /tmp/one.sock "$@"; }
+
+step no module
+rmmod nbd 2>/dev/null
+mv /lib/modules /lib/modules.away
+serve one
+attach >/tmp/out 2>&1 && fail "attached without a module"
+grep -q 'no NBD client.*modprobe nbd' /tmp/out || fail "no help: $(cat /tmp/out)"
+mv /lib/modules.away /lib/modules
+
+step netlink
+device=$(attach) || fail "attach"
+[ "$device" = /dev/nbd0 ] || fail "device '$device'"
+nbd-client -c /dev/nbd0 >/dev/null || fail "nbd-client -c does not see it"
+attach 2>/tmp/out && fail "attached twice"
+grep -q "is attached as /dev/nbd0" /tmp/out || fail "attached twice says: $(cat /tmp/out)"
+bootcache attached
+[ "$(bootcache attached --json | grep -c '"state": "attached"')" = 1 ] || fail "attached"
+
+step file system
+mkfs.ext4 -q -F $device || fail "mkfs"
+step mount
+mount -t ext4 $device /tmp/mnt || fail "mount"
+dd if=/dev/urandom of=/tmp/mnt/a bs=64k count=256 conv=fsync 2>/dev/null || fail "write"
+a=$(sum /tmp/mnt/a)
+bootcache detach overlay 2>/tmp/out && fail "detached while mounted"
+grep -q 'in use by the mount /tmp/mnt' /tmp/out || fail "busy says: $(cat /tmp/out)"
+
+step server killed and restarted under I/O
+{ for n in 1 2 3 4 5 6; do dd if=/dev/urandom of=/tmp/mnt/b$n bs=64k count=64 conv=fsync 2>/dev/null || echo WRITE-FAILED; done; sum /tmp/mnt/b6; } >/tmp/writer 2>&1 &
+writer=$!
+usleep 300000
+kill -9 $(cat /tmp/one.pid); wait $(cat /tmp/one.pid)
+sleep 3
+[ -e /proc/$writer ] || fail "the writer did not wait"
+serve one
+wait $writer
+grep -q WRITE-FAILED /tmp/writer && fail "a write failed"
+sync
+echo 3 >/proc/sys/vm/drop_caches
+[ "$(sum /tmp/mnt/a)" = "$a" ] || fail "a differs"
+[ "$(sum /tmp/mnt/b6)" = "$(cat /tmp/writer)" ] || fail "b6 differs"
+quiet_log "after the restart"
+
+step keeper killed and replaced
+keeper=$(bootcache attached --json | sed -n 's/.*"keeper": \([0-9]*\).*/\1/p')
+kill -9 $keeper
+usleep 300000
+bootcache attached 2>/dev/null | grep -q unattended || fail "a dead keeper is not seen"
+[ "$(attach)" = /dev/nbd0 ] || fail "not taken over"
+kill -9 $(cat /tmp/one.pid); wait $(cat /tmp/one.pid)
+serve one
+dd if=/dev/urandom of=/tmp/mnt/c bs=64k count=16 conv=fsync 2>/dev/null || fail "write after the second restart"
+quiet_log "after the second restart"
+
+step two devices
+serve two
+second=$(bootcache attach two --socket /tmp/two.sock 2>/tmp/out) && fail "an export of another name"
+grep -q "cannot open export 'two'" /tmp/out || fail "another name says: $(cat /tmp/out)"
+second=$(BOOTCACHE_STORE=/tmp/store2 bootcache attach overlay /dev/nbd3 --connections 4 --socket /tmp/two.sock) || fail "second device"
+[ "$second" = /dev/nbd3 ] || fail "second is '$second'"
+dd if=/dev/urandom of=$second bs=1M count=8 conv=fsync 2>/dev/null || fail "write to the second"
+[ "$(dd if=/dev/nbd0 bs=64k count=4 2>/dev/null | sha256sum)" != "$(dd if=$second bs=64k count=4 2>/dev/null | sha256sum)" ] || fail "the two are one"
+sleep 100 <$second &
+BOOTCACHE_STORE=/tmp/store2 bootcache detach $second 2>/tmp/out && fail "detached while open"
+grep -q 'in use by process' /tmp/out || fail "open says: $(cat /tmp/out)"
+kill $!; wait $! 2>/dev/null
+
+step discard
+blkdiscard $second || fail "blkdiscard"
+echo 3 >/proc/sys/vm/drop_caches
+[ "$(dd if=$second bs=1M count=8 2>/dev/null | tr -d '\0' | wc -c)" = 0 ] || fail "discarded blocks are not zero"
+fstrim /tmp/mnt || fail "fstrim"
+
+step detach
+BOOTCACHE_STORE=/tmp/store2 bootcache detach $second || fail "detach the second"
+umount /tmp/mnt
+bootcache detach overlay || fail "detach"
+nbd-client -c /dev/nbd0 >/dev/null && fail "nbd-client still sees it"
+bootcache attached 2>&1 | grep -q 'nothing is attached' || fail "still attached"
+bootcache detach overlay 2>/tmp/out && fail "detached twice"
+
+step again, and what was written is there
+[ "$(attach)" = /dev/nbd0 ] || fail "not the free device"
+mount -t ext4 /dev/nbd0 /tmp/mnt || fail "mount again"
+[ "$(sum /tmp/mnt/a)" = "$a" ] || fail "a differs after detaching"
+umount /tmp/mnt
+bootcache detach /dev/nbd0 || fail "detach by device"
+
+step ioctl
+device=$(attach --ioctl) || fail "attach by ioctl"
+nbd-client -c $device >/dev/null || fail "nbd-client -c does not see it by ioctl"
+mount -t ext4 $device /tmp/mnt || fail "mount by ioctl"
+[ "$(sum /tmp/mnt/a)" = "$a" ] || fail "a differs by ioctl"
+dd if=/dev/urandom of=/tmp/mnt/d bs=64k count=32 conv=fsync 2>/dev/null || fail "write by ioctl"
+d=$(sum /tmp/mnt/d)
+bootcache detach overlay 2>/dev/null && fail "detached by ioctl while mounted"
+umount /tmp/mnt
+blkdiscard -o 120M -l 1M $device 2>/dev/null
+bootcache detach overlay || fail "detach by ioctl"
+nbd-client -c $device >/dev/null && fail "nbd-client still sees it by ioctl"
+bootcache attach overlay --socket /tmp/one.sock --foreground >/tmp/out 2>&1 & # no function: $! must be the program
+for try in $(seq 100); do grep -q /dev/nbd /tmp/out && break; usleep 100000; done
+mount -t ext4 -o ro "$(cat /tmp/out)" /tmp/mnt || fail "mount in the foreground"
+[ "$(sum /tmp/mnt/d)" = "$d" ] || fail "d differs"
+umount /tmp/mnt
+kill $!; wait $! || fail "SIGTERM does not end it well: $(cat /tmp/out)"
+bootcache attached 2>&1 | grep -q 'nothing is attached' || fail "the foreground left something"
+quiet_log "at the end"
+step done
+echo ATTACH-OK
