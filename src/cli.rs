@@ -13,6 +13,7 @@ mod guest;
 mod image;
 mod overlay;
 mod progress;
+mod pull;
 mod record;
 mod serve;
 mod session;
@@ -84,6 +85,8 @@ enum Command {
     Stop(stop::Args),
     /// Make, list, commit and remove overlays: the disks of VMs
     Overlay(overlay::Args),
+    /// Fetch an image from other nodes
+    Pull(pull::Args),
     /// Show what this node's daemon has, and how far it is
     Status(status::Args),
     /// Run this node's daemon: exports images and overlays to NBD clients
@@ -106,6 +109,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Boot(args) => boot::run(&cli.globals, args),
         Command::Stop(args) => stop::run(&cli.globals, args),
         Command::Overlay(args) => overlay::run(&cli.globals, args),
+        Command::Pull(args) => pull::run(&cli.globals, &args),
         Command::Status(args) => status::run(&cli.globals, &args),
         Command::Serve(args) => serve::run(&cli.globals, args),
         Command::Record(args) => record::run(&cli.globals, args),

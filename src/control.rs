@@ -6,6 +6,7 @@
 //! carries them out.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -49,6 +50,19 @@ pub enum Request {
         /// The overlay.
         name: HostName,
     },
+    /// Fetches an image from other nodes. Answered when it can be read, though most of it is still to come.
+    Pull {
+        /// Its name, there and here.
+        name: ImageName,
+        /// Its root, if that is known: nothing else is taken for it.
+        root: Option<Digest>,
+        /// Nodes that may have it.
+        sources: Vec<SocketAddr>,
+        /// Fetch everything, not only what boots and what is read.
+        fill: bool,
+        /// Bytes a second that the fill may take; 0: as many as there are.
+        fill_rate: u64,
+    },
     /// Opens the VM's own socket: one export, the overlay of the same name, and no list of others.
     VmOpen {
         /// The VM, and its overlay.
@@ -86,7 +100,7 @@ pub enum Reply {
     Overlay(OverlayInfo),
     /// Answer to [`Request::OverlayList`].
     Overlays(Vec<OverlayInfo>),
-    /// Answer to [`Request::OverlayCommit`].
+    /// Answer to [`Request::OverlayCommit`] and [`Request::Pull`].
     Image {
         /// Root digest of the new image.
         root: Digest,
@@ -127,6 +141,56 @@ pub struct ImageStatus {
     pub present: u64,
     /// Bytes of it that there are, zeroes left out.
     pub allocated: u64,
+    /// How its transfer is doing, while it is on its way.
+    pub transfer: Option<TransferStatus>,
+}
+
+/// How the transfer of an image is doing.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TransferStatus {
+    /// Frames of the boot cache that are here, without a gap from the first.
+    pub frames: u32,
+    /// Frames of the boot cache; 0 until that is known, or when there is none.
+    pub frames_total: u32,
+    /// What boots is here.
+    pub boot_complete: bool,
+    /// Bytes of blocks that are here, zeroes included.
+    pub present: u64,
+    /// Bytes that came over the network: boot stream, demand, fill, digests.
+    pub bytes: [u64; 4],
+    /// Of these, from the node where the image was published.
+    pub origin_bytes: u64,
+    /// Reads that wait now.
+    pub waiting: u64,
+    /// Milliseconds that reads have waited for the boot stream, summed over reads.
+    pub stream_wait_ms: u64,
+    /// Milliseconds that reads have waited for a fetch of their own.
+    pub demand_wait_ms: u64,
+    /// Reads that the boot cache did not foresee.
+    pub misses: u64,
+    /// Requests sent to a second source because the first was slow.
+    pub hedges: u64,
+    /// Answers that were wrong, and were not used.
+    pub lies: u64,
+    /// Where it comes from.
+    pub sources: Vec<SourceStatus>,
+}
+
+/// A node that an image comes from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// What it calls itself.
+    pub node: String,
+    /// It answers.
+    pub up: bool,
+    /// It sent wrong bytes, and is not used for a while.
+    pub banned: bool,
+    /// It has everything.
+    pub complete: bool,
+    /// Bytes that came from it.
+    pub bytes: u64,
 }
 
 /// One overlay.

@@ -9,6 +9,7 @@
 //!
 //! Choosing whom to ask for what is not done here but in `crate::choose`.
 
+pub mod arrivals;
 pub mod counters;
 mod demand;
 pub mod engine;
@@ -21,6 +22,7 @@ mod source;
 mod sources;
 mod stream;
 
+pub use arrivals::{Arrivals, Plan};
 pub use counters::{Counters, Kind};
 pub use engine::{Engine, Options, Progress};
 pub use pull::{PullError, Pulled, Target, pull};

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use bootcache::peer::server::ServerOptions;
 use bootcache::serve::{self, Node, Options};
 use bootcache::store::Store;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,6 +22,11 @@ pub(crate) struct Args {
     /// Export this image or overlay only, and list no others
     #[arg(long, value_name = "NAME")]
     export: Option<String>,
+    /// Serve images to other nodes here, those that are still arriving too
+    #[arg(long, value_name = "ADDR:PORT")]
+    peer_listen: Option<SocketAddr>,
+    #[command(flatten)]
+    peers: super::pull::PeerArgs,
     /// Allow NBD on TCP beyond loopback without TLS: whoever reaches the port reads, and writes overlays
     #[arg(long)]
     insecure: bool,
@@ -28,8 +34,16 @@ pub(crate) struct Args {
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
     super::block_on(async {
-        let node = Node::open(Store::open(&globals.store_dir())?)?;
+        let transfer = args.peers.options(&globals.store_dir(), args.peer_listen)?;
+        let server = ServerOptions {
+            security: transfer.security.clone(),
+            node: transfer.node.clone(),
+            key: transfer.key,
+            faults: None,
+        };
+        let node = Node::open_as(Store::open(&globals.store_dir())?, transfer)?;
         let options = Options {
+            peers: args.peer_listen.map(|address| (address, server)),
             socket: args.socket,
             listen: args.listen,
             export: args.export,

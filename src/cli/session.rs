@@ -5,21 +5,29 @@ use std::path::Path;
 use bootcache::control::{Client, ControlError, Reply, Request};
 use bootcache::serve::{CONTROL_SOCKET, Node};
 use bootcache::store::Store;
+use bootcache::transfer;
 
 /// Somebody who carries out requests on one store.
 pub(crate) enum Session {
     /// The daemon.
     Daemon(Client),
     /// Nobody else: this process holds the store's lock until it ends.
-    Direct(Node),
+    Direct(Box<Node>),
 }
 
 impl Session {
     /// Talks to the daemon of the store in `dir`, or opens the store here if there is none.
     pub(crate) async fn open(dir: &Path) -> anyhow::Result<Self> {
+        Self::open_as(dir, transfer::Options::default()).await
+    }
+
+    /// As [`Session::open`]; if there is no daemon, images are fetched as `options` say.
+    pub(crate) async fn open_as(dir: &Path, options: transfer::Options) -> anyhow::Result<Self> {
         match Client::connect(&dir.join(CONTROL_SOCKET)).await {
             Ok(client) => Ok(Self::Daemon(client)),
-            Err(ControlError::NoDaemon) => Ok(Self::Direct(Node::open(Store::open(dir)?)?)),
+            Err(ControlError::NoDaemon) => {
+                Ok(Self::Direct(Box::new(Node::open_as(Store::open(dir)?, options)?)))
+            }
             Err(error) => Err(error.into()),
         }
     }

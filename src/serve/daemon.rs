@@ -10,6 +10,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::peer;
+
 use super::exports::NodeExports;
 use super::node::{Node, NodeError};
 use super::{CONTROL_SOCKET, NBD_SOCKET, local, vm_socket};
@@ -25,6 +27,8 @@ pub struct Options {
     pub export: Option<String>,
     /// Allow plain TCP beyond loopback.
     pub insecure: bool,
+    /// Serve images to other nodes there, and how.
+    pub peers: Option<(SocketAddr, peer::server::ServerOptions)>,
 }
 
 /// Why the daemon did not start, or did not end cleanly.
@@ -78,10 +82,18 @@ pub async fn run(
         let bind = |source| ServeError::Bind { address: address.to_string(), source };
         tcp.push(TcpListener::bind(address).await.map_err(bind)?);
     }
-    node.reopen_vms().await?;
-
     let tasks = TaskTracker::new();
     let mut places = vec![format!("nbd+unix:///?socket={}", socket.display())];
+    if let Some((address, options)) = options.peers {
+        let server = peer::server::Server::new(Arc::clone(node.catalogue()) as Arc<_>, options);
+        let bind = |source| ServeError::Bind { address: address.to_string(), source };
+        let (listener, address) = server.listen(address).await.map_err(bind)?;
+        places.push(format!("peers={address}"));
+        tasks.spawn(server.run(listener, cancel.clone()));
+    }
+    node.arrivals().resume().await;
+    node.reopen_vms().await?;
+
     let server = Server::new(exports, Limits::default(), Tls::Off);
     for listener in tcp {
         if let Ok(address) = listener.local_addr() {

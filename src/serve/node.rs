@@ -16,13 +16,18 @@ use tracing::warn;
 use super::overlay_meta::OverlayMeta;
 use super::vm_socket::VmSocket;
 use crate::block::BLOCK_SIZE;
-use crate::control::{ImageStatus, OverlayInfo, Owner, Reply, Request, Status, VmInfo};
+use crate::control::{
+    ImageStatus, OverlayInfo, Owner, Reply, Request, SourceStatus, Status, TransferStatus, VmInfo,
+};
 use crate::digest::Digest;
 use crate::image::increment::{IncrementError, publish_sealed};
 use crate::image_disk::ImageDisk;
 use crate::name::{HostName, ImageName};
 use crate::overlay::{Overlay, OverlayError};
+use crate::peer::catalogue::Catalogue;
+use crate::peer::message::Load;
 use crate::store::{Hold, ImageEntry, Store, StoreError, StoreLock};
+use crate::transfer::{self, Arrivals, Plan, PullError, Target};
 
 /// Increments on increments that are opened: more than people make, and few enough to open one by one.
 const BASE_DEPTH_MAX: usize = 64;
@@ -63,8 +68,11 @@ pub enum NodeError {
     #[error("cannot commit the overlay: {0}")]
     Commit(IncrementError),
     /// Only some of the image is here.
-    #[error("image {} is still arriving: wait for `bootcache pull` to end", .0.short())]
+    #[error("only a part of image {} is here: go on with `bootcache pull`", .0.short())]
     Incomplete(Digest),
+    /// An image cannot be fetched.
+    #[error(transparent)]
+    Pull(#[from] PullError),
     /// Increments on increments without end.
     #[error("image {} stands on more than {BASE_DEPTH_MAX} others: its manifest is damaged", .0.short())]
     TooDeep(Digest),
@@ -109,6 +117,8 @@ struct Inner {
 /// A node's data plane: the one owner of its open images, overlays and VM sockets. Holds the store's lock.
 pub struct Node {
     store: Store,
+    catalogue: Arc<Catalogue>,
+    arrivals: Arrivals,
     _lock: StoreLock,
     started: Instant,
     /// One thing is opened or closed at a time, so that nothing is ever opened twice.
@@ -127,8 +137,29 @@ impl Node {
     /// # Errors
     /// [`StoreError::Locked`] when another process has it.
     pub fn open(store: Store) -> Result<Self, NodeError> {
+        Self::open_as(store, transfer::Options::default())
+    }
+
+    /// As [`Node::open`], for a node that fetches images as `options` say, from others and for others.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] when another process has it.
+    pub fn open_as(store: Store, options: transfer::Options) -> Result<Self, NodeError> {
         let lock = store.lock()?;
-        Ok(Self { store, _lock: lock, started: Instant::now(), inner: Mutex::default() })
+        let catalogue = Catalogue::new(store.clone(), Load::default);
+        let arrivals = Arrivals::new(store.clone(), Arc::clone(&catalogue), options);
+        let started = Instant::now();
+        Ok(Self { store, catalogue, arrivals, _lock: lock, started, inner: Mutex::default() })
+    }
+
+    /// The images of this node, as its peer server finds them.
+    pub const fn catalogue(&self) -> &Arc<Catalogue> {
+        &self.catalogue
+    }
+
+    /// The images that are on their way to this node.
+    pub const fn arrivals(&self) -> &Arrivals {
+        &self.arrivals
     }
 
     /// The store.
@@ -153,6 +184,11 @@ impl Node {
                 self.commit_overlay(&name, &image).await.map(|root| Reply::Image { root })
             }
             Request::OverlayRemove { name } => self.remove_overlay(&name).await.map(|()| Reply::Done),
+            Request::Pull { name, root, sources, fill, fill_rate } => {
+                let target = Target { name, root, verify: false };
+                let root = self.arrivals.pull(&target, &Plan { sources, fill, fill_rate }).await?;
+                Ok(Reply::Image { root })
+            }
             Request::VmOpen { name, owner } => self.open_vm(&name, owner).await.map(Reply::Vm),
             Request::VmClose { name } => self.close_vm(&name).await.map(|()| Reply::Done),
         }
@@ -228,6 +264,7 @@ impl Node {
         for (_, socket) in inner.vms.drain() {
             socket.close().await;
         }
+        self.arrivals.stop().await;
         for (name, open) in inner.overlays.drain() {
             open.closed.cancel();
             bootcache_nbd::Disk::flush(&open.overlay).await.map_err(at(&self.store.overlay_dir(&name)))?;
@@ -249,7 +286,10 @@ impl Node {
         }
         let hold = self.store.hold(entry.root)?;
         if !entry.is_complete() {
-            return Err(NodeError::Incomplete(entry.root));
+            let engine = self.arrivals.get(entry.root).ok_or(NodeError::Incomplete(entry.root))?;
+            let open = Arc::new(OpenImage { disk: engine.disk(), _hold: hold, _base: None });
+            inner.images.insert(entry.root, Arc::downgrade(&open));
+            return Ok(open);
         }
         let (disk, base): (SharedDisk, _) = match entry.below() {
             None => (Arc::new(ImageDisk::open(&entry.disk_path()).map_err(at(&entry.disk_path()))?), None),
@@ -419,6 +459,7 @@ impl Node {
                 open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),
                 present: if entry.is_complete() { allocated } else { 0 },
                 allocated,
+                transfer: self.arrivals.get(root).map(|engine| transfer_status(&engine)),
             });
         }
         let open: Vec<HostName> = inner.overlays.keys().cloned().collect();
@@ -437,6 +478,39 @@ impl Node {
             overlays,
             vms,
         })
+    }
+}
+
+fn transfer_status(engine: &transfer::Engine) -> TransferStatus {
+    let progress = engine.progress();
+    let counters = engine.counters();
+    let reads = engine.cache().counters();
+    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    TransferStatus {
+        frames: progress.frames,
+        frames_total: progress.frames_total,
+        boot_complete: progress.boot_complete,
+        present: progress.present,
+        bytes: progress.bytes,
+        origin_bytes: counters.origin_bytes.total(),
+        waiting: load(&reads.waiting),
+        stream_wait_ms: load(&reads.stream_wait_us) / 1000,
+        demand_wait_ms: load(&reads.demand_wait_us) / 1000,
+        misses: load(&counters.misses),
+        hedges: load(&counters.hedges),
+        lies: load(&counters.lies),
+        sources: progress
+            .sources
+            .into_iter()
+            .map(|source| SourceStatus {
+                address: source.address,
+                node: source.node,
+                up: source.up,
+                banned: source.banned,
+                complete: source.complete,
+                bytes: source.bytes,
+            })
+            .collect(),
     }
 }
 

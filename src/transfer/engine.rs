@@ -126,6 +126,8 @@ pub(super) struct Shared {
     pub(super) hints: Mutex<VecDeque<Extent>>,
     pub(super) demand_wake: Notify,
     pub(super) fill_rate: AtomicU64,
+    /// Cancelled once everything is wanted.
+    fill: CancellationToken,
     pub(super) stop: CancellationToken,
 }
 
@@ -161,12 +163,16 @@ impl Engine {
             hints: Mutex::new(VecDeque::new()),
             demand_wake: Notify::new(),
             fill_rate: AtomicU64::new(options.fill_rate),
+            fill: CancellationToken::new(),
             stop,
             holding,
             cache,
             options,
             dir: dir.to_owned(),
         });
+        if shared.options.fill {
+            shared.fill.cancel();
+        }
         for source in sources {
             shared.sources.add(*source, true);
         }
@@ -214,6 +220,11 @@ impl Engine {
     /// Lets the fill take `bytes` a second from now on; 0: as many as there are.
     pub fn set_fill_rate(&self, bytes: u64) {
         self.shared.fill_rate.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Fetches everything from now on.
+    pub fn fill(&self) {
+        self.shared.fill.cancel();
     }
 
     /// How far it is.
@@ -285,9 +296,7 @@ impl Shared {
                 frames.end();
             }
             self.stream.end();
-            if !self.options.fill {
-                std::future::pending::<()>().await;
-            }
+            self.fill.cancelled().await;
             fill::run(self).await;
             self.finish().await;
             // Readers that came before the end have what they waited for; later ones find everything here.

@@ -167,8 +167,8 @@ async fn fetch_pages(shared: &Arc<Shared>, pages: &[u64]) {
     if !groups.is_empty() {
         ask_parts(shared, *first, groups.iter().copied().map(number).collect(), Vec::new()).await;
     }
-    let unknown: Vec<u32> =
-        pages.iter().filter(|page| !tree.knows_page(**page)).copied().map(number).collect();
+    let askable = |page: &&u64| !tree.knows_page(**page) && tree.knows_group(**page / GROUP_PAGES);
+    let unknown: Vec<u32> = pages.iter().filter(askable).copied().map(number).collect();
     if !unknown.is_empty() && !tree.knows_page(*first) {
         ask_parts(shared, *first, Vec::new(), unknown).await;
     }

@@ -67,7 +67,12 @@ pub(super) fn blocks(
     for (page, length) in pages {
         let page = u64::from(*page);
         let was_known = holding.tree.knows_page(page);
-        holding.tree.add_page(page, take(*length)?)?;
+        let bytes = take(*length)?;
+        if !holding.tree.knows_group(page / GROUP_PAGES) {
+            // Nothing to hold it against: no fault of who sent it, and no use.
+            continue;
+        }
+        holding.tree.add_page(page, bytes)?;
         if !was_known {
             learn_page(holding, cache, page);
         }
