@@ -17,6 +17,7 @@ mod pull;
 mod record;
 mod serve;
 mod session;
+mod size;
 mod status;
 mod stop;
 

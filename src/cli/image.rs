@@ -152,7 +152,7 @@ fn add(
 ) -> anyhow::Result<ExitCode> {
     let image = name.clone();
     let importing = store.clone();
-    match watched("adding", move |watch| import(&importing, &image, &file, options, watch))? {
+    match watched(move |watch| import(&importing, &image, &file, options, watch))? {
         Ok(entry) if json => print_json(&Shown::new(&entry, vec![name])),
         Ok(entry) => {
             let names = store.names()?;
@@ -325,7 +325,7 @@ fn verify_image(store: Store, name: ImageName, json: bool) -> anyhow::Result<Exi
         Err(error) => return Err(error.into()),
     };
     let root = entry.root;
-    let report = watched("verifying", move |watch| {
+    let report = watched(move |watch| {
         let report = verify(&store, &entry, watch);
         (report, watch.is_cancelled())
     })?;
@@ -379,7 +379,7 @@ fn export_image(
 ) -> anyhow::Result<ExitCode> {
     let entry = store.resolve(name)?;
     let target = file.clone();
-    let exported = watched("exporting", move |watch| match format {
+    let exported = watched(move |watch| match format {
         Some(format) => export(&store, &entry, &target, format, watch),
         None => export_increment(&store, &entry, &target, watch),
     })?;

@@ -14,7 +14,6 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Runs `work` to its end, shows how far it is, and asks it to end when the user does.
 pub(crate) fn watched<T: Send + 'static>(
-    label: &'static str,
     work: impl FnOnce(&Watch) -> T + Send + 'static,
 ) -> anyhow::Result<T> {
     let watch = Arc::new(Watch::default());
@@ -23,7 +22,7 @@ pub(crate) fn watched<T: Send + 'static>(
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut tick = tokio::time::interval(TICK);
-        let bar = bar(label);
+        let bar = bar();
         let worker_watch = watch.clone();
         let mut worker = tokio::task::spawn_blocking(move || work(&worker_watch));
         let result = loop {
@@ -32,6 +31,7 @@ pub(crate) fn watched<T: Send + 'static>(
                 _ = interrupt.recv() => watch.cancelled.store(true, Ordering::Relaxed),
                 _ = terminate.recv() => watch.cancelled.store(true, Ordering::Relaxed),
                 _ = tick.tick() => {
+                    bar.set_message(watch.stage());
                     bar.set_length(watch.total.load(Ordering::Relaxed));
                     bar.set_position(watch.done.load(Ordering::Relaxed));
                 }
@@ -42,11 +42,11 @@ pub(crate) fn watched<T: Send + 'static>(
     })
 }
 
-fn bar(label: &'static str) -> ProgressBar {
+fn bar() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template("{msg:10} {wide_bar} {bytes}/{total_bytes} {eta:>4}")
         .expect("the template is sound");
-    ProgressBar::new(0).with_style(style).with_message(label)
+    ProgressBar::new(0).with_style(style)
 }

@@ -30,6 +30,9 @@ pub(crate) struct Args {
     /// Allow NBD on TCP beyond loopback without TLS: whoever reaches the port reads, and writes overlays
     #[arg(long)]
     insecure: bool,
+    /// Keep the images within this many bytes (K, M, G, T): what came from peers and is unused goes
+    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    store_limit: Option<u64>,
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
@@ -60,6 +63,9 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             }
             stop.cancel();
         });
+        if let Some(limit) = args.store_limit {
+            tokio::spawn(node.store().clone().keep_within(limit, cancel.clone()));
+        }
         serve::run(node, options, cancel, |ready| {
             // Whoever started us may have gone away: that is no reason to end.
             let _ = writeln!(std::io::stdout(), "{ready}");

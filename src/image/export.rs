@@ -128,7 +128,7 @@ impl CopyFailure {
 impl Copier<'_> {
     /// Copies to `target`, or only checks.
     fn copy_to(&self, target: Option<&File>) -> Result<(), CopyFailure> {
-        self.watch.start(self.disk.size());
+        self.watch.start(if target.is_some() { "copying" } else { "checking" }, self.disk.size());
         if let Some(target) = target {
             target.set_len(self.disk.size()).map_err(|error| CopyFailure::Scan(error.into()))?;
         }

@@ -301,6 +301,26 @@ mod tests {
         head(bytes).choose(Path::new(path), stated)
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(mut bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..1200), magic in 0..6_usize) {
+            let magic = [&b"QFI\xfb\0\0\0\x03"[..], b"KDMV", b"# Disk DescriptorFile\n", b"vhdxfile", b"EFI PART", b""][magic];
+            let length = bytes.len().min(magic.len());
+            bytes[..length].copy_from_slice(&magic[..length]);
+            if bytes.len() > 600 {
+                bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+            }
+            let head = head(&bytes);
+            for format in [SourceFormat::Raw, SourceFormat::Qcow2, SourceFormat::Vmdk, SourceFormat::Vdi] {
+                let _either = head.choose(Path::new("x"), Some(format));
+                let _either = head.refuse_outside_files(format);
+            }
+            let _either = head.choose(Path::new("x"), None);
+            let _either = refuse_truncated(&head, 1 << 20);
+            let _either = refuse_truncated_vdi(&head, 1 << 20);
+        }
+    }
+
     #[test]
     fn the_first_bytes_decide_unless_the_name_contradicts_them() {
         assert_eq!(choose(b"QFI\xfb", "cloud.img", None).unwrap(), SourceFormat::Qcow2);

@@ -287,7 +287,7 @@ pub(super) fn digest(
     watch: &Watch,
     visit: impl Fn(&PageView<'_>, &Page) -> io::Result<()> + Sync,
 ) -> Result<Digests, ScanError> {
-    watch.start(source.size());
+    watch.start("hashing", source.size());
     let builder = TreeBuilder::create(tree, source.size())?;
     let blocks = AtomicU64::new(0);
     let raw = scan(source, watch, |view| {

@@ -188,7 +188,7 @@ pub fn export_increment(
     let disk_path = entry.disk_path();
     let disk = File::open(&disk_path).map_err(at(&disk_path))?;
     let target = NewFile::create(path)?;
-    watch.start(entry.manifest.allocated);
+    watch.start("exporting", entry.manifest.allocated);
     let mut damaged = None;
     let mut out = BufWriter::new(&target.file);
     let written = increment_file::write(&mut out, &entry.manifest, &changes, |extent, buffer| {
@@ -238,7 +238,7 @@ pub(super) fn import_increment(
     let path = scratch.join("disk");
     let disk = File::create_new(&path).map_err(io_error(&path))?;
     disk.set_len(manifest.size).map_err(io_error(&path))?;
-    watch.start(manifest.allocated);
+    watch.start("unpacking", manifest.allocated);
     let mut failure = None;
     let read = reader.read_blocks(|extent, data| {
         watch.done.fetch_add(extent.bytes(), Ordering::Relaxed);

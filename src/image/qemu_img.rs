@@ -140,7 +140,7 @@ pub(super) fn convert(
     size: u64,
     watch: &Watch,
 ) -> Result<(), QemuImgError> {
-    watch.start(size);
+    watch.start("converting", size);
     let mut command = command("convert");
     command.args(["-p", "-f", &format.to_string(), "-O", &target_format.to_string()]).arg(path).arg(target);
     let output = run(command, None, watch, |text| {

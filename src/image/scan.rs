@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
@@ -29,6 +30,8 @@ static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 /// How far a long piece of work is, and whether it is to end. Shared between who works and who watches.
 #[derive(Debug, Default)]
 pub struct Watch {
+    /// What is being done, in one word.
+    stage: Mutex<&'static str>,
     /// Bytes that are to be done; 0 when it is not known yet.
     pub total: AtomicU64,
     /// Bytes that are done.
@@ -39,9 +42,15 @@ pub struct Watch {
 
 impl Watch {
     /// Starts a stage of `total` bytes.
-    pub(super) fn start(&self, total: u64) {
+    pub(super) fn start(&self, stage: &'static str, total: u64) {
+        *self.stage.lock().unwrap_or_else(PoisonError::into_inner) = stage;
         self.done.store(0, Ordering::Relaxed);
         self.total.store(total, Ordering::Relaxed);
+    }
+
+    /// What is being done, in one word for a person.
+    pub fn stage(&self) -> &'static str {
+        *self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the work is to end.
@@ -241,8 +250,6 @@ fn scan_unit<S: DiskSource>(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::*;
 
     fn sparse(size: u64, blocks: &[u64]) -> File {

@@ -97,7 +97,7 @@ pub fn verify(store: &Store, entry: &ImageEntry, watch: &Watch) -> Result<Report
         Err(error @ StoreError::Io { .. }) => return Err(error.into()),
         Err(error) => return Ok(damaged(error.to_string())),
     };
-    watch.start(tree.size());
+    watch.start("verifying", tree.size());
     let bad = Mutex::new((0, u64::MAX));
     let raw = scan(&disk, watch, |view| {
         let (count, first) = bad_blocks(&tree, view);

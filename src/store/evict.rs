@@ -1,17 +1,24 @@
 //! The store's size limit: what came from peers, and nothing uses, goes when room is needed, the longest unused first.
 //!
-//! Images that a person added are never evicted. What came from a peer has an empty file `pulled` beside its manifest,
+//! Images that a person added are never evicted, unless they have lost their last name, as by a removal that was
+//! interrupted. What came from a peer has an empty file `pulled` beside its manifest,
 //! whose modification time is when the image was last opened. An image stays while it is open (a [`super::Hold`]),
 //! or an overlay or an increment builds on it.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+
+use tokio_util::sync::CancellationToken;
 
 use crate::digest::Digest;
 
 use super::lock::Hold;
 use super::{Store, StoreError, at, scratch};
+
+/// How often a daemon looks.
+const PERIOD: Duration = Duration::from_secs(60);
 
 /// An image that was evicted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,8 +86,11 @@ impl Store {
             return Ok(Vec::new());
         }
         let change = self.change(|_| ())?;
+        let named: HashSet<Digest> = self.names()?.into_iter().map(|(_, root)| root).collect();
+        let age =
+            |root| self.last_use(root).or_else(|| (!named.contains(&root)).then_some(SystemTime::UNIX_EPOCH));
         let mut candidates: Vec<(SystemTime, Digest)> =
-            self.roots()?.into_iter().filter_map(|root| Some((self.last_use(root)?, root))).collect();
+            self.roots()?.into_iter().filter_map(|root| Some((age(root)?, root))).collect();
         candidates.sort();
         let mut evicted = Vec::new();
         // A base becomes free when the increment on it has gone, so one round may not be enough.
@@ -95,6 +105,21 @@ impl Store {
             evicted.push(Evicted { root, freed });
         }
         Ok(evicted)
+    }
+
+    /// Evicts every minute until `cancel`. Dropping the future ends it as well.
+    pub async fn keep_within(self, limit: u64, cancel: CancellationToken) {
+        let mut minute = tokio::time::interval(PERIOD);
+        while cancel.run_until_cancelled(minute.tick()).await.is_some() {
+            let store = self.clone();
+            match tokio::task::spawn_blocking(move || store.evict(limit)).await {
+                Ok(Ok(evicted)) => evicted.iter().for_each(|Evicted { root, freed }| {
+                    tracing::info!("evicted image {}: {freed} bytes freed", root.short());
+                }),
+                Ok(Err(error)) => tracing::warn!("cannot make room in the store: {error}"),
+                Err(_) => return,
+            }
+        }
     }
 
     fn first_unused(&self, candidates: &[(SystemTime, Digest)]) -> Result<Option<(usize, Hold)>, StoreError> {
