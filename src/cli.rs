@@ -18,6 +18,7 @@ mod record;
 mod serve;
 mod session;
 mod size;
+mod simulate;
 mod status;
 mod stop;
 
@@ -94,6 +95,8 @@ enum Command {
     Serve(serve::Args),
     /// Boot an image, see what it reads, and make its boot cache
     Record(record::Args),
+    /// Simulate a burst of boots on many nodes, and compare how sources are chosen
+    Simulate(simulate::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
 }
@@ -114,6 +117,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status(args) => status::run(&cli.globals, &args),
         Command::Serve(args) => serve::run(&cli.globals, args),
         Command::Record(args) => record::run(&cli.globals, args),
+        Command::Simulate(args) => simulate::run(&cli.globals, &args),
         Command::Completions(args) => completions::run(&args),
     }
 }

@@ -19,6 +19,7 @@ pub mod peer;
 pub mod qemu;
 pub mod record;
 pub mod serve;
+pub mod simulate;
 pub mod store;
 pub mod tls;
 pub mod trace;

@@ -29,14 +29,16 @@
 //! * **Late comers** find nodes that have what they want: their parents by rank, or, at rank 0, any other node. The
 //!   origin is asked only when nobody else will do.
 //! * **Load** decides among the parent and its siblings ([`Relay::alternates`]), by the [`Chooser`].
+//! * **Full.** A node whose backlog takes a quarter of a second says so in its load ([`backlog_load`]) and is passed over,
+//!   by its children and by the origin's [`Ledger`]: one slow node near the root would otherwise hold up everybody.
 //! * **Failover** ([`Relay::again`]) asks only those that *have* the frame, the origin last, never who was tried.
 //! * **At the origin**, [`Ledger`] sends a frame that several claim at once (their views differ in the first moments of
 //!   a burst) to one of them and points the others there.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::policy::eligible;
-use super::{Candidate, Chooser, Draw, Need, PeerKey, mix};
+use super::{Candidate, Chooser, Draw, Item, Need, PeerKey, mix};
 
 /// The nodes that take part in the relay of one image, in the order of each stripe.
 ///
@@ -118,6 +120,27 @@ impl Default for Relay {
     fn default() -> Self {
         Self { stripes: 64, fan_out: 2, alternates: 3, lag_max: 32 }
     }
+}
+
+/// Time that a node's backlog may take before it counts as full.
+const BACKLOG_MAX_MS: u64 = 250;
+/// The load of the link from which a node counts as full.
+const FULL: f32 = 0.99;
+
+/// The load of its link ([`Item::NETWORK`]) that a node reports which has promised to send `backlog` bytes and can send
+/// `rate` bytes a second: 1 when that takes a quarter of a second or longer. In a burst every link is in use all the
+/// time; what tells a slow node from the others is how far it is behind.
+pub fn backlog_load(backlog: u64, rate: u64) -> f32 {
+    let allowed = rate.saturating_mul(BACKLOG_MAX_MS) / 1000;
+    (backlog as f32 / allowed.max(1) as f32).min(1.0)
+}
+
+/// Bytes of frames that a node asks for ahead of their arrival when its link carries `rate` bytes a second: enough to
+/// cover the hops of the relay and a slow node among them, not so much that a node which begins a moment before the
+/// others has asked for everything before it knows of them.
+pub fn window(rate: u64) -> u64 {
+    const LEAST: u64 = 2 << 20;
+    (rate / 28).clamp(LEAST, 8 << 20)
 }
 
 /// Which source to ask for which frame.
@@ -215,14 +238,19 @@ impl Relay {
             has(candidate, frame, asker.now_ms)
                 || (candidate.seen.is_ready(asker.now_ms) && self.is_near(candidate, asker.position))
         };
+        let mut full = Vec::new();
         for level in self.levels(own) {
             let at_level = self.level_ranks(level, own).filter_map(|at| candidates.get(&order[at].1));
-            let offer: Vec<&Candidate> = at_level.filter(keeps_up).collect();
+            let (at_limit, offer): (Vec<&Candidate>, Vec<_>) = at_level.filter(keeps_up).partition(is_full);
             if !offer.is_empty() {
                 return offer;
             }
+            if full.is_empty() {
+                full = at_limit;
+            }
         }
-        self.offer_holders(asker, frame, candidates, draw)
+        let holders = self.offer_holders(asker, frame, candidates, draw);
+        if holders.is_empty() { full } else { holders }
     }
 
     /// Anybody who has `frame`, the origin last. Of many, a few drawn together.
@@ -236,6 +264,7 @@ impl Relay {
         let usable = |c: &&Candidate| has(c, frame, asker.now_ms) && c.peer != asker.me;
         let (origins, mut holders): (Vec<&Candidate>, Vec<_>) =
             candidates.values().filter(usable).partition(|c| c.origin);
+        holders.retain(|c| !is_full(c));
         if holders.is_empty() {
             return origins;
         }
@@ -269,6 +298,15 @@ impl Relay {
     }
 }
 
+/// Whether a node that reports this load of its link is to be passed over.
+pub fn is_full_load(network: f32) -> bool {
+    network >= FULL
+}
+
+fn is_full(candidate: &&Candidate) -> bool {
+    candidate.load.get(Item::NETWORK).is_some_and(is_full_load)
+}
+
 fn has(candidate: &Candidate, frame: u32, now_ms: u64) -> bool {
     candidate.seen.is_ready(now_ms) && candidate.has.covers(Need::Frame(frame))
 }
@@ -292,37 +330,62 @@ pub enum Answer {
 
 /// Kept by the origin: to whom each frame was sent, so that it is sent about once.
 ///
-/// Those who ask for one frame form a heap in the order in which they ask; only the first is served, and each other
-/// is pointed to the one above it. Who asks for the same frame again is served: whom it was pointed to has failed it.
+/// Of those who ask for one frame only the first is served. Each other is pointed to one who asked before it, the one
+/// to which fewest were pointed of a few: the first nodes of a burst would otherwise feed all the others. Who asks for
+/// the same frame again is served: whom it was pointed to has failed it.
 #[derive(Debug, Clone)]
 pub struct Ledger {
-    fan_out: usize,
+    sample: usize,
     askers: HashMap<u32, Vec<PeerKey>>,
+    /// How often each was pointed to.
+    pointed: HashMap<PeerKey, u64>,
+    full: HashSet<PeerKey>,
 }
 
 impl Ledger {
     /// Nothing sent yet.
     pub fn new(relay: &Relay) -> Self {
-        Self { fan_out: relay.fan_out.max(1) as usize, askers: HashMap::new() }
+        Self {
+            sample: relay.alternates.max(2),
+            askers: HashMap::new(),
+            pointed: HashMap::new(),
+            full: HashSet::new(),
+        }
     }
 
     /// `peer` asks for `frame`.
     pub fn ask(&mut self, frame: u32, peer: PeerKey) -> Answer {
         let askers = self.askers.entry(frame).or_default();
-        let again = askers.contains(&peer);
-        if again || askers.is_empty() {
-            if !again {
-                askers.push(peer);
-            }
+        if askers.contains(&peer) {
             return Answer::Send;
         }
+        let pointed = &self.pointed;
+        let count = askers.len() as u64;
+        let drawn = (0..self.sample as u64).map(|at| mix(mix(peer.0 ^ u64::from(frame)) ^ at) % count.max(1));
+        let few = drawn.filter_map(|at| askers.get(usize::try_from(at).ok()?));
+        let least = few
+            .filter(|other| !self.full.contains(other))
+            .min_by_key(|other| pointed.get(other).copied().unwrap_or(0))
+            .copied();
         askers.push(peer);
-        Answer::Ask(askers[(askers.len() - 2) / self.fan_out])
+        let Some(other) = least else { return Answer::Send };
+        *self.pointed.entry(other).or_default() += 1;
+        Answer::Ask(other)
+    }
+
+    /// `peer` has, or has no longer, as much to send as it can: until then nobody is pointed to it.
+    pub fn set_full(&mut self, peer: PeerKey, full: bool) {
+        if full {
+            self.full.insert(peer);
+        } else {
+            self.full.remove(&peer);
+        }
     }
 
     /// `peer` is gone: nobody is pointed to it any more.
     pub fn forget(&mut self, peer: PeerKey) {
         self.askers.values_mut().for_each(|askers| askers.retain(|other| *other != peer));
+        self.pointed.remove(&peer);
     }
 }
 

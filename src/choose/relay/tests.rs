@@ -1,6 +1,6 @@
 //! The properties that the topology promises, each over many nodes.
 
-use super::super::{Has, Weights, by_name};
+use super::super::{Has, Load, Weights, by_name};
 use super::*;
 
 const ORIGIN: PeerKey = PeerKey(0);
@@ -147,6 +147,29 @@ fn a_source_that_rests_loses_its_children_to_its_siblings() {
 }
 
 #[test]
+fn a_node_that_says_it_is_full_is_passed_over_by_its_children_and_by_the_ledger() {
+    let mut burst = Burst::of(20, 0);
+    let me = burst.nodes[5];
+    let before = burst.parent(me, 0, 9);
+    burst.candidates.get_mut(&before).unwrap().load = Load::new([(Item::NETWORK, backlog_load(300, 1000))]);
+    assert_ne!(burst.parent(me, 0, 9), before);
+    let mut ledger = Ledger::new(&burst.relay);
+    ledger.ask(9, before);
+    ledger.set_full(before, true);
+    assert_eq!(ledger.ask(9, me), Answer::Send);
+    ledger.set_full(before, false);
+    assert!(matches!(ledger.ask(9, PeerKey(77)), Answer::Ask(_)));
+}
+
+#[test]
+fn a_backlog_is_a_load_relative_to_what_the_link_carries() {
+    assert_eq!(backlog_load(0, 1000), 0.0);
+    assert_eq!(backlog_load(125, 1000), 0.5);
+    assert!(is_full_load(backlog_load(250, 1000)) && !is_full_load(backlog_load(250, 10_000)));
+    assert_eq!((window(11_760_000), window(117_600_000)), (2 << 20, 4_200_000));
+}
+
+#[test]
 fn failover_asks_only_who_has_it_and_never_who_was_tried() {
     let mut burst = Burst::of(4, 10);
     let [me, one, two, three] = burst.nodes[..] else { unreachable!() };
@@ -197,13 +220,29 @@ fn what_is_relevant_is_enough_to_choose_a_parent() {
 #[test]
 fn the_origin_sends_a_frame_once_and_again_only_to_who_insists() {
     let mut ledger = Ledger::new(&Relay::default());
-    let peer = |n| PeerKey(n);
+    let peer = PeerKey;
     assert_eq!(ledger.ask(4, peer(1)), Answer::Send);
-    let pointed: Vec<Answer> = (2..=5).map(|n| ledger.ask(4, peer(n))).collect();
-    let to = |n| Answer::Ask(peer(n));
-    assert_eq!(pointed, [to(1), to(1), to(2), to(2)]);
+    for n in 2..=30 {
+        let Answer::Ask(PeerKey(other)) = ledger.ask(4, peer(n)) else { panic!("{n} was served") };
+        assert!(other < n, "{n} was pointed to {other}, which asked later");
+    }
     assert_eq!(ledger.ask(5, peer(2)), Answer::Send);
     assert_eq!(ledger.ask(4, peer(3)), Answer::Send);
     ledger.forget(peer(1));
-    assert_ne!(ledger.ask(4, peer(9)), to(1));
+    assert!((100..200).all(|n| ledger.ask(4, peer(n)) != Answer::Ask(peer(1))));
+}
+
+#[test]
+fn the_origin_points_to_everybody_about_equally_though_some_always_ask_first() {
+    let mut ledger = Ledger::new(&Relay::default());
+    let mut pointed = [0_u32; 16];
+    for frame in 0..300 {
+        for n in 0..16 {
+            if let Answer::Ask(PeerKey(other)) = ledger.ask(frame, PeerKey(n)) {
+                pointed[usize::try_from(other).unwrap()] += 1;
+            }
+        }
+    }
+    // The last to ask is never pointed to.
+    assert!(pointed[..13].iter().max() < Some(&(300 * 3 / 2)), "{pointed:?}");
 }

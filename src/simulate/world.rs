@@ -1,0 +1,392 @@
+//! The course of a simulation: one event after another.
+
+use std::collections::BTreeMap;
+
+use super::events::{Event, Events};
+use super::links::Links;
+use super::node::{Ask, Life, Node};
+use super::report::{Report, jain, percentile};
+use super::{Profile, Scenario};
+use crate::choose::relay::{Answer, backlog_load, is_full_load, window};
+use crate::choose::{Asker, Candidate, Chooser, Draw, Has, Item, Ledger, Load, PeerKey, Roster};
+
+const ORIGIN: u32 = 0;
+/// No boot that goes on at all takes longer.
+const END_NS: u64 = 3_600_000_000_000;
+/// A request for the frame at the position is given up after so many mean answer times, but not before
+/// [`PATIENCE_MIN_NS`].
+const PATIENCE: u64 = 4;
+const PATIENCE_MIN_NS: u64 = 600_000_000;
+/// Nodes looked at, at random, when somebody is wanted who has a frame.
+const SAMPLE: usize = 8;
+
+/// Owns everything that changes.
+pub(super) struct World<'a> {
+    scenario: &'a Scenario,
+    profile: &'a Profile,
+    chooser: &'a dyn Chooser,
+    /// Bytes that a node has asked for and not got, at most.
+    window: u64,
+    events: Events,
+    links: Links,
+    nodes: Vec<Node>,
+    by_key: BTreeMap<PeerKey, u32>,
+    roster: Roster,
+    ledger: Ledger,
+    booted: u32,
+    silent: u32,
+    wasted: u64,
+    failovers: u64,
+    choices: u64,
+}
+
+impl<'a> World<'a> {
+    pub(super) fn new(scenario: &'a Scenario, profile: &'a Profile, chooser: &'a dyn Chooser) -> Self {
+        let mut draw = Draw::new(scenario.seed);
+        let count = scenario.nodes as usize + 1;
+        let key = |node: usize| PeerKey::of(&format!("{}/{node}", scenario.seed));
+        let frames = profile.steps.len();
+        let nodes: Vec<Node> = (0..count)
+            .map(|node| Node::new(key(node), frames, scenario.seed ^ (node as u64) << 20))
+            .collect();
+        let mut slow = vec![false; count];
+        for node in drawn(count, scenario.slow, &mut draw) {
+            slow[node] = true;
+        }
+        let mut world = Self {
+            scenario,
+            profile,
+            chooser,
+            window: scenario.window.unwrap_or_else(|| window(scenario.link)),
+            events: Events::default(),
+            links: Links::new(scenario, &slow),
+            by_key: nodes.iter().zip(0..).map(|(node, number)| (node.key, number)).collect(),
+            nodes,
+            roster: Roster::new(&scenario.relay),
+            ledger: Ledger::new(&scenario.relay),
+            booted: 0,
+            silent: 0,
+            wasted: 0,
+            failovers: 0,
+            choices: 0,
+        };
+        world.plan(&mut draw);
+        world
+    }
+
+    /// Everything that happens whatever the nodes do.
+    fn plan(&mut self, draw: &mut Draw) {
+        let scenario = self.scenario;
+        let origin = &mut self.nodes[ORIGIN as usize];
+        origin.life = Life::Up;
+        for frame in 0..self.profile.steps.len() {
+            origin.have.insert(number(frame));
+        }
+        for node in 1..=scenario.nodes {
+            let start_us = draw.below(usize::try_from(scenario.stagger_ms * 1000 + 1).expect("milliseconds"));
+            self.events.at(start_us as u64 * 1000, Event::Start(node));
+        }
+        let half_ms = usize::try_from(self.profile.end_ms / 2 + 1).expect("milliseconds");
+        for node in drawn(self.nodes.len(), scenario.dying, draw) {
+            let after_ms = scenario.stagger_ms + draw.below(half_ms) as u64;
+            self.events.at(after_ms * 1_000_000, Event::Dies(number(node)));
+        }
+        if let Some(at_ms) = scenario.origin_dies_ms {
+            self.events.at(at_ms * 1_000_000, Event::Dies(ORIGIN));
+        }
+        self.events.at(0, Event::Positions);
+        self.events.at(0, Event::Loads);
+    }
+
+    pub(super) fn run(mut self) -> Report {
+        while let Some(event) = self.events.next() {
+            if self.booted + self.silent >= self.scenario.nodes || self.events.now_ns() > END_NS {
+                break;
+            }
+            match event {
+                Event::Start(node) => self.start(node),
+                Event::LinkFree(node) => self.send_next(node),
+                Event::Arrived { node, frame, from } => self.arrived(node, frame, from),
+                Event::Pointed { node, frame, to } => self.ask_peer(node, frame, to),
+                Event::Dies(node) => self.dies(node),
+                Event::Positions => self.tell_positions(),
+                Event::Loads => self.report_loads(),
+            }
+        }
+        self.report()
+    }
+
+    fn start(&mut self, node: u32) {
+        let now_ns = self.events.now_ns();
+        let this = &mut self.nodes[node as usize];
+        if this.life == Life::NotStarted {
+            this.start(self.profile, now_ns);
+            self.roster.insert(this.key);
+            self.fill_window(node);
+        }
+    }
+
+    fn dies(&mut self, node: u32) {
+        let this = &mut self.nodes[node as usize];
+        if node != ORIGIN && this.booted_ns.is_none() {
+            self.silent += 1;
+        }
+        this.life = Life::Silent;
+        this.queue.clear();
+        this.waiting.clear();
+        this.backlog = 0;
+    }
+
+    /// Asks for every frame that the window lets it ask for.
+    fn fill_window(&mut self, node: u32) {
+        loop {
+            let this = &mut self.nodes[node as usize];
+            let Some(step) = self.profile.steps.get(this.next as usize) else { return };
+            if this.ahead > 0 && this.ahead + u64::from(step.length) > self.window {
+                return;
+            }
+            let frame = this.next;
+            let Some(source) = self.choose(node, frame, &[]) else { return };
+            let this = &mut self.nodes[node as usize];
+            this.next += 1;
+            this.ahead += u64::from(step.length);
+            let tried = vec![self.nodes[source as usize].key];
+            self.ask(node, Ask { frame, source, at_ns: self.events.now_ns(), tried });
+        }
+    }
+
+    fn ask(&mut self, node: u32, ask: Ask) {
+        let (frame, source) = (ask.frame, ask.source);
+        self.nodes[node as usize].asks.push(ask);
+        if source != ORIGIN || !self.chooser.relays() {
+            return self.ask_peer(node, frame, source);
+        }
+        match self.ledger.ask(frame, self.nodes[node as usize].key) {
+            Answer::Send => self.ask_peer(node, frame, source),
+            Answer::Ask(peer) => {
+                let to = self.by_key[&peer];
+                let at_ns = self.events.now_ns() + self.scenario.round_trip_us * 1000;
+                self.events.at(at_ns, Event::Pointed { node, frame, to });
+            }
+        }
+    }
+
+    /// The request reaches `source`, which sends the frame when it has it.
+    fn ask_peer(&mut self, node: u32, frame: u32, source: u32) {
+        let key = self.nodes[source as usize].key;
+        let asks = &mut self.nodes[node as usize].asks;
+        if let Some(ask) = asks.iter_mut().find(|ask| ask.frame == frame && ask.source != source) {
+            ask.source = source;
+            ask.tried.push(key);
+        }
+        let peer = &mut self.nodes[source as usize];
+        if peer.life != Life::Up {
+            return;
+        }
+        peer.backlog += u64::from(self.profile.steps[frame as usize].length);
+        if peer.have.contains(frame) {
+            peer.queue.insert((frame, node));
+            if !peer.sending {
+                self.send_next(source);
+            }
+        } else {
+            peer.waiting.push((frame, node));
+        }
+    }
+
+    fn send_next(&mut self, node: u32) {
+        let now_ns = self.events.now_ns();
+        let this = &mut self.nodes[node as usize];
+        this.sending = false;
+        let Some((frame, to)) = this.queue.pop_first() else { return };
+        let length = self.profile.steps[frame as usize].length;
+        this.sending = true;
+        this.sent += u64::from(length);
+        this.backlog -= u64::from(length);
+        let (free_ns, out_ns) = self.links.send(node as usize, to as usize, length, now_ns);
+        self.events.at(free_ns, Event::LinkFree(node));
+        let storing_ns = u64::from(length) * 1_000_000_000 / self.scenario.storing;
+        let at_ns = out_ns + self.scenario.round_trip_us * 1000 + storing_ns;
+        self.events.at(at_ns, Event::Arrived { node: to, frame, from: node });
+    }
+
+    fn arrived(&mut self, node: u32, frame: u32, from: u32) {
+        let now_ns = self.events.now_ns();
+        let this = &mut self.nodes[node as usize];
+        if this.life != Life::Up {
+            return;
+        }
+        if let Some(ask) = this.take_ask(frame) {
+            let took_ns = now_ns - ask.at_ns;
+            this.latency_ns =
+                if this.latency_ns == 0 { took_ns } else { (this.latency_ns * 7 + took_ns) / 8 };
+            this.seen.entry(from).or_default().answered(took_ns as f32 / 1e6);
+        }
+        let was_booting = this.booted_ns.is_none();
+        if !this.store(self.profile, frame, now_ns) {
+            self.wasted += u64::from(self.profile.steps[frame as usize].length);
+            return;
+        }
+        self.booted += u32::from(was_booting && this.booted_ns.is_some());
+        let mut at = 0;
+        while at < this.waiting.len() {
+            if this.waiting[at].0 == frame {
+                let (_, child) = this.waiting.swap_remove(at);
+                this.queue.insert((frame, child));
+            } else {
+                at += 1;
+            }
+        }
+        if !self.nodes[node as usize].sending {
+            self.send_next(node);
+        }
+        self.fill_window(node);
+    }
+
+    fn tell_positions(&mut self) {
+        for node in 1..=self.scenario.nodes {
+            let this = &mut self.nodes[node as usize];
+            if this.life == Life::Up {
+                this.told_position = this.position;
+                self.check_deadlines(node);
+                self.fill_window(node);
+            }
+        }
+        let next_ns = self.events.now_ns() + self.scenario.position_ms * 1_000_000;
+        self.events.at(next_ns, Event::Positions);
+    }
+
+    fn report_loads(&mut self) {
+        for (number, node) in self.nodes.iter_mut().enumerate() {
+            node.told_load = backlog_load(node.backlog, self.links.rate(number));
+            self.ledger.set_full(node.key, is_full_load(node.told_load));
+        }
+        let next_ns = self.events.now_ns() + self.scenario.report_ms * 1_000_000;
+        self.events.at(next_ns, Event::Loads);
+    }
+
+    /// Turns to other sources for the frames whose sources are taking too long.
+    fn check_deadlines(&mut self, node: u32) {
+        let now_ns = self.events.now_ns();
+        let this = &self.nodes[node as usize];
+        let patience_ns = (this.latency_ns * PATIENCE).max(PATIENCE_MIN_NS);
+        let late = |ask: &&Ask| now_ns - ask.at_ns > patience_ns;
+        let late: Vec<Ask> = this.asks.iter().filter(late).cloned().collect();
+        for ask in late {
+            let this = &mut self.nodes[node as usize];
+            this.seen.entry(ask.source).or_default().failed(now_ns / 1_000_000);
+            let Some(source) = self.choose(node, ask.frame, &ask.tried) else { continue };
+            self.failovers += 1;
+            let key = self.nodes[source as usize].key;
+            self.nodes[node as usize].take_ask(ask.frame);
+            let mut tried = ask.tried;
+            tried.push(key);
+            self.ask(node, Ask { frame: ask.frame, source, at_ns: now_ns, tried });
+        }
+    }
+
+    /// Calls the code under test, with what `node` would know.
+    fn choose(&mut self, node: u32, frame: u32, tried: &[PeerKey]) -> Option<u32> {
+        self.choices += 1;
+        let mut draw = self.nodes[node as usize].draw.clone();
+        let mut candidates = self.known_to(node, frame, tried, &mut draw);
+        let this = &self.nodes[node as usize];
+        let asker = Asker {
+            me: this.key,
+            position: this.position,
+            roster: &self.roster,
+            now_ms: self.events.now_ns() / 1_000_000,
+        };
+        let relay = &self.scenario.relay;
+        let source = if tried.is_empty() {
+            relay.assign(asker, &[frame], &mut candidates, self.chooser, &mut draw).first().map(|a| a.source)
+        } else {
+            relay.again(asker, frame, tried, &mut candidates, self.chooser, &mut draw)
+        };
+        let source = source.map(|key| self.by_key[&key]);
+        let this = &mut self.nodes[node as usize];
+        this.draw = draw;
+        if let Some(source) = source {
+            this.seen.entry(source).or_default().asked();
+        }
+        source
+    }
+
+    fn known_to(
+        &self,
+        node: u32,
+        frame: u32,
+        tried: &[PeerKey],
+        draw: &mut Draw,
+    ) -> BTreeMap<PeerKey, Candidate> {
+        let mut known = BTreeMap::new();
+        let mut add = |number: u32| {
+            if number != node {
+                known.insert(self.nodes[number as usize].key, self.candidate(node, number));
+            }
+        };
+        add(ORIGIN);
+        if tried.is_empty() {
+            let relevant = self.scenario.relay.relevant(&self.roster, self.nodes[node as usize].key, frame);
+            relevant.into_iter().for_each(|key| add(self.by_key[&key]));
+        }
+        for _ in 0..SAMPLE {
+            let number = number(1 + draw.below(self.scenario.nodes as usize));
+            if self.nodes[number as usize].told_position > frame {
+                add(number);
+            }
+        }
+        known
+    }
+
+    fn candidate(&self, node: u32, number: u32) -> Candidate {
+        let peer = &self.nodes[number as usize];
+        let has = if number == ORIGIN { Has::Complete } else { Has::Stream(peer.told_position) };
+        Candidate {
+            load: Load::new([(Item::NETWORK, peer.told_load)]),
+            load_age_ms: u32::try_from(self.scenario.report_ms / 2).unwrap_or(u32::MAX),
+            seen: self.nodes[node as usize].seen.get(&number).copied().unwrap_or_default(),
+            ..Candidate::new(peer.key, has, number == ORIGIN)
+        }
+    }
+
+    fn report(&self) -> Report {
+        let nodes = &self.nodes[1..];
+        let booted = || nodes.iter().filter(|node| node.life == Life::Up);
+        let mut took: Vec<f64> =
+            booted().filter_map(|node| Some((node.booted_ns? - node.started_ns) as f64 / 1e6)).collect();
+        took.sort_by(f64::total_cmp);
+        let last_ns = booted().filter_map(|node| node.booted_ns).max().unwrap_or(0);
+        let last_start_ns = booted().map(|node| node.started_ns).max().unwrap_or(0);
+        let local_ms = self.profile.end_ms as f64 + self.profile.waiting_min_ms(self.scenario.link);
+        let sent: Vec<f64> = booted().map(|node| node.sent as f64).collect();
+        let bytes = self.profile.bytes().max(1) as f64;
+        let died = nodes.iter().filter(|node| node.life == Life::Silent).count();
+        Report {
+            chooser: self.chooser.name(),
+            booted: took.len(),
+            died,
+            stuck: nodes.len() - died - took.len(),
+            last_ms: last_ns as f64 / 1e6,
+            bound_ms: last_start_ns as f64 / 1e6 + local_ms,
+            p50_ms: percentile(&took, 50),
+            p99_ms: percentile(&took, 99),
+            max_ms: percentile(&took, 100),
+            origin_copies: self.nodes[ORIGIN as usize].sent as f64 / bytes,
+            wasted: self.wasted as f64 / (bytes * nodes.len().max(1) as f64),
+            fairness: jain(&sent),
+            failovers: self.failovers,
+            choices: self.choices,
+        }
+    }
+}
+
+/// `share` of the numbers from 1 to below `count`, at random.
+fn drawn(count: usize, share: f64, draw: &mut Draw) -> Vec<usize> {
+    let threshold = share * 1e6;
+    (1..count).filter(|_| (draw.below(1_000_000) as f64) < threshold).collect()
+}
+
+fn number(index: usize) -> u32 {
+    u32::try_from(index).expect("nodes and frames are fewer than 2^32")
+}
