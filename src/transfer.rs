@@ -18,6 +18,7 @@ mod flight;
 pub mod pull;
 mod receive;
 mod request;
+mod similar;
 mod source;
 mod sources;
 mod stream;

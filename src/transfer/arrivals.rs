@@ -88,7 +88,8 @@ impl Arrivals {
             }
             return Ok(root);
         }
-        let options = Options { fill: plan.fill, fill_rate: plan.fill_rate, ..self.options.clone() };
+        let similar = Some(self.store.clone());
+        let options = Options { fill: plan.fill, fill_rate: plan.fill_rate, similar, ..self.options.clone() };
         match pull(&self.store, target, &plan.sources, options).await? {
             Pulled::Complete(entry) => Ok(entry.root),
             Pulled::Coming(engine) => {

@@ -84,6 +84,11 @@ pub(super) async fn run(shared: &Arc<Shared>, tasks: &TaskTracker) {
 
 /// Brings `extents`, at most [`BLOCKS_MAX`] blocks, from whoever has them; ends when they are here.
 pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) {
+    if shared.similar.get().is_some() {
+        let (copier, extents) = (Arc::clone(shared), extents.to_vec());
+        // A panic there leaves the blocks absent, and they are fetched.
+        let _ = tokio::task::spawn_blocking(move || copier.copy_similar(&extents)).await;
+    }
     let mut tried = Vec::new();
     loop {
         let absent: Vec<Extent> =

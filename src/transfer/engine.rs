@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bootcache_nbd::disk::SharedDisk;
@@ -18,9 +18,11 @@ use crate::local_cache::LocalCache;
 use crate::peer::holding::{Frames, Holding};
 use crate::peer::message::{Hello, PROTOCOL_VERSION};
 use crate::peer::transport::Security;
+use crate::store::Store;
 
 use super::counters::{Counters, Kind};
 use super::flight::Flights;
+use super::similar::{self, Similar};
 use super::sources::Sources;
 use super::stream::StreamState;
 use super::{demand, fill, stream};
@@ -45,6 +47,8 @@ pub struct Options {
     pub fill_rate: u64,
     /// How long a source that lied is not used.
     pub ban: Duration,
+    /// The store whose other images are searched for blocks before they are fetched.
+    pub similar: Option<Store>,
     /// How sources are chosen.
     pub chooser: Arc<dyn Chooser>,
 }
@@ -60,6 +64,7 @@ impl Default for Options {
             fill: true,
             fill_rate: 0,
             ban: Duration::from_secs(60),
+            similar: None,
             chooser: Arc::from(chooser),
         }
     }
@@ -126,6 +131,9 @@ pub(super) struct Shared {
     pub(super) hints: Mutex<VecDeque<Extent>>,
     pub(super) demand_wake: Notify,
     pub(super) fill_rate: AtomicU64,
+    pub(super) similar: OnceLock<Similar>,
+    /// Boot frames are first looked for in other images.
+    pub(super) copies_boot: AtomicBool,
     /// Cancelled once everything is wanted.
     fill: CancellationToken,
     pub(super) stop: CancellationToken,
@@ -164,6 +172,8 @@ impl Engine {
             demand_wake: Notify::new(),
             fill_rate: AtomicU64::new(options.fill_rate),
             fill: CancellationToken::new(),
+            similar: OnceLock::new(),
+            copies_boot: AtomicBool::new(false),
             stop,
             holding,
             cache,
@@ -291,7 +301,13 @@ impl Drop for Engine {
 impl Shared {
     async fn run(self: &Arc<Self>, tasks: &TaskTracker, tell: &watch::Sender<bool>) {
         let transfer = async {
-            stream::run(self).await;
+            let based = self.holding.manifest.base.is_some();
+            if based {
+                tokio::join!(stream::prepare(self), similar::prepare(self));
+                stream::run(self).await;
+            } else {
+                tokio::join!(stream::run(self), similar::prepare(self));
+            }
             if let Some(frames) = self.holding.frames() {
                 frames.end();
             }

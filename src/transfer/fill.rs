@@ -156,7 +156,7 @@ async fn make_way(shared: &Shared) {
 }
 
 /// Asks for the digests of those of `pages` that are not known; returns when some have come.
-async fn fetch_pages(shared: &Arc<Shared>, pages: &[u64]) {
+pub(super) async fn fetch_pages(shared: &Arc<Shared>, pages: &[u64]) {
     let tree = &shared.holding.tree;
     let number = |index: u64| u32::try_from(index).expect("an image has fewer than 2^32 pages");
     let Some(first) = pages.first() else { return };

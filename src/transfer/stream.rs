@@ -92,14 +92,19 @@ impl StreamState {
     }
 }
 
+/// Brings the heads of the boot cache, if the image has one.
+pub(super) async fn prepare(shared: &Arc<Shared>) {
+    while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
+        fetch_heads(shared).await;
+    }
+}
+
 /// Brings the boot cache, if the image has one; ends when all of it is here.
 pub(super) async fn run(shared: &Arc<Shared>) {
     if shared.holding.manifest.boot.is_none() {
         return;
     }
-    while shared.holding.frames().is_none() {
-        fetch_heads(shared).await;
-    }
+    prepare(shared).await;
     let frames = shared.holding.frames().expect("the heads have come");
     let lengths: Vec<u64> = frames.heads().frames().iter().map(|frame| u64::from(frame.length)).collect();
     let mut missing = (0..frames.count()).filter(|index| !frames.has(*index)).peekable();
@@ -158,6 +163,12 @@ async fn fetch_heads(shared: &Arc<Shared>) {
 async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
     let Some(frames) = shared.holding.frames() else { return };
     let number = u32::try_from(index).expect("a boot cache has fewer than 2^32 frames");
+    if shared.copies_boot.load(Ordering::Acquire) {
+        let extents: Vec<Extent> = frames.heads().frame_runs(index).iter().map(|run| run.extent).collect();
+        let shared = Arc::clone(shared);
+        // A panic there leaves the blocks absent, and they are fetched.
+        let _ = tokio::task::spawn_blocking(move || shared.copy_similar(&extents)).await;
+    }
     let here = |extent: Extent| shared.cache.has(extent);
     if bytes == 0 || frames.heads().frame_runs(index).iter().all(|run| here(run.extent)) {
         // Nothing in it that is not known: an empty frame, or blocks that came another way.

@@ -29,6 +29,7 @@ pub(crate) fn image_name() -> ImageName {
 
 /// A disk that is neither all noise nor all zero, and a boot that reads an eighth of it in an order of its own.
 pub(crate) struct Sample {
+    pub(crate) name: ImageName,
     pub(crate) disk: Vec<u8>,
     pub(crate) boot_blocks: Vec<u64>,
     /// Compressed bytes of the boot cache's frames.
@@ -68,7 +69,25 @@ impl Sample {
                 }
             }
         }
-        let mut sample = Self { disk, boot_blocks, boot_bytes: 0, dir: tempfile::tempdir().unwrap() };
+        Self::of(image_name(), disk, boot_blocks)
+    }
+
+    /// Another image, that has four blocks of five in common with this one, many at other places.
+    pub(crate) fn sibling(&self) -> Self {
+        let mut disk = self.disk.clone();
+        let mut state = 99;
+        for (index, block) in disk.chunks_mut(4096).enumerate() {
+            if index % 5 == 2 && block.iter().any(|byte| *byte != 0) {
+                block.iter_mut().for_each(|byte| *byte = next(&mut state).to_le_bytes()[3]);
+            }
+        }
+        let half = disk.len() / 2 / 4096 * 4096;
+        disk[half..half + (1 << 20)].rotate_left(512 << 10);
+        Self::of("sibling".parse().unwrap(), disk, self.boot_blocks.clone())
+    }
+
+    fn of(name: ImageName, disk: Vec<u8>, boot_blocks: Vec<u64>) -> Self {
+        let mut sample = Self { name, disk, boot_blocks, boot_bytes: 0, dir: tempfile::tempdir().unwrap() };
         sample.boot_bytes = sample.publish();
         sample
     }
@@ -83,7 +102,7 @@ impl Sample {
             kind: Some(ImageKind::Vm),
             ..ImportOptions::default()
         };
-        let entry = import(&store, &image_name(), &source, options, &Watch::default()).unwrap();
+        let entry = import(&store, &self.name, &source, options, &Watch::default()).unwrap();
         let touches: Vec<Touch> = (1..)
             .zip(&self.boot_blocks)
             .map(|(at, block)| Touch { block: *block, time_ns: at * 100_000 })
@@ -203,20 +222,21 @@ impl Node {
         }
     }
 
-    fn store(&self) -> Store {
+    pub(crate) fn store(&self) -> Store {
         Store::open(&self.dir.path().join("store")).unwrap()
     }
 
     pub(crate) async fn try_pull(&self, sources: &[SocketAddr]) -> Result<Pulled, PullError> {
-        self.pull_with(sources, |_| ()).await
+        self.pull_with(&image_name(), sources, |_| ()).await
     }
 
     async fn pull_with(
         &self,
+        name: &ImageName,
         sources: &[SocketAddr],
         change: impl FnOnce(&mut Options),
     ) -> Result<Pulled, PullError> {
-        let target = Target { name: image_name(), root: None, verify: false };
+        let target = Target { name: name.clone(), root: None, verify: false };
         let mut options = Options { key: self.key, listen: Some(self.address.port()), ..Options::default() };
         change(&mut options);
         pull(&self.store(), &target, sources, options).await
@@ -224,7 +244,17 @@ impl Node {
 
     /// Begins to fetch the sample, and offers it from then on.
     pub(crate) async fn pull(&self, sources: &[SocketAddr], change: impl FnOnce(&mut Options)) -> Engine {
-        match self.pull_with(sources, change).await.unwrap() {
+        self.pull_as(&image_name(), sources, change).await
+    }
+
+    /// Begins to fetch the image called `name`.
+    pub(crate) async fn pull_as(
+        &self,
+        name: &ImageName,
+        sources: &[SocketAddr],
+        change: impl FnOnce(&mut Options),
+    ) -> Engine {
+        match self.pull_with(name, sources, change).await.unwrap() {
             Pulled::Coming(engine) => {
                 self.catalogue.offer(Arc::clone(engine.holding()));
                 engine

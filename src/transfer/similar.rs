@@ -1,0 +1,167 @@
+//! Blocks that other images on this node have too: found by their digest, and copied instead of fetched.
+//!
+//! The index holds 8 bytes of each digest and where the block is; whatever it says, a block counts only when its bytes
+//! have the digest. It is bounded ([`ENTRIES_MAX`]), built in the background, and given up with the transfer. The base
+//! of an increment comes first, and for it the boot stream waits until the index is there: an increment then costs the
+//! network the increment alone. For other images the stream begins at once, and goes over to copying when a probe
+//! shows that it pays.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent, bytes_in_block};
+use crate::digest::Digest;
+use crate::image::page::{PAGE_BLOCKS, block_digest};
+use crate::image::tree::Tree;
+use crate::store::{Hold, Store};
+
+use super::engine::Shared;
+use super::fill;
+use super::receive;
+
+/// Blocks in the index: 16 bytes each in memory.
+const ENTRIES_MAX: usize = 1 << 20;
+/// Pages of the boot set by which it is probed whether copying pays.
+const PROBE_PAGES: usize = 16;
+/// Pages whose digests are asked for at once.
+const PAGES_AT_ONCE: usize = 32;
+
+/// An index of the blocks of other images.
+pub(super) struct Similar {
+    /// First 8 bytes of the digest; image (upper 16 bits) and block.
+    entries: Vec<(u64, u64)>,
+    images: Vec<Image>,
+}
+
+struct Image {
+    disk: File,
+    size: u64,
+    _hold: Hold,
+}
+
+impl std::fmt::Debug for Similar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Similar").field("blocks", &self.entries.len()).finish_non_exhaustive()
+    }
+}
+
+fn prefix(digest: Digest) -> u64 {
+    let (first, _) = digest.0.split_first_chunk().expect("a digest has 32 bytes");
+    u64::from_le_bytes(*first)
+}
+
+impl Similar {
+    /// Indexes the complete images of `store` but `except`, `base` first. None when there are none. Blocking.
+    pub(super) fn build(store: &Store, except: Digest, base: Option<Digest>) -> Option<Self> {
+        let mut roots = store.roots().ok()?;
+        roots.retain(|root| *root != except);
+        roots.sort_by_key(|root| Some(*root) != base);
+        let mut similar = Self { entries: Vec::new(), images: Vec::new() };
+        for root in roots {
+            // An image that cannot be used is none that can be copied from.
+            if similar.entries.len() < ENTRIES_MAX
+                && let Err(error) = similar.add(store, root)
+            {
+                tracing::debug!(image = %root.short(), %error, "not looking for blocks in this image");
+            }
+        }
+        similar.entries.sort_unstable();
+        (!similar.entries.is_empty()).then_some(similar)
+    }
+
+    fn add(&mut self, store: &Store, root: Digest) -> io::Result<()> {
+        let entry = store.image(root).map_err(io::Error::other)?;
+        if !entry.is_complete() {
+            return Ok(());
+        }
+        let hold = store.hold(root).map_err(io::Error::other)?;
+        let tree = Tree::open(&entry.tree_path(), Some(root)).map_err(io::Error::other)?;
+        let disk = File::open(entry.disk_path())?;
+        let number = self.images.len() as u64;
+        let with_digest =
+            |block| tree.block_digest(block).map(|digest| (prefix(digest), number << 48 | block));
+        let room = ENTRIES_MAX - self.entries.len();
+        self.entries.extend((0..tree.blocks()).filter_map(with_digest).take(room));
+        self.images.push(Image { disk, size: tree.size(), _hold: hold });
+        Ok(())
+    }
+
+    fn places(&self, digest: Digest) -> impl Iterator<Item = u64> {
+        let prefix = prefix(digest);
+        let first = self.entries.partition_point(|entry| entry.0 < prefix);
+        self.entries[first..].iter().take_while(move |entry| entry.0 == prefix).map(|entry| entry.1)
+    }
+
+    /// Whether a block with this digest is probably there.
+    pub(super) fn knows(&self, digest: Digest) -> bool {
+        self.places(digest).next().is_some()
+    }
+
+    /// The block with this digest, padded with zeroes; none when no image really has it. Blocking.
+    fn read(&self, digest: Digest) -> Option<[u8; BLOCK_BYTES]> {
+        self.places(digest).find_map(|place| {
+            let image = &self.images[usize::try_from(place >> 48).ok()?];
+            let block = place & ((1 << 48) - 1);
+            let mut bytes = [0; BLOCK_BYTES];
+            let length = usize::try_from(bytes_in_block(block, image.size)).ok()?;
+            image.disk.read_exact_at(&mut bytes[..length], block * BLOCK_SIZE).ok()?;
+            (block_digest(&bytes) == digest).then_some(bytes)
+        })
+    }
+}
+
+impl Shared {
+    /// Copies what other images on this node have of `extents`, as far as its digests are known. Blocking.
+    pub(super) fn copy_similar(&self, extents: &[Extent]) {
+        let Some(similar) = self.similar.get() else { return };
+        let absent = extents.iter().flat_map(|extent| self.cache.absent(*extent));
+        for block in absent.flat_map(Extent::blocks) {
+            let Some(digest) = self.holding.tree.block_digest(block) else { continue };
+            let Some(bytes) = similar.read(digest) else { continue };
+            let length = usize::try_from(bytes_in_block(block, self.holding.manifest.size)).unwrap_or(0);
+            // Held against the digest once more, as everything is.
+            if receive::keep(&self.holding, &self.cache, block, &bytes[..length]).is_ok() {
+                self.counters.similar_blocks.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Builds the index, and finds out whether the boot set should be copied. Ends when that is decided.
+pub(super) async fn prepare(shared: &Arc<Shared>) {
+    let Some(store) = shared.options.similar.clone() else { return };
+    let (root, base) = (shared.holding.root(), shared.holding.manifest.base);
+    let built = tokio::task::spawn_blocking(move || Similar::build(&store, root, base)).await;
+    let Ok(Some(similar)) = built else { return };
+    let similar = shared.similar.get_or_init(|| similar);
+    while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
+        if shared.stream.is_over() {
+            return;
+        }
+        shared.sources.changed().await;
+    }
+    let Some(frames) = shared.holding.frames() else { return };
+    let lacking = frames.heads().extents().into_iter().flat_map(|extent| shared.cache.absent(extent));
+    let mut pages: Vec<u64> = Vec::new();
+    for page in lacking.flat_map(|extent| extent.start / PAGE_BLOCKS..=(extent.end() - 1) / PAGE_BLOCKS) {
+        if !pages.contains(&page) {
+            pages.push(page);
+        }
+    }
+    let step = (pages.len() / PROBE_PAGES).max(1);
+    let probe: Vec<u64> = pages.iter().copied().step_by(step).collect();
+    fill::fetch_pages(shared, &probe).await;
+    let known = probe.iter().flat_map(|page| page * PAGE_BLOCKS..(page + 1) * PAGE_BLOCKS);
+    let digests: Vec<Digest> = known.filter_map(|block| shared.holding.tree.block_digest(block)).collect();
+    let found = digests.iter().filter(|digest| similar.knows(**digest)).count();
+    if found * 2 < digests.len() || digests.is_empty() {
+        return;
+    }
+    shared.copies_boot.store(true, Ordering::Release);
+    for pages in pages.chunks(PAGES_AT_ONCE) {
+        fill::fetch_pages(shared, pages).await;
+    }
+}
