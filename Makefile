@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build test check clean
+.PHONY: help setup guests build demo test soak check bench-quick bench-boot clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -19,8 +19,14 @@ guests: setup ## the disks that the tests boot: a tiny one and a Debian (kept in
 build: setup ## the release binary, target/release/bootcache
 	$(CARGO) build --release --locked
 
+demo: ## the main job, with figures: import, record and boot a real Debian, through libvirt
+	@scripts/demo
+
 test: guests ## all tests, the end-to-end ones with real QEMU, libvirt and Docker too
 	$(CARGO) test --locked --workspace --no-fail-fast
+
+soak: guests ## 200 rounds of kill -9 under a writing guest (an hour)
+	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test crash -- --nocapture
 
 check: setup ## formatting, lints, documentation, licences
 	$(CARGO) fmt --all --check
@@ -28,6 +34,13 @@ check: setup ## formatting, lints, documentation, licences
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --locked check; \
 	else echo 'check: cargo-deny is not installed, licences not checked (cargo install cargo-deny)'; fi
+
+bench-quick: setup ## instructions of the hot paths, against the stored counts (ACCEPT=1 stores new ones)
+	$(CARGO) bench --locked --bench quick -- $(if $(ACCEPT),--accept)
+
+bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 Gbit/s, ten times each
+	$(CARGO) bench --locked --bench guests -- --rate 100
+	$(CARGO) bench --locked --bench guests -- --rate 1000
 
 clean: ## remove what was built (guests and images kept in the cache folder stay)
 	$(CARGO) clean
