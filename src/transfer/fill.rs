@@ -39,7 +39,7 @@ const YIELD: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 struct Window {
     blocks: f64,
-    /// The quickest answer lately, in seconds a request, whatever its size.
+    /// The quickest answer since as little as possible was under way, in seconds a request, whatever its size.
     quickest: f64,
 }
 
@@ -51,8 +51,8 @@ impl Window {
     /// An answer with `blocks` took `took`.
     fn note(&mut self, blocks: u64, took: Duration) {
         let took = took.as_secs_f64();
-        // The link may have changed: what was quickest long ago counts less and less.
-        self.quickest = (self.quickest * 1.002).min(took);
+        // With as little under way as there can be, the time is the link's own, which may have become slower.
+        self.quickest = if self.blocks <= UNDER_WAY_MIN { took } else { self.quickest.min(took) };
         if took < self.quickest + TARGET.as_secs_f64() {
             self.blocks += (blocks as f64 / 4.0).max(1.0);
         } else {
