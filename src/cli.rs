@@ -17,8 +17,8 @@ mod pull;
 mod record;
 mod serve;
 mod session;
-mod size;
 mod simulate;
+mod size;
 mod status;
 mod stop;
 
