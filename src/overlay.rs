@@ -2,7 +2,7 @@
 //!
 //! A block that the VM wrote is in the *diff*, a sparse file with every block at its own offset; which blocks those are
 //! says the *index*, two bits a block in memory ([`map`]) and a log of runs on disk ([`log`]). Everything else is read
-//! from the base. Reads need no lock ([`layer`]); how writes merge is in [`write`], what FLUSH and FUA do, in which
+//! from the base. Reads need no lock ([`layer`]); how writes merge is in [`mod@write`], what FLUSH and FUA do, in which
 //! order and why, in [`flush`]. Sealed ([`seal`]), two such files are an incremental image.
 //!
 //! It knows nothing of names or folders beyond its own two files; one process has them open at a time.

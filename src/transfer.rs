@@ -5,7 +5,7 @@
 //! digests ([`receive`]), and write the same `LocalCache`, which wakes the readers. `crate::peer::server` gives the
 //! same holding to others from the first frame on. When everything is here, nobody is needed any more.
 //!
-//! [`pull`] makes the image's folder from what the first source describes, or takes up a folder that is there.
+//! [`pull()`] makes the image's folder from what the first source describes, or takes up a folder that is there.
 //!
 //! Choosing whom to ask for what is not done here but in `crate::choose`.
 

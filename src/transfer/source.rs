@@ -1,6 +1,6 @@
 //! One node that may be asked for an image: its connections, what it has, and how it has behaved.
 //!
-//! A task of its own connects, and connects again within [`RETRY`] for as long as the source is wanted, so that reads
+//! A task of its own connects, and connects again within a second for as long as the source is wanted, so that reads
 //! that wait go on soon after it is back.
 
 use std::net::SocketAddr;

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! [`hooks`] stand in front of libc's calls, [`files`] tells whether a descriptor is the image, [`sink`] keeps the
-//! reads in a shared mapping that outlives `kill -9`, [`format`] is that file's layout, [`real`] finds the calls
+//! reads in a shared mapping that outlives `kill -9`, [`mod@format`] is that file's layout, [`real`] finds the calls
 //! behind the hooks.
 //!
 //! It must not hurt the process it sits in. A hook allocates nothing, takes no lock, leaves `errno` as the call left
