@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -113,8 +114,9 @@ impl Hold {
         if !try_flock(&dir, operation).map_err(at(path))? {
             return Err(StoreError::InUse(root));
         }
-        // It may have been removed between open and lock.
-        if !path.exists() {
+        // It may have been removed, and added again, between open and lock.
+        let held = dir.metadata().map_err(at(path))?;
+        if !fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (held.dev(), held.ino())) {
             return Err(StoreError::NoSuchRoot(root));
         }
         Ok(Self { _dir: dir })
