@@ -1,5 +1,7 @@
 //! The tracer in processes of other people: what it notes, what it flags, and that it leaves them alone.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use std::collections::BTreeSet;
