@@ -12,6 +12,7 @@ pub mod digest;
 pub mod hypervisor;
 pub mod image;
 pub mod image_disk;
+pub mod load;
 pub mod local_cache;
 pub mod name;
 pub mod overlay;
