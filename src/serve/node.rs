@@ -22,10 +22,10 @@ use crate::control::{
 use crate::digest::Digest;
 use crate::image::increment::{IncrementError, publish_sealed};
 use crate::image_disk::ImageDisk;
+use crate::load::Sampler;
 use crate::name::{HostName, ImageName};
 use crate::overlay::{Overlay, OverlayError};
 use crate::peer::catalogue::Catalogue;
-use crate::peer::message::Load;
 use crate::store::{Hold, ImageEntry, Store, StoreError, StoreLock};
 use crate::transfer::{self, Arrivals, Plan, PullError, Target};
 
@@ -146,7 +146,8 @@ impl Node {
     /// [`StoreError::Locked`] when another process has it.
     pub fn open_as(store: Store, options: transfer::Options) -> Result<Self, NodeError> {
         let lock = store.lock()?;
-        let catalogue = Catalogue::new(store.clone(), Load::default);
+        let sampler = Sampler::default();
+        let catalogue = Catalogue::new(store.clone(), move || sampler.load());
         let arrivals = Arrivals::new(store.clone(), Arc::clone(&catalogue), options);
         let started = Instant::now();
         Ok(Self { store, catalogue, arrivals, _lock: lock, started, inner: Mutex::default() })
