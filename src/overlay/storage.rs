@@ -12,6 +12,10 @@ use bootcache_nbd::Attempt;
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev};
 
+/// How often, and how far apart, a lock that is held is tried.
+const LOCK_ATTEMPTS: u32 = 25;
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+
 /// The diff: as long as the disk, sparse, each block at its own offset.
 pub trait DiffFile: Send + Sync + std::fmt::Debug + 'static {
     /// Reads if all of it is in the page cache.
@@ -84,9 +88,16 @@ impl FileDiff {
         &self.0
     }
 
+    /// Takes the file for this process. A child that was forked while another handle was open shares that one's lock
+    /// until it runs its own program, so a lock that is held is tried again for a moment.
     fn lock(file: File) -> io::Result<Self> {
-        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        Ok(Self(file))
+        for _ in 0..LOCK_ATTEMPTS {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+                other => return Ok(other.map(|()| Self(file))?),
+            }
+        }
+        Err(io::ErrorKind::WouldBlock.into())
     }
 }
 
