@@ -48,8 +48,12 @@ pub(crate) async fn serve(
         contexts: !agreed.contexts.is_empty(),
         payload_max: shared.limits.payload,
     };
-    let work =
-        Arc::new(Work { disk, style: agreed.style, contexts: agreed.contexts, writer: Mutex::new(writer) });
+    let work = Arc::new(Work {
+        disk,
+        style: agreed.style,
+        contexts: agreed.contexts,
+        writer: Mutex::new(Writer { stream: writer, torn: false }),
+    });
     let mut connection = Connection {
         reader,
         input: BytesMut::with_capacity(INPUT_BYTES),
@@ -92,7 +96,33 @@ struct Work {
     disk: SharedDisk,
     style: Style,
     contexts: Vec<&'static str>,
-    writer: Mutex<WriteHalf<Box<dyn Stream>>>,
+    writer: Mutex<Writer>,
+}
+
+/// The sending side of a connection.
+struct Writer {
+    stream: WriteHalf<Box<dyn Stream>>,
+    /// A reply has begun and not ended. Whoever finds this true must send nothing: the client would take it for the
+    /// rest of that reply's data. It stays true when the sender is cancelled, fails or panics half-way.
+    torn: bool,
+}
+
+impl Writer {
+    /// Marks a reply as begun.
+    fn begin(&mut self) -> io::Result<()> {
+        if self.torn {
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "an earlier reply was cut short"));
+        }
+        self.torn = true;
+        Ok(())
+    }
+
+    /// Sends what is left in buffers; what was begun is whole.
+    async fn end(&mut self) -> io::Result<()> {
+        self.stream.flush().await?;
+        self.torn = false;
+        Ok(())
+    }
 }
 
 /// A request's share of the budgets, given back when it is answered.
@@ -131,7 +161,7 @@ impl Connection {
         let last = async {
             self.tasks.wait().await;
             let _ = self.flush().await;
-            let _ = self.work.writer.lock().await.shutdown().await;
+            let _ = self.work.writer.lock().await.stream.shutdown().await;
         };
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, last).await;
     }
@@ -353,8 +383,9 @@ impl Connection {
 impl Work {
     async fn send(&self, bytes: &[u8]) -> io::Result<()> {
         let mut writer = self.writer.lock().await;
-        writer.write_all(bytes).await?;
-        writer.flush().await
+        writer.begin()?;
+        writer.stream.write_all(bytes).await?;
+        writer.end().await
     }
 
     /// Reads in pieces, each sent as soon as it is there.
@@ -400,17 +431,18 @@ impl Work {
         let mut header = Vec::with_capacity(HEADER_MAX);
         answer.data(&mut header, offset, length, true);
         let mut writer = self.writer.lock().await;
-        writer.write_all(&header).await?;
+        writer.begin()?;
+        writer.stream.write_all(&header).await?;
         let mut done = 0;
         loop {
-            writer.write_all(&out).await?;
+            writer.stream.write_all(&out).await?;
             done += out.len();
             if done == length {
-                return writer.flush().await;
+                return writer.end().await;
             }
             out.resize((length - done).min(PIECE_BYTES), 0);
             if let Err(error) = self.read_now(offset + done as u64, &mut out).await {
-                writer.shutdown().await?;
+                writer.stream.shutdown().await?;
                 return Err(error);
             }
         }
