@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak check bench-quick bench-boot clean
+.PHONY: help setup guests build demo test soak check bench-boot clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,9 +34,6 @@ check: setup ## formatting, lints, documentation, licences
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --locked check; \
 	else echo 'check: cargo-deny is not installed, licences not checked (cargo install cargo-deny)'; fi
-
-bench-quick: setup ## instructions of the hot paths, against the stored counts (ACCEPT=1 stores new ones)
-	$(CARGO) bench --locked --bench quick -- $(if $(ACCEPT),--accept)
 
 bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 Gbit/s, ten times each
 	$(CARGO) bench --locked --bench guests -- --rate 100
