@@ -1,7 +1,7 @@
 //! Instructions per operation of what every byte goes through, counted by valgrind: the same whatever else the machine
 //! does, so that a regression fails a build and a busy neighbour does not.
 //!
-//! `cargo bench --bench quick` (`make bench-quick`) counts each workload and compares with `benches/quick/expected`;
+//! `cargo bench --bench quick` counts each workload and compares with `benches/quick/expected`;
 //! a count that is more than 8 % off, either way, is an error. `-- --accept` writes the counts there instead. A
 //! workload runs in a process of its own, once with no operations and once with many; the difference counts.
 
@@ -86,6 +86,6 @@ fn compare(counts: &BTreeMap<&str, u64>) -> ExitCode {
     if good {
         return ExitCode::SUCCESS;
     }
-    println!("make bench-quick ACCEPT=1 takes the new counts; say why in the commit");
+    println!("`cargo bench --bench quick -- --accept` takes the new counts; say why in the commit");
     ExitCode::FAILURE
 }
