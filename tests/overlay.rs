@@ -109,6 +109,66 @@ fn the_overlay_example_keeps_writes_and_leaves_the_image_alone() {
     assert!(fs::read(&image).expect("the image") == before);
 }
 
+/// A tmpfs that is unmounted again.
+struct SmallDisk<'a>(&'a Path);
+
+impl SmallDisk<'_> {
+    fn set_size(&self, options: &str) {
+        support::run(Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(self.0));
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        let _best_effort = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_fails_the_write_alone_and_all_is_well_when_space_returns() {
+    if !support::require(&["qemu-io", "nbdcopy"]) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let (image, mut bytes) = image(folder.path());
+    let (mount, socket) = (folder.path().join("mount"), folder.path().join("s"));
+    fs::create_dir(&mount).expect("a folder");
+    let disk = SmallDisk(&mount);
+    disk.set_size("size=2M");
+    let server = Process::start(
+        Command::new(example("serve_overlay")).arg(&image).arg(mount.join("overlay")).arg(&socket),
+    );
+    server.wait_for("ready", START);
+    let qemu_io = |commands: &[&str]| {
+        let mut qemu_io = Command::new("qemu-io");
+        qemu_io
+            .args(["-f", "raw"])
+            .args(commands.iter().flat_map(|command| ["-c", command]))
+            .arg(uri(&socket));
+        let output = qemu_io.output().expect("qemu-io runs");
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    assert!(qemu_io(&["write -P 1 0 64k", "flush"]).contains("wrote 65536"));
+    bytes[..65536].fill(1);
+    let said = qemu_io(&["write -P 2 1M 4M"]);
+    assert!(said.contains("No space left on device"), "{said}");
+    let copy = folder.path().join("copy");
+    support::run(Command::new("nbdcopy").arg(uri(&socket)).arg(&copy));
+    let seen = fs::read(&copy).expect("a copy");
+    let blocks = || seen.chunks(4096).zip(bytes.chunks(4096)).enumerate();
+    for (block, (seen, before)) in blocks() {
+        let written = (256..1280).contains(&block) && seen == [2; 4096];
+        assert!(written || seen == before, "block {block} is neither the old nor the new");
+    }
+    disk.set_size("remount,size=16M");
+    let said = qemu_io(&["write -P 3 1M 4M", "flush"]);
+    assert!(said.contains("wrote 4194304") && !said.contains("fail"), "{said}");
+    bytes[1 << 20..5 << 20].fill(3);
+    support::run(Command::new("nbdcopy").arg(uri(&socket)).arg(&copy));
+    assert!(fs::read(&copy).expect("a copy") == bytes);
+    ends_on_interrupt(server);
+}
+
 /// What a process did that matters to durability.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {

