@@ -58,7 +58,9 @@ async fn many_readers_of_one_block_cause_one_fetch() {
         assert!(bytes.unwrap()[..] == *sample.bytes(offset, 4096));
     }
     assert_eq!(engine.counters().requests.get(Kind::Demand), 1);
-    assert_eq!(engine.counters().misses.load(Ordering::Relaxed), 64);
+    // Whoever came when the block was there already did not miss it.
+    let misses = engine.counters().misses.load(Ordering::Relaxed);
+    assert!((2..=64).contains(&misses), "{misses}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
