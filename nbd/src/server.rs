@@ -177,7 +177,9 @@ impl Server {
                 Ok(stream) => {
                     number += 1;
                     let (server, cancel) = (self.clone(), cancel.child_token());
-                    tasks.spawn(async move { server.connection(stream, number, cancel).await });
+                    // Here and not in the task: tasks start in any order, and the oldest is the one to leave.
+                    let evicted = self.enter_handshake(number);
+                    tasks.spawn(async move { server.connection(stream, number, evicted, cancel).await });
                 }
                 Err(error) => {
                     // Out of descriptors, as a rule: connections that end will free some.
@@ -191,8 +193,13 @@ impl Server {
     }
 
     /// One connection, from greeting to end.
-    async fn connection(&self, stream: Box<dyn Stream>, number: u64, cancel: CancellationToken) {
-        let evicted = self.enter_handshake(number);
+    async fn connection(
+        &self,
+        stream: Box<dyn Stream>,
+        number: u64,
+        evicted: CancellationToken,
+        cancel: CancellationToken,
+    ) {
         let negotiated = tokio::select! {
             () = cancel.cancelled() => Err(io::Error::other("the server ends")),
             () = evicted.cancelled() => Err(io::Error::other("newer connections needed the place")),
