@@ -15,6 +15,7 @@ pub mod image_disk;
 pub mod load;
 pub mod local_cache;
 pub mod name;
+pub mod network;
 pub mod overlay;
 pub mod peer;
 pub mod qemu;
