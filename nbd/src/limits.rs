@@ -23,6 +23,9 @@ pub struct Limits {
     pub bytes_per_connection: usize,
     /// The same for all connections together, beyond a reserve of [`PIECE_BYTES`] that each has for itself.
     pub bytes: usize,
+    /// Time that a client may leave a reply of at most [`PIECE_BYTES`] unread while less than half of `bytes` is free;
+    /// then its connection ends. While memory is plenty it may take as long as it likes: its VM may be paused.
+    pub stall_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -37,6 +40,7 @@ impl Default for Limits {
             requests: 128,
             bytes_per_connection: 8 << 20,
             bytes: 96 << 20,
+            stall_timeout: Duration::from_secs(30),
         }
     }
 }

@@ -116,6 +116,7 @@ pub(crate) struct Shared {
     pub(crate) tls: Tls,
     /// What all connections together may have in flight, in bytes.
     pub(crate) bytes: Arc<Semaphore>,
+    pub(crate) pieces: connection::Pieces,
     connections: Arc<Semaphore>,
     per_export: Mutex<HashMap<String, usize>>,
     handshakes: Mutex<VecDeque<(u64, CancellationToken)>>,
@@ -135,6 +136,7 @@ impl Server {
             limits,
             tls,
             bytes: Arc::new(Semaphore::new(limits.bytes)),
+            pieces: connection::Pieces::default(),
             connections: Arc::new(Semaphore::new(limits.connections)),
             per_export: Mutex::default(),
             handshakes: Mutex::default(),

@@ -1,0 +1,285 @@
+//! The sending side of a connection, and the work of the tasks that answer out of order.
+
+use std::io;
+use std::ops::ControlFlow;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use futures_util::poll;
+use tokio::io::{AsyncWriteExt, WriteHalf};
+use tokio::sync::{Mutex, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+use super::guard::{attempt, guarded};
+use super::output::{Output, Pieces};
+use crate::chunk::{Answer, Style};
+use crate::consts::Errno;
+use crate::disk::{Attempt, SharedDisk, StatusExtent};
+use crate::limits::PIECE_BYTES;
+use crate::negotiate::Stream;
+
+/// Most extents in the answer to one status request, in one context.
+pub(super) const EXTENTS_MAX: usize = 4096;
+
+/// What the tasks of a connection share.
+pub(super) struct Replies {
+    pub(super) disk: SharedDisk,
+    pub(super) style: Style,
+    pub(super) contexts: Vec<&'static str>,
+    pub(super) pieces: Pieces,
+    pub(super) patience: Patience,
+    pub(super) writer: Mutex<Writer>,
+    /// Ends the connection: a reply could not be sent.
+    pub(super) broken: CancellationToken,
+}
+
+/// How long a client may leave a reply unread.
+#[derive(Debug)]
+pub(super) struct Patience {
+    /// Time for one buffer of at most two pieces.
+    pub(super) stall: Duration,
+    /// What all connections together may have in flight; while most of it is free, nobody is hurt by one that waits.
+    pub(super) bytes_in_all: Arc<Semaphore>,
+    /// Half of it.
+    pub(super) scarce: usize,
+}
+
+impl Patience {
+    /// Waits for `write`, for as long as it likes while memory is plenty.
+    async fn wait(&self, write: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+        let mut write = pin!(write);
+        // Nearly always there is room in the socket: no timer then.
+        if let Poll::Ready(result) = poll!(&mut write) {
+            return result;
+        }
+        loop {
+            match tokio::time::timeout(self.stall, &mut write).await {
+                Ok(result) => return result,
+                Err(_) if self.bytes_in_all.available_permits() >= self.scarce => {}
+                Err(_) => {
+                    let reason = "the client does not read, and others need the memory";
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+                }
+            }
+        }
+    }
+}
+
+/// The socket, and whether it can still be used.
+pub(super) struct Writer {
+    stream: WriteHalf<Box<dyn Stream>>,
+    /// A reply has begun and not ended. Whoever finds this true must send nothing: the client would take it for the
+    /// rest of that reply's data. It stays true when the sender is cancelled, fails or panics half-way.
+    torn: bool,
+}
+
+impl Writer {
+    pub(super) const fn new(stream: WriteHalf<Box<dyn Stream>>) -> Self {
+        Self { stream, torn: false }
+    }
+
+    /// Marks a reply as begun.
+    fn begin(&mut self) -> io::Result<()> {
+        if self.torn {
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "an earlier reply was cut short"));
+        }
+        self.torn = true;
+        Ok(())
+    }
+
+    async fn put(&mut self, bytes: &[u8], patience: &Patience) -> io::Result<()> {
+        patience.wait(self.stream.write_all(bytes)).await
+    }
+
+    /// Sends what is left in buffers; what was begun is whole.
+    async fn end(&mut self, patience: &Patience) -> io::Result<()> {
+        patience.wait(self.stream.flush()).await?;
+        self.torn = false;
+        Ok(())
+    }
+
+    pub(super) async fn shutdown(&mut self) -> io::Result<()> {
+        self.stream.shutdown().await
+    }
+}
+
+impl Replies {
+    /// Sends whole replies.
+    pub(super) async fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut writer = self.writer.lock().await;
+        writer.begin()?;
+        writer.put(bytes, &self.patience).await?;
+        writer.end(&self.patience).await
+    }
+
+    /// Waits for what answers a request in a task of its own; a failure to send ends the connection.
+    pub(super) async fn answer(&self, sending: impl Future<Output = io::Result<()>>) {
+        if sending.await.is_err() {
+            self.broken.cancel();
+        }
+    }
+
+    /// Answers as much of a read as needs no waiting for the disk; returns how many bytes that were.
+    pub(super) async fn read_now(
+        &self,
+        answer: Answer,
+        offset: u64,
+        length: usize,
+        whole: bool,
+    ) -> io::Result<usize> {
+        let mut out = self.pieces.take();
+        let one = one_header(answer, length, whole);
+        let mut done = 0;
+        while done < length {
+            let piece = (length - done).min(PIECE_BYTES);
+            let (at, last) = (offset + done as u64, done + piece == length);
+            out.truncate(0);
+            out.put(|out| answer.data(out, at, if one { length } else { piece }, one || last));
+            let buf = out.space(piece);
+            let Attempt::Ready(result) = attempt(|| self.disk.try_read(at, buf)) else { break };
+            if one && result.is_ok() {
+                self.send_whole(offset, length, &mut out).await?;
+                return Ok(length);
+            }
+            if self.send_piece(answer, (at, piece, last), result, &mut out).await?.is_break() {
+                return Ok(length);
+            }
+            done += piece;
+        }
+        Ok(done)
+    }
+
+    /// Answers a read in pieces, each sent as soon as it is there.
+    pub(super) async fn read(
+        &self,
+        answer: Answer,
+        offset: u64,
+        length: usize,
+        whole: bool,
+    ) -> io::Result<()> {
+        let mut out = self.pieces.take();
+        let one = one_header(answer, length, whole);
+        let mut done = 0;
+        while done < length {
+            let piece = (length - done).min(PIECE_BYTES);
+            let (at, last) = (offset + done as u64, done + piece == length);
+            out.truncate(0);
+            out.put(|out| answer.data(out, at, if one { length } else { piece }, one || last));
+            let result = self.fetch(at, out.space(piece)).await;
+            if one && result.is_ok() {
+                return self.send_whole(offset, length, &mut out).await;
+            }
+            if self.send_piece(answer, (at, piece, last), result, &mut out).await?.is_break() {
+                break;
+            }
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Sends a piece that stands in `out` behind its header, or the error instead, which ends the reply.
+    async fn send_piece(
+        &self,
+        answer: Answer,
+        (at, piece, last): (u64, usize, bool),
+        result: io::Result<()>,
+        out: &mut Output,
+    ) -> io::Result<ControlFlow<()>> {
+        if let Err(error) = result {
+            out.truncate(0);
+            out.put(|out| answer.error(out, Errno::from(&error), &error.to_string()));
+            self.send(out.filled()).await?;
+            return Ok(ControlFlow::Break(()));
+        }
+        if answer.style != Style::Simple && is_zero(out.since(out.len() - piece)) {
+            out.truncate(0);
+            let length = u32::try_from(piece).expect("a piece is short");
+            out.put(|out| answer.hole(out, at, length, last));
+        }
+        self.send(out.filled()).await?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Sends a reply that has one header: `out` holds it and the first piece, the rest is read as it goes.
+    ///
+    /// An error behind the header ends the connection, as the specification wants.
+    async fn send_whole(&self, offset: u64, length: usize, out: &mut Output) -> io::Result<()> {
+        let mut done = PIECE_BYTES.min(length);
+        let mut writer = self.writer.lock().await;
+        writer.begin()?;
+        loop {
+            writer.put(out.filled(), &self.patience).await?;
+            if done == length {
+                return writer.end(&self.patience).await;
+            }
+            out.truncate(0);
+            let piece = (length - done).min(PIECE_BYTES);
+            // The writer stays torn on an error: this connection has said its last.
+            self.fetch(offset + done as u64, out.space(piece)).await?;
+            done += piece;
+        }
+    }
+
+    async fn fetch(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        match attempt(|| self.disk.try_read(offset, buf)) {
+            Attempt::Ready(result) => result,
+            Attempt::WouldBlock => guarded(|| self.disk.read(offset, buf)).await,
+        }
+    }
+
+    /// Answers a status request in every selected context.
+    pub(super) async fn status(&self, answer: Answer, offset: u64, length: u64, one: bool) -> io::Result<()> {
+        let mut out = Vec::new();
+        let extents_max = if one { 1 } else { EXTENTS_MAX };
+        for (number, context) in (1u32..).zip(&self.contexts) {
+            match guarded(|| self.disk.status(context, offset, length, extents_max)).await {
+                Ok(mut extents) if !extents.is_empty() => {
+                    trim_extents(&mut extents, length, one, answer.style);
+                    answer.status(&mut out, number, &extents, number as usize == self.contexts.len());
+                }
+                Ok(_) => {
+                    out.clear();
+                    answer.error(&mut out, Errno::Io, "the disk does not know its own status");
+                    break;
+                }
+                Err(error) => {
+                    out.clear();
+                    answer.error(&mut out, Errno::from(&error), &error.to_string());
+                    break;
+                }
+            }
+        }
+        self.send(&out).await
+    }
+}
+
+/// Whether a read has one header for all its data: simple replies, and those that must not be fragmented.
+const fn one_header(answer: Answer, length: usize, whole: bool) -> bool {
+    length > PIECE_BYTES && (whole || matches!(answer.style, Style::Simple))
+}
+
+/// Cuts extents to what may be sent: one within the request for REQ_ONE, and no length that the headers cannot hold.
+fn trim_extents(extents: &mut Vec<StatusExtent>, length: u64, one: bool, style: Style) {
+    const COMPACT_MAX: u64 = u32::MAX as u64 & !4095;
+    if one {
+        extents.truncate(1);
+        if let Some(first) = extents.first_mut() {
+            first.length = first.length.min(length);
+        }
+    }
+    if style != Style::Extended
+        && let Some(long) = extents.iter().position(|extent| extent.length > COMPACT_MAX)
+    {
+        extents[long].length = COMPACT_MAX;
+        extents.truncate(long + 1);
+    }
+}
+
+/// Whether bytes are worth being sent as a hole.
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    // The first word decides almost always.
+    let (words, rest) = bytes.as_chunks::<16>();
+    bytes.len() >= 512 && words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
+}
