@@ -160,18 +160,22 @@ pub struct TransferStatus {
     pub bytes: [u64; 4],
     /// Of these, from the node where the image was published.
     pub origin_bytes: u64,
-    /// Reads that wait now.
-    pub waiting: u64,
-    /// Milliseconds that reads have waited for the boot stream, summed over reads.
-    pub stream_wait_ms: u64,
-    /// Milliseconds that reads have waited for a fetch of their own.
-    pub demand_wait_ms: u64,
-    /// Reads that the boot cache did not foresee.
-    pub misses: u64,
+    /// Where the time of reads went, over all VMs.
+    pub waits: WaitStatus,
+    /// Milliseconds that the recorded boot has to wait at least at that goodput; none before frames have come.
+    pub waiting_min_ms: Option<u64>,
+    /// Bytes a second of the boot stream, from the first request to the last frame.
+    pub goodput: Option<u64>,
+    /// Bytes that were copied from other images on this node instead.
+    pub similar_bytes: u64,
     /// Requests sent to a second source because the first was slow.
     pub hedges: u64,
+    /// Requests sent again because a source broke, stalled, or did not have it.
+    pub failovers: u64,
     /// Answers that were wrong, and were not used.
     pub lies: u64,
+    /// Times that a source was banned.
+    pub bans: u64,
     /// Where it comes from.
     pub sources: Vec<SourceStatus>,
 }
@@ -214,6 +218,31 @@ pub struct OverlayInfo {
     pub read_bytes: u64,
     /// Bytes that its clients wrote.
     pub written_bytes: u64,
+    /// Where the time of its reads went; none when its image was all here when it was opened.
+    pub waits: Option<WaitStatus>,
+}
+
+/// Where the time of reads went while their image was on its way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitStatus {
+    /// Reads that found everything here.
+    pub hits: u64,
+    /// Reads that waited for the boot stream.
+    pub stream_waits: u64,
+    /// Milliseconds that they waited, summed over reads.
+    pub stream_wait_ms: u64,
+    /// Reads that waited for a fetch of their own.
+    pub demand_waits: u64,
+    /// Milliseconds that they waited, summed over reads.
+    pub demand_wait_ms: u64,
+    /// Reads that the boot cache did not foresee.
+    pub misses: u64,
+    /// Milliseconds that reads took on this node's own disk when all was here but not in memory, summed over reads.
+    pub local_ms: u64,
+    /// Milliseconds in which at least one read waited for what was not here.
+    pub blocked_ms: u64,
+    /// Reads that wait now.
+    pub waiting: u64,
 }
 
 /// The socket of one VM.

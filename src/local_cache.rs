@@ -11,6 +11,7 @@
 //! Not here: where blocks come from, and whether they are right. Callers of [`LocalCache::insert`] have verified.
 
 mod presence;
+mod reader;
 mod saved;
 mod waiters;
 
@@ -19,7 +20,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -35,6 +36,7 @@ use crate::image::page;
 use crate::store::atomic::sync_dir;
 
 use presence::Presence;
+pub use reader::{ReadCounters, Reader};
 use waiters::Waiters;
 
 /// The metadata context of an export that tells which bytes are on this node.
@@ -45,38 +47,24 @@ pub const STATE_PRESENT: u32 = 1;
 /// A read that waits longer is logged, and again at every multiple.
 const SLOW_READ: Duration = Duration::from_secs(5);
 
-/// How an absent block will come.
+/// How absent blocks will come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coming {
-    /// The boot stream is about to bring it.
+    /// The boot stream is about to bring them.
     Stream,
-    /// It is fetched for this read.
+    /// They are fetched for this read.
     Demand,
+    /// As [`Coming::Demand`], and the boot cache does not have all of them: it did not foresee this read.
+    Miss,
 }
 
 /// Brings absent blocks. Owned by the transfer engine of the image.
 pub trait Fetch: Send + Sync {
     /// A reader waits for the blocks of `absent`. Does not block; called once a read.
     fn want(&self, absent: &[Extent]) -> Coming;
-}
 
-/// Where the time and the bytes of reads went.
-#[derive(Debug, Default)]
-pub struct ReadCounters {
-    /// Reads that found all their blocks here.
-    pub hits: AtomicU64,
-    /// Reads that waited for the stream.
-    pub stream_waits: AtomicU64,
-    /// Microseconds they waited, summed over reads.
-    pub stream_wait_us: AtomicU64,
-    /// Reads that waited for a fetch of their own: misses outside the boot map.
-    pub demand_waits: AtomicU64,
-    /// Microseconds they waited, summed over reads.
-    pub demand_wait_us: AtomicU64,
-    /// Reads that wait now.
-    pub waiting: AtomicU64,
-    /// Bytes read.
-    pub bytes: AtomicU64,
+    /// Somebody may soon read the blocks of `absent`. Does not block; may be ignored.
+    fn hint(&self, absent: &[Extent]);
 }
 
 /// One image's blocks on this node; see the module's documentation.
@@ -328,7 +316,7 @@ impl LocalCache {
             return Ok(None);
         }
         let waiting = self.waiters.register(extent);
-        let _count = CountGuard::new(&self.counters.waiting);
+        let _waiting = self.counters.begin_wait();
         let began = Instant::now();
         let absent = self.absent(extent);
         let coming = self.want(&absent);
@@ -390,46 +378,11 @@ impl LocalCache {
         self.presence.forget(block);
     }
 
-    /// The asynchronous read, with what it waited for.
-    pub async fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> io::Result<Option<(Coming, Duration)>> {
-        let waited = self.wait(Extent::touching(offset, buf.len() as u64)).await?;
-        self.counters.count(buf.len(), waited);
-        self.read_present(offset, buf).await?;
+    /// Waits until the bytes of a read are here, and counts it. What was waited for, and how long.
+    async fn wait_for(&self, offset: u64, length: u64) -> io::Result<Option<(Coming, Duration)>> {
+        let waited = self.wait(Extent::touching(offset, length)).await?;
+        self.counters.count(usize::try_from(length).expect("a buffer's length"), waited);
         Ok(waited)
-    }
-}
-
-impl ReadCounters {
-    /// Counts one read of `bytes` that `waited`.
-    pub fn count(&self, bytes: usize, waited: Option<(Coming, Duration)>) {
-        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        let add = |number: &AtomicU64, time: &AtomicU64, waited: Duration| {
-            number.fetch_add(1, Ordering::Relaxed);
-            time.fetch_add(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        };
-        match waited {
-            None => {
-                self.hits.fetch_add(1, Ordering::Relaxed);
-            }
-            Some((Coming::Stream, time)) => add(&self.stream_waits, &self.stream_wait_us, time),
-            Some((Coming::Demand, time)) => add(&self.demand_waits, &self.demand_wait_us, time),
-        }
-    }
-}
-
-/// Counts itself for as long as it lives.
-struct CountGuard<'a>(&'a AtomicU64);
-
-impl<'a> CountGuard<'a> {
-    fn new(count: &'a AtomicU64) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
-    }
-}
-
-impl Drop for CountGuard<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -464,7 +417,10 @@ impl Disk for LocalCache {
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(async move { self.read_waiting(offset, buf).await.map(|_| ()) })
+        Box::pin(async move {
+            self.wait_for(offset, buf.len() as u64).await?;
+            self.read_present(offset, buf).await
+        })
     }
 
     fn contexts(&self) -> &'static [&'static str] {
@@ -490,7 +446,9 @@ impl Disk for LocalCache {
     fn prefetch(&self, offset: u64, length: u64) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async move {
             let absent = self.absent(Extent::touching(offset, length));
-            self.want(&absent);
+            if let Some(fetch) = self.fetch.get().filter(|_| !absent.is_empty()) {
+                fetch.hint(&absent);
+            }
             Ok(())
         })
     }

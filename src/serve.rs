@@ -8,6 +8,7 @@ mod exports;
 mod local;
 mod node;
 mod overlay_meta;
+mod report;
 mod vm_socket;
 
 pub use daemon::{Options, ServeError, run};

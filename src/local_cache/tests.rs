@@ -159,6 +159,8 @@ impl Fetch for Asked {
         self.0.lock().unwrap().extend(absent);
         Coming::Demand
     }
+
+    fn hint(&self, _: &[Extent]) {}
 }
 
 #[tokio::test(start_paused = true)]

@@ -14,15 +14,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::overlay_meta::OverlayMeta;
+use super::report;
 use super::vm_socket::VmSocket;
 use crate::block::BLOCK_SIZE;
-use crate::control::{
-    ImageStatus, OverlayInfo, Owner, Reply, Request, SourceStatus, Status, TransferStatus, VmInfo,
-};
+use crate::control::{ImageStatus, OverlayInfo, Owner, Reply, Request, Status, VmInfo};
 use crate::digest::Digest;
 use crate::image::increment::{IncrementError, publish_sealed};
 use crate::image_disk::ImageDisk;
 use crate::load::Sampler;
+use crate::local_cache::Reader;
 use crate::name::{HostName, ImageName};
 use crate::overlay::{Overlay, OverlayError};
 use crate::peer::catalogue::Catalogue;
@@ -98,6 +98,8 @@ struct OpenOverlay {
     /// Ends the connections to it.
     closed: CancellationToken,
     stats: Arc<ExportStats>,
+    /// Counts this VM's waiting, if the image was still on its way when it was opened.
+    reader: Option<Arc<Reader>>,
     _image: Arc<OpenImage>,
 }
 
@@ -316,10 +318,15 @@ impl Node {
             let entry = self.store.image(meta.base)?;
             let size = entry.manifest.size;
             let image = self.open_image(inner, entry, 0)?;
-            let overlay = Overlay::open(&dir, Arc::clone(&image.disk), meta.base)?;
+            let cache = self.arrivals.get(meta.base).map(|engine| Arc::clone(engine.cache()));
+            let reader = cache.map(|cache| Arc::new(Reader::new(cache)));
+            let below = reader
+                .as_ref()
+                .map_or_else(|| Arc::clone(&image.disk), |reader| Arc::clone(reader) as SharedDisk);
+            let overlay = Overlay::open(&dir, below, meta.base)?;
             let closed = CancellationToken::new();
             let stats = Arc::default();
-            let open = OpenOverlay { overlay, base: meta.base, size, closed, stats, _image: image };
+            let open = OpenOverlay { overlay, base: meta.base, size, closed, stats, reader, _image: image };
             inner.overlays.insert(name.clone(), open);
         }
         Ok(&inner.overlays[name])
@@ -373,6 +380,7 @@ impl Node {
             reads: open.stats.reads.load(Ordering::Relaxed),
             read_bytes: open.stats.read_bytes.load(Ordering::Relaxed),
             written_bytes: open.stats.written_bytes.load(Ordering::Relaxed),
+            waits: open.reader.as_ref().map(|reader| report::waits(reader.counters())),
         })
     }
 
@@ -460,7 +468,7 @@ impl Node {
                 open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),
                 present: if entry.is_complete() { allocated } else { 0 },
                 allocated,
-                transfer: self.arrivals.get(root).map(|engine| transfer_status(&engine)),
+                transfer: self.arrivals.get(root).map(|engine| report::transfer(&engine)),
             });
         }
         let open: Vec<HostName> = inner.overlays.keys().cloned().collect();
@@ -479,39 +487,6 @@ impl Node {
             overlays,
             vms,
         })
-    }
-}
-
-fn transfer_status(engine: &transfer::Engine) -> TransferStatus {
-    let progress = engine.progress();
-    let counters = engine.counters();
-    let reads = engine.cache().counters();
-    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    TransferStatus {
-        frames: progress.frames,
-        frames_total: progress.frames_total,
-        boot_complete: progress.boot_complete,
-        present: progress.present,
-        bytes: progress.bytes,
-        origin_bytes: counters.origin_bytes.total(),
-        waiting: load(&reads.waiting),
-        stream_wait_ms: load(&reads.stream_wait_us) / 1000,
-        demand_wait_ms: load(&reads.demand_wait_us) / 1000,
-        misses: load(&counters.misses),
-        hedges: load(&counters.hedges),
-        lies: load(&counters.lies),
-        sources: progress
-            .sources
-            .into_iter()
-            .map(|source| SourceStatus {
-                address: source.address,
-                node: source.node,
-                up: source.up,
-                banned: source.banned,
-                complete: source.complete,
-                bytes: source.bytes,
-            })
-            .collect(),
     }
 }
 

@@ -70,8 +70,6 @@ pub struct Counters {
     pub bans: AtomicU64,
     /// Blocks that were found in other images on this node instead of being fetched.
     pub similar_blocks: AtomicU64,
-    /// Reads of blocks that the boot cache does not have.
-    pub misses: AtomicU64,
 }
 
 impl Counters {

@@ -5,7 +5,6 @@
 //! whose reader has gone is forgotten.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio_util::task::TaskTracker;
@@ -16,7 +15,7 @@ use crate::image::tree::GROUP_PAGES;
 use crate::local_cache::{Coming, Fetch};
 use crate::peer::message::{Ask, BLOCKS_MAX, EXTENTS_MAX, to_wire};
 
-use super::counters::{Counters, Kind};
+use super::counters::Kind;
 use super::engine::Shared;
 use super::receive::{self, Wrong};
 use super::request::Terms;
@@ -32,30 +31,31 @@ const DEMAND_BLOCKS_MAX: u64 = 64;
 
 impl Fetch for Shared {
     fn want(&self, absent: &[Extent]) -> Coming {
-        let missed = absent.iter().flat_map(|extent| extent.blocks()).any(|block| !self.is_on_its_way(block));
-        if !missed {
+        if absent.iter().flat_map(|extent| extent.blocks()).all(|block| self.is_on_its_way(block)) {
             return Coming::Stream;
         }
+        self.demand_wake.notify_one();
         let foreseen =
             |block| self.holding.frames().is_some_and(|frames| frames.heads().position(block).is_some());
-        if absent.iter().flat_map(|extent| extent.blocks()).any(|block| !foreseen(block)) {
-            Counters::count(&self.counters.misses);
+        if absent.iter().flat_map(|extent| extent.blocks()).all(foreseen) {
+            return Coming::Demand;
         }
+        self.missed.note(absent.iter().flat_map(|extent| extent.blocks()).filter(|block| !foreseen(*block)));
+        Coming::Miss
+    }
+
+    fn hint(&self, absent: &[Extent]) {
         let mut hints = self.hints.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for extent in absent {
-            if hints.len() < HINTS_MAX {
-                hints.push_back(*extent);
-            }
-        }
+        let room = HINTS_MAX.saturating_sub(hints.len());
+        hints.extend(absent.iter().take(room));
         self.demand_wake.notify_one();
-        Coming::Demand
     }
 }
 
 /// Fetches what is waited for until the engine stops.
 pub(super) async fn run(shared: &Arc<Shared>, tasks: &TaskTracker) {
     loop {
-        if shared.cache.counters().waiting.load(Ordering::Relaxed) > 0 {
+        if shared.cache.counters().waiting() > 0 {
             let _ = tokio::time::timeout(LOOK_AGAIN, shared.demand_wake.notified()).await;
         } else {
             // A reader that waits for the stream wakes nobody: look now and then whether it still comes.

@@ -22,6 +22,7 @@ use crate::store::Store;
 
 use super::counters::{Counters, Kind};
 use super::flight::Flights;
+use super::missed::Missed;
 use super::similar::{self, Similar};
 use super::sources::Sources;
 use super::stream::StreamState;
@@ -130,6 +131,7 @@ pub(super) struct Shared {
     /// Extents to fetch soon for which nobody waits.
     pub(super) hints: Mutex<VecDeque<Extent>>,
     pub(super) demand_wake: Notify,
+    pub(super) missed: Missed,
     pub(super) fill_rate: AtomicU64,
     pub(super) similar: OnceLock<Similar>,
     /// Boot frames are first looked for in other images.
@@ -170,6 +172,7 @@ impl Engine {
             stream: StreamState::new(),
             hints: Mutex::new(VecDeque::new()),
             demand_wake: Notify::new(),
+            missed: Missed::open(dir, holding.root()),
             fill_rate: AtomicU64::new(options.fill_rate),
             fill: CancellationToken::new(),
             similar: OnceLock::new(),
@@ -205,6 +208,14 @@ impl Engine {
     /// The image as guests read it.
     pub fn disk(&self) -> SharedDisk {
         Arc::clone(&self.shared.cache) as SharedDisk
+    }
+
+    /// The lower bound of what the recorded boot has to wait over the goodput that the stream had, in ms, and that
+    /// goodput in bytes a second. None before frames have come.
+    pub fn waiting_min(&self) -> Option<(u64, u64)> {
+        let frames = self.shared.holding.frames()?;
+        let goodput = self.shared.stream.goodput()?;
+        Some((frames.heads().waiting_min_ms(goodput), goodput))
     }
 
     /// The image's local cache.
@@ -339,6 +350,7 @@ impl Shared {
         let shared = Arc::clone(self);
         // The tree first: once the bits say that everything is here, it has to be whole.
         let work = move || {
+            shared.missed.save();
             if shared.cache.is_complete() && shared.holding.tree.is_complete() {
                 shared.holding.tree.sync().map_err(std::io::Error::other)?;
                 shared.cache.save()

@@ -150,7 +150,7 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
 
 /// Waits while a guest does.
 async fn make_way(shared: &Shared) {
-    while shared.cache.counters().waiting.load(Ordering::Relaxed) > 0 && shared.sources.any_up() {
+    while shared.cache.counters().waiting() > 0 && shared.sources.any_up() {
         tokio::time::sleep(YIELD).await;
     }
 }

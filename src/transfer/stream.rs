@@ -3,8 +3,8 @@
 //! Frames are dealt to sources by `crate::choose::relay`; a source may be asked for a frame that it does not have yet,
 //! and answers when it has. A source that is late, breaks or lies is replaced for the frames that it owes.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -39,6 +39,11 @@ pub(super) struct StreamState {
     last_ms: AtomicU64,
     /// Mean time between frames in ms.
     pace_ms: AtomicU64,
+    /// Bytes of frames that came over the network.
+    bytes: AtomicU64,
+    /// When the first frames were asked for, and when the last came, in µs since `epoch`.
+    asked_us: OnceLock<u64>,
+    came_us: AtomicU64,
     over: AtomicBool,
     ended: Notify,
 }
@@ -49,6 +54,9 @@ impl StreamState {
             epoch: Instant::now(),
             last_ms: AtomicU64::new(0),
             pace_ms: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            asked_us: OnceLock::new(),
+            came_us: AtomicU64::new(0),
             over: AtomicBool::new(false),
             ended: Notify::new(),
         }
@@ -63,6 +71,20 @@ impl StreamState {
         let gap = now.saturating_sub(self.last_ms.swap(now, Ordering::Relaxed));
         let pace = self.pace_ms.load(Ordering::Relaxed);
         self.pace_ms.store((pace * 7 + gap) / 8, Ordering::Relaxed);
+    }
+
+    /// A frame of `bytes` has come over the network.
+    fn came(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.came_us.store(micros(self.epoch.elapsed()), Ordering::Relaxed);
+    }
+
+    /// Bytes a second from when the first frames were asked for to the last that came; none before one has.
+    pub(super) fn goodput(&self) -> Option<u64> {
+        let asked_us = *self.asked_us.get()?;
+        let took_us = self.came_us.load(Ordering::Relaxed).saturating_sub(asked_us);
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        (bytes > 0 && took_us > 0).then(|| bytes.saturating_mul(1_000_000) / took_us)
     }
 
     /// Whether frames are coming: none is owed for longer than usual.
@@ -92,6 +114,10 @@ impl StreamState {
     }
 }
 
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Brings the heads of the boot cache, if the image has one.
 pub(super) async fn prepare(shared: &Arc<Shared>) {
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
@@ -108,6 +134,7 @@ pub(super) async fn run(shared: &Arc<Shared>) {
     let frames = shared.holding.frames().expect("the heads have come");
     let lengths: Vec<u64> = frames.heads().frames().iter().map(|frame| u64::from(frame.length)).collect();
     let mut missing = (0..frames.count()).filter(|index| !frames.has(*index)).peekable();
+    shared.stream.asked_us.get_or_init(|| micros(shared.stream.epoch.elapsed()));
     let mut running = FuturesUnordered::new();
     let mut ahead = 0;
     loop {
@@ -214,7 +241,10 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             move || receive::frame(&shared.holding, &shared.cache, index, answered.bulk())
         };
         match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(())) | Err(_) => return,
+            Ok(Ok(())) | Err(_) => {
+                shared.stream.came(bytes);
+                return;
+            }
             Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
             Ok(Err(error @ Wrong::Local(_))) => {
                 tracing::error!(image = %shared.holding.root().short(), %error, "trying again");

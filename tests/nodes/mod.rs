@@ -1,6 +1,10 @@
 //! Nodes within one process, each with a store and a peer server on loopback, and an image to hand around.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails with the reason")]
+#![allow(
+    clippy::unwrap_used,
+    dead_code,
+    reason = "each test program uses a part of it, and fails when it cannot"
+)]
 
 use std::net::SocketAddr;
 use std::path::Path;
