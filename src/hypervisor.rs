@@ -19,6 +19,7 @@ use crate::name::HostName;
 pub mod domain;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+pub mod memory;
 
 /// What kind of thing an instance is; also what kind of image it starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
