@@ -226,7 +226,7 @@ impl Instance {
         Info {
             state,
             cpu: f64::from(busy),
-            memory_bytes: u64::from(busy) * u64::from(self.launch.memory_mib) << 19,
+            memory_bytes: (u64::from(busy) * u64::from(self.launch.memory_mib)) << 19,
             network_bytes: [0, 0],
         }
     }
@@ -261,8 +261,9 @@ mod tests {
     async fn an_instance_starts_once_ends_and_is_forgotten() {
         let heard = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&heard);
-        let hypervisor = MemoryHypervisor::new(InstanceType::Container)
-            .observed_by(move |_| drop(counter.fetch_add(1, Ordering::Relaxed)));
+        let hypervisor = MemoryHypervisor::new(InstanceType::Container).observed_by(move |_| {
+            counter.fetch_add(1, Ordering::Relaxed);
+        });
         let one = launch("one");
         hypervisor.launch(&one).await.unwrap();
         hypervisor.launch(&one).await.unwrap();
