@@ -15,6 +15,7 @@ mod overlay;
 mod progress;
 mod pull;
 mod record;
+mod replay;
 mod serve;
 mod session;
 mod simulate;
@@ -95,6 +96,8 @@ enum Command {
     Serve(serve::Args),
     /// Boot an image, see what it reads, and make its boot cache
     Record(record::Args),
+    /// Play a recorded boot against any NBD export, and see how long its reads wait
+    Replay(replay::Args),
     /// Simulate a burst of boots on many nodes, and compare how sources are chosen
     Simulate(simulate::Args),
     /// Print a completion script for a shell
@@ -117,6 +120,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status(args) => status::run(&cli.globals, &args),
         Command::Serve(args) => serve::run(&cli.globals, args),
         Command::Record(args) => record::run(&cli.globals, args),
+        Command::Replay(args) => replay::run(&cli.globals, &args),
         Command::Simulate(args) => simulate::run(&cli.globals, &args),
         Command::Completions(args) => completions::run(&args),
     }

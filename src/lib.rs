@@ -20,6 +20,7 @@ pub mod overlay;
 pub mod peer;
 pub mod qemu;
 pub mod record;
+pub mod replay;
 pub mod serve;
 pub mod simulate;
 pub mod store;
