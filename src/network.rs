@@ -1,12 +1,25 @@
 //! The layer-2 networks that instances of a plan share (thesis, section 3.6).
 //!
-//! A network is a Linux bridge of the host. [`NetworkSpec`] says which; `Networks` makes and removes them.
+//! A network is a Linux bridge of the host, over which VMs (taps) and containers (veths) see each other; an uplink, a
+//! card of the host, joins the bridges of several hosts. In a VLAN the uplink's port is an 802.1Q device on that card,
+//! so that one cable carries many networks apart from each other. [`NetworkSpec`] says what there is to be,
+//! [`Networks`] makes and removes it. Routers between networks are instances (thesis, 3.6.2). Open vSwitch is not built.
+//!
+//! What is made here carries its node's and network's name as the link's alias, and so is found again by a later
+//! process. A bridge without one was there before: it is used, and never changed nor removed.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::name::HostName;
+use links::{Link, Links};
+
+mod links;
+
+/// The longest name of a device that Linux knows, in bytes.
+pub const DEVICE_NAME_MAX: usize = 15;
 
 /// A network as one node has to have it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,8 +37,351 @@ pub struct NetworkSpec {
     pub node_address: Option<IpAddr>,
     /// The host's card that joins the bridges of several hosts.
     pub uplink: Option<String>,
-    /// VLAN on the uplink: 1 to 4094. Needs a kernel with VLAN filtering.
+    /// VLAN on the uplink: 1 to 4094. Needs a kernel with 802.1Q.
     pub vlan: Option<u16>,
     /// Largest packet in bytes.
     pub mtu: Option<u32>,
+}
+
+/// What was not done to a network, and what to do about it.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum NetworkError {
+    /// The description cannot be made on any host.
+    #[error("network {network}: {reason}")]
+    Invalid {
+        /// The network.
+        network: HostName,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// This host is not as the description wants it.
+    #[error("network {network}: {reason}")]
+    Host {
+        /// The network.
+        network: HostName,
+        /// What is in the way, and what to do.
+        reason: String,
+    },
+    /// Something is still connected.
+    #[error("network {network}: {bridge} is in use by {}", ports.join(", "))]
+    InUse {
+        /// The network.
+        network: HostName,
+        /// Its bridge.
+        bridge: String,
+        /// Devices that are ports of it.
+        ports: Vec<String>,
+    },
+    /// The process may not.
+    #[error("changing networks needs the capability CAP_NET_ADMIN: run it as root")]
+    NotAllowed,
+    /// The kernel refused.
+    #[error("cannot {action}: {reason}")]
+    Kernel {
+        /// What was tried.
+        action: String,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// The networks of one node, on the host whose network namespace this process is in.
+///
+/// Holds no state: the kernel has it. Calls for one network come one by one.
+#[derive(Debug, Clone)]
+pub struct Networks {
+    node: HostName,
+}
+
+impl Networks {
+    /// The networks of the node of that name.
+    pub fn new(node: HostName) -> Self {
+        Self { node }
+    }
+
+    /// Makes the network, or completes what there is of it; nothing to do is no error.
+    ///
+    /// # Errors
+    /// When the description does not fit the host, nothing was made. When the kernel refuses, what was made stays for
+    /// another try, or for [`Networks::remove`]; the bridge comes up last.
+    pub async fn ensure(&self, spec: &NetworkSpec) -> Result<(), NetworkError> {
+        check(spec)?;
+        let links = Links::open()?;
+        let refused = |reason: String| NetworkError::Host { network: spec.name.clone(), reason };
+        let bridge = links.find(&spec.bridge).await?;
+        if let Some(bridge) = &bridge {
+            if !bridge.is_bridge {
+                return Err(refused(format!("{} is there and is no bridge: take another name", bridge.name)));
+            }
+            if bridge.alias.as_deref() != Some(&*self.mark(&spec.name)) {
+                return self.check_foreign(&links, spec, bridge).await;
+            }
+        }
+        let uplink = self.uplink(&links, spec).await?;
+        if let Some(port) = &uplink
+            && let Some(other) =
+                port.bridge.filter(|other| bridge.as_ref().map(|it| it.index) != Some(*other))
+        {
+            let other = links.name_of(other).await?;
+            return Err(refused(format!(
+                "{} is a port of the bridge {other} already: take {other} as the network's bridge, or give the network \
+                 another card or a VLAN",
+                port.name
+            )));
+        }
+        let bridge = match bridge {
+            Some(bridge) => bridge,
+            None => self.create(&links, spec).await?,
+        };
+        if let Some(port) = &uplink {
+            if let Some(mtu) = spec.mtu {
+                links.set_mtu(port, mtu).await?; // a bridge has no larger one than its ports
+            }
+            links.join(port, &bridge).await?;
+        }
+        if let Some(mtu) = spec.mtu {
+            links.set_mtu(&bridge, mtu).await?;
+        }
+        if let Some(address) = spec.node_address {
+            links.add_address(&bridge, address, spec.subnet.1).await?;
+        }
+        links.set_up(&bridge).await
+    }
+
+    /// Removes a network that [`Networks::ensure`] made; what is not there, or was there before, is no error.
+    ///
+    /// # Errors
+    /// [`NetworkError::InUse`] while an instance is connected.
+    pub async fn remove(&self, network: &HostName) -> Result<(), NetworkError> {
+        let links = Links::open()?;
+        let mark = self.mark(network);
+        let all = links.all().await?;
+        let ours: Vec<&Link> = all.iter().filter(|link| link.alias.as_deref() == Some(&*mark)).collect();
+        for bridge in ours.iter().filter(|link| link.is_bridge) {
+            // A card of the host is a port that stays; taps and veths are instances.
+            let instances = all.iter().filter(|port| port.bridge == Some(bridge.index) && port.is_instance);
+            let ports: Vec<String> = instances.map(|port| port.name.clone()).collect();
+            if !ports.is_empty() {
+                let (network, bridge) = (network.clone(), bridge.name.clone());
+                return Err(NetworkError::InUse { network, bridge, ports });
+            }
+        }
+        for link in ours {
+            links.delete(link).await?;
+        }
+        Ok(())
+    }
+
+    /// The networks of this node that are there, by name, with their bridges.
+    pub async fn list(&self) -> Result<BTreeMap<HostName, String>, NetworkError> {
+        let prefix = format!("{MARK}:{}:", self.node);
+        let links = Links::open()?.all().await?;
+        let ours = links.into_iter().filter(|link| link.is_bridge).filter_map(|link| {
+            let network = link.alias.as_deref()?.strip_prefix(&prefix)?.parse().ok()?;
+            Some((network, link.name))
+        });
+        Ok(ours.collect())
+    }
+
+    /// The alias of everything that belongs to a network of this node.
+    fn mark(&self, network: &HostName) -> String {
+        format!("{MARK}:{}:{network}", self.node)
+    }
+
+    /// Makes a marked bridge. It has another name until it is marked: a device of its final name without a mark is
+    /// somebody else's, even after this process was killed at any moment.
+    async fn create(&self, links: &Links, spec: &NetworkSpec) -> Result<Link, NetworkError> {
+        let (half_made, digest) = self.half_made(links, spec).await?;
+        // An address of its own (locally administered), or the bridge would change it with every port that comes.
+        let [a, b, c, d, e, ..] = *digest.as_bytes();
+        links.create_bridge(&half_made, [0x02, a, b, c, d, e]).await?;
+        self.finish(links, spec, &half_made, &spec.bridge).await
+    }
+
+    /// The name of what is being made for a network, of which nothing is left now.
+    async fn half_made(
+        &self,
+        links: &Links,
+        spec: &NetworkSpec,
+    ) -> Result<(String, blake3::Hash), NetworkError> {
+        let digest = blake3::hash(self.mark(&spec.name).as_bytes());
+        let name = format!("bcnew{}", &digest.to_hex()[..8]);
+        if let Some(left) = links.find(&name).await? {
+            links.delete(&left).await?;
+        }
+        Ok((name, digest))
+    }
+
+    /// Marks what was made and gives it its final name.
+    async fn finish(
+        &self,
+        links: &Links,
+        spec: &NetworkSpec,
+        half_made: &str,
+        name: &str,
+    ) -> Result<Link, NetworkError> {
+        let link = links.expect(half_made).await?;
+        links.mark_and_rename(&link, &self.mark(&spec.name), name).await?;
+        links.expect(name).await
+    }
+
+    /// A bridge that was there before must be as the network needs it.
+    async fn check_foreign(
+        &self,
+        links: &Links,
+        spec: &NetworkSpec,
+        bridge: &Link,
+    ) -> Result<(), NetworkError> {
+        let refused = |reason: String| NetworkError::Host { network: spec.name.clone(), reason };
+        if let Some(other) = bridge.alias.as_deref().filter(|alias| alias.starts_with(&format!("{MARK}:"))) {
+            return Err(refused(format!("{} is the bridge of {other}: take another name", spec.bridge)));
+        }
+        let Some(uplink) = &spec.uplink else { return Ok(()) };
+        let port = links.find(uplink).await?.filter(|port| port.bridge == Some(bridge.index));
+        if port.is_none() || spec.vlan.is_some() {
+            return Err(refused(format!(
+                "the bridge {} was there before, and {uplink} is not a port of it as the network wants: add it, or \
+                 leave uplink and vlan out",
+                spec.bridge
+            )));
+        }
+        Ok(())
+    }
+
+    /// The device that is to be the bridge's port to other hosts.
+    async fn uplink(&self, links: &Links, spec: &NetworkSpec) -> Result<Option<Link>, NetworkError> {
+        let Some(name) = &spec.uplink else { return Ok(None) };
+        let refused = |reason: String| NetworkError::Host { network: spec.name.clone(), reason };
+        let Some(card) = links.find(name).await? else {
+            return Err(refused(format!("this host has no network card {name} (see `ip link`)")));
+        };
+        let Some(vlan) = spec.vlan else {
+            let address = links.addresses(&card).await?.into_iter().find(|address| !is_link_local(*address));
+            // In a bridge its address would stop working, and with it maybe this very connection.
+            if let Some(address) = address.filter(|_| card.bridge.is_none()) {
+                return Err(refused(format!(
+                    "{name} has the host's address {address}, which would stop working in a bridge: give the network a \
+                     card of its own or a VLAN, or name a bridge that has {name} in it"
+                )));
+            }
+            return Ok(Some(card));
+        };
+        let mark = self.mark(&spec.name);
+        let port = vlan_device(&card, vlan);
+        match links.find(&port).await? {
+            Some(link) if link.alias == Some(mark) => return Ok(Some(link)),
+            Some(_) => {
+                return Err(refused(format!("{port} was there before: take another VLAN, or remove it")));
+            }
+            None => {}
+        }
+        let (half_made, _) = self.half_made(links, spec).await?;
+        if !links.create_vlan(&half_made, &card, vlan).await? {
+            return Err(refused(
+                "this kernel has no VLANs (CONFIG_VLAN_8021Q, module 8021q): leave vlan out, or give each network a \
+                 card of its own"
+                    .to_owned(),
+            ));
+        }
+        links.set_up(&card).await?;
+        self.finish(links, spec, &half_made, &port).await.map(Some)
+    }
+}
+
+/// First word of the alias of what is made here.
+const MARK: &str = "bootcache";
+
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+/// Name of the 802.1Q device for a VLAN on a card: `eth0.10`, or by the card's number where that is too long.
+fn vlan_device(card: &Link, vlan: u16) -> String {
+    let name = format!("{}.{vlan}", card.name);
+    if name.len() <= DEVICE_NAME_MAX { name } else { format!("bc{}.{vlan}", card.index) }
+}
+
+/// Whether the kernel can have a device of this name.
+fn is_device_name(name: &str) -> bool {
+    (1..=DEVICE_NAME_MAX).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':'))
+        && name != "."
+        && name != ".."
+}
+
+/// What is wrong with a description whatever the host.
+fn check(spec: &NetworkSpec) -> Result<(), NetworkError> {
+    let invalid = |reason: String| Err(NetworkError::Invalid { network: spec.name.clone(), reason });
+    for name in std::iter::once(&spec.bridge).chain(&spec.uplink) {
+        if !is_device_name(name) {
+            return invalid(format!(
+                "'{name}' is no name of a device: 1 to {DEVICE_NAME_MAX} of a-z A-Z 0-9 . _ -"
+            ));
+        }
+    }
+    let (subnet, prefix) = spec.subnet;
+    if prefix > if subnet.is_ipv4() { 32 } else { 128 } {
+        return invalid(format!("{subnet}/{prefix} is no subnet"));
+    }
+    if spec.node_address.is_some_and(|address| address.is_ipv4() != subnet.is_ipv4()) {
+        return invalid(format!("the node's address is not of the family of {subnet}/{prefix}"));
+    }
+    match spec.vlan {
+        Some(vlan) if !(1..=4094).contains(&vlan) => invalid(format!("VLAN {vlan} is not 1 to 4094")),
+        Some(_) if spec.uplink.is_none() => {
+            invalid("a VLAN is one on an uplink, and there is none".to_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> NetworkSpec {
+        NetworkSpec {
+            name: "lab".parse().unwrap(),
+            bridge: "br-lab".to_owned(),
+            subnet: ("10.1.0.0".parse().unwrap(), 24),
+            gateway: None,
+            node_address: None,
+            uplink: None,
+            vlan: None,
+            mtu: None,
+        }
+    }
+
+    #[test]
+    fn what_no_host_can_have_is_refused_before_anything_is_touched() {
+        assert!(check(&spec()).is_ok());
+        let wrong: [fn(&mut NetworkSpec); 7] = [
+            |spec| spec.bridge = "a-bridge-name-of-16".to_owned(),
+            |spec| spec.bridge = String::new(),
+            |spec| spec.bridge = "a/b".to_owned(),
+            |spec| spec.subnet.1 = 33,
+            |spec| spec.node_address = Some("fd00::1".parse().unwrap()),
+            |spec| spec.vlan = Some(10),
+            |spec| (spec.vlan, spec.uplink) = (Some(4095), Some("eth0".to_owned())),
+        ];
+        for change in wrong {
+            let mut spec = spec();
+            change(&mut spec);
+            assert!(matches!(check(&spec), Err(NetworkError::Invalid { .. })), "{spec:?}");
+        }
+    }
+
+    #[test]
+    fn the_device_of_a_vlan_has_a_name_that_linux_can_hold() {
+        let card = |name: &str| {
+            let mut card = Link::default();
+            (card.name, card.index) = (name.to_owned(), 7);
+            card
+        };
+        assert_eq!(vlan_device(&card("eth0"), 10), "eth0.10");
+        assert_eq!(vlan_device(&card("enp175s0f0np0"), 4094), "bc7.4094");
+    }
 }
