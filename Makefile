@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak check bench-boot clean
+.PHONY: help setup guests build demo test soak check bench-boot bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +38,9 @@ check: setup ## formatting, lints, documentation, licences
 bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 Gbit/s, ten times each
 	$(CARGO) bench --locked --bench guests -- --rate 100
 	$(CARGO) bench --locked --bench guests -- --rate 1000
+
+bench-nbd: setup ## bootcache, qemu-nbd and nbdkit side by side, with fio; the table also as target/bench-nbd.json
+	$(CARGO) bench --locked --bench nbd -- --json target/bench-nbd.json
 
 clean: ## remove what was built (guests and images kept in the cache folder stay)
 	$(CARGO) clean
