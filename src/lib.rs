@@ -18,6 +18,7 @@ pub mod name;
 pub mod network;
 pub mod overlay;
 pub mod peer;
+pub mod plan;
 pub mod qemu;
 pub mod record;
 pub mod replay;

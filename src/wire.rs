@@ -1,8 +1,10 @@
 //! What crosses a TCP or control connection between bootcache processes: MFD frames.
 //!
-//! [`frame`] turns bytes into frames and back and does no I/O; [`io`] moves frames over a connection. What the
-//! payloads mean is said where they are used: peers in `crate::peer`, the control plane in `crate::controller` and
-//! `crate::agent`, the local control socket in `crate::control`.
+//! [`frame`] turns bytes into frames and back and does no I/O; [`io`] moves frames over a connection; [`link`] is a
+//! connection of requests and replies, from either end. [`cluster`] is what controller, agents and users say to each
+//! other; what peers say is in `crate::peer`, what the local control socket carries in `crate::control`.
 
+pub mod cluster;
 pub mod frame;
 pub mod io;
+pub mod link;

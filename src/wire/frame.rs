@@ -50,6 +50,11 @@ impl FrameType {
     /// The controller has a node end its part of a deployment.
     pub const END_PART: Self = Self(0x09);
 
+    /// A user has images brought to nodes ahead of demand.
+    pub const PREFETCH: Self = Self(0x20);
+    /// The controller has a node fetch an image.
+    pub const FETCH: Self = Self(0x21);
+
     /// First message of a peer connection: version and who speaks.
     pub const PEER_HELLO: Self = Self(0x10);
     /// A request to a peer for data.

@@ -1,0 +1,294 @@
+//! A plan whose instances have their places, as the parts that the nodes carry out.
+//!
+//! Names, addresses, hardware addresses and bridges are decided here and nowhere else, from the plan, the task's number
+//! and the cluster's identity alone.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+
+use super::check::{Mistake, Step};
+use super::place::Placed;
+use super::{Group, Network, Plan, UntilUp};
+use crate::digest::Digest;
+use crate::hypervisor::Nic;
+use crate::name::{HostName, ImageName};
+use crate::network::NetworkSpec;
+use crate::wire::cluster::{InstanceOrder, Needed, Part, UpWhen};
+
+/// What a plan becomes.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'c> {
+    /// The cluster's identity.
+    pub cluster: &'c str,
+    /// The task's number.
+    pub task: i64,
+    /// Where guests report, if anywhere.
+    pub report: Option<SocketAddr>,
+}
+
+/// The parts of `plan`, by the index of their node in `nodes`; `images` are the images that it names.
+///
+/// # Errors
+/// A network that has too few addresses for its nodes.
+pub fn expand(
+    plan: &Plan,
+    placed: &[Placed],
+    nodes: &[HostName],
+    images: &HashMap<ImageName, Needed>,
+    context: Context<'_>,
+) -> Result<BTreeMap<usize, Part>, Vec<Mistake>> {
+    let mut networks = BTreeMap::new();
+    for (name, network) in &plan.networks {
+        let users: BTreeSet<usize> = placed
+            .iter()
+            .filter(|p| plan.groups[p.group].networks.iter().any(|card| card.network == *name))
+            .map(|p| p.node)
+            .collect();
+        let addresses = Addresses::new(plan, name, network, &users).ok_or_else(|| {
+            let path = ["networks", name.as_str(), "subnet"].map(|key| Step::Key(key.to_owned())).to_vec();
+            let message = format!("{} has too few addresses for instances and nodes", network.subnet);
+            vec![Mistake { path, message }]
+        })?;
+        networks.insert(name, addresses);
+    }
+    let mut parts: BTreeMap<usize, Part> = BTreeMap::new();
+    let mut ordered = placed.to_vec();
+    ordered.sort_by_key(|p| (p.group, p.number));
+    for place in ordered {
+        let group = &plan.groups[place.group];
+        let order = order(plan, group, place, &mut networks, context);
+        let part = parts.entry(place.node).or_insert_with(|| Part {
+            networks: Vec::new(),
+            images: Vec::new(),
+            instances: Vec::new(),
+            report: context.report,
+        });
+        if part.images.iter().all(|image| image.name != group.image) {
+            part.images.push(images[&group.image].clone());
+        }
+        for card in &group.networks {
+            if part.networks.iter().all(|network| network.name != card.network) {
+                let addresses = &networks[&card.network];
+                part.networks.push(spec(plan, &card.network, &nodes[place.node], place.node, addresses, context));
+            }
+        }
+        part.instances.push(order);
+    }
+    Ok(parts)
+}
+
+fn order(
+    plan: &Plan,
+    group: &Group,
+    place: Placed,
+    networks: &mut BTreeMap<&HostName, Addresses>,
+    context: Context<'_>,
+) -> InstanceOrder {
+    let name = format!("{}-{}-{}-{}", plan.name, context.task, group.name, place.number + 1);
+    let name: HostName = name.parse().expect("the plan was checked: its names fit together");
+    let nics = group
+        .networks
+        .iter()
+        .enumerate()
+        .map(|(index, card)| {
+            let network = &plan.networks[&card.network];
+            let addresses = networks.get_mut(&card.network).expect("there is one for each network");
+            let address = match card.address {
+                Some(first) => network
+                    .subnet
+                    .number(first)
+                    .and_then(|number| network.subnet.host(number + u128::from(place.number)))
+                    .expect("the plan was checked: its addresses are inside"),
+                None => addresses.next().expect("they were counted"),
+            };
+            Nic {
+                network: card.network.clone(),
+                bridge: bridge(plan, &card.network, context),
+                mac: mac(context.cluster, &name, index),
+                address: Some((address, network.subnet.prefix())),
+                gateway: network.gateway.filter(|gateway| *gateway != address),
+                vlan: network.vlan,
+            }
+        })
+        .collect();
+    InstanceOrder {
+        name,
+        kind: group.kind,
+        image: group.image.clone(),
+        cpus: group.cpus,
+        memory_mib: group.memory.0,
+        nics,
+        env: group.env.clone(),
+        command: group.command.clone(),
+        privileged: group.privileged,
+        template: group.template.clone(),
+        up_when: match &group.until {
+            UntilUp::Started => UpWhen::Started,
+            UntilUp::Report => UpWhen::Report,
+            UntilUp::Serial(pattern) => UpWhen::Serial(pattern.clone()),
+        },
+        time_limit_s: group.time_limit,
+    }
+}
+
+fn spec(
+    plan: &Plan,
+    name: &HostName,
+    node: &HostName,
+    index: usize,
+    addresses: &Addresses,
+    context: Context<'_>,
+) -> NetworkSpec {
+    let network = &plan.networks[name];
+    NetworkSpec {
+        name: name.clone(),
+        bridge: bridge(plan, name, context),
+        subnet: (network.subnet.network(), network.subnet.prefix()),
+        gateway: network.gateway,
+        node_address: addresses.nodes.get(&index).copied(),
+        uplink: network.uplink.as_ref().and_then(|uplink| uplink.on(node)).map(str::to_owned),
+        vlan: network.vlan,
+        mtu: network.mtu,
+    }
+}
+
+/// The bridge of a network: the user's, or one with a name that no other task has.
+fn bridge(plan: &Plan, network: &HostName, context: Context<'_>) -> String {
+    plan.networks[network].bridge.clone().unwrap_or_else(|| {
+        let text = format!("{} {} {network}", context.cluster, context.task);
+        format!("bc{}", &Digest::of(text.as_bytes()).to_string()[..10])
+    })
+}
+
+/// A locally administered hardware address: 46 bits of a digest, so that thousands of instances do not meet.
+fn mac(cluster: &str, instance: &HostName, card: usize) -> String {
+    let Digest([a, b, c, d, e, f, ..]) = Digest::of(format!("{cluster} {instance} {card}").as_bytes());
+    format!("{:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}", a & 0xfc | 0x02)
+}
+
+/// The addresses of a network: those of nodes, and those that are still free.
+struct Addresses {
+    nodes: BTreeMap<usize, IpAddr>,
+    free: std::vec::IntoIter<IpAddr>,
+}
+
+impl Addresses {
+    /// `None` when there are too few.
+    fn new(plan: &Plan, name: &HostName, network: &Network, users: &BTreeSet<usize>) -> Option<Self> {
+        let mut taken: HashSet<IpAddr> = network.gateway.into_iter().collect();
+        let mut wanted = 0;
+        for group in &plan.groups {
+            for card in group.networks.iter().filter(|card| card.network == *name) {
+                match card.address.and_then(|first| network.subnet.number(first)) {
+                    Some(first) => {
+                        let numbers = first..first + u128::from(group.total());
+                        taken.extend(numbers.filter_map(|number| network.subnet.host(number)));
+                    }
+                    None => wanted += group.total(),
+                }
+            }
+        }
+        // Nodes take theirs from the top, instances from the bottom.
+        let hosts = network.subnet.hosts();
+        let mut from_top = (1..=hosts).rev().filter_map(|number| network.subnet.host(number));
+        let mut nodes = BTreeMap::new();
+        for user in users {
+            let address = from_top.by_ref().find(|address| !taken.contains(address))?;
+            taken.insert(address);
+            nodes.insert(*user, address);
+        }
+        let wanted = usize::try_from(wanted).expect("a plan has at most 10,000 instances");
+        let free: Vec<IpAddr> = (1..=hosts)
+            .filter_map(|number| network.subnet.host(number))
+            .filter(|address| !taken.contains(address))
+            .take(wanted)
+            .collect();
+        (free.len() == wanted).then(|| Self { nodes, free: free.into_iter() })
+    }
+
+    fn next(&mut self) -> Option<IpAddr> {
+        self.free.next()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(names: &[&str]) -> Vec<HostName> {
+        names.iter().map(|name| name.parse().unwrap()).collect()
+    }
+
+    fn expanded() -> BTreeMap<usize, Part> {
+        let plan: Plan = toml::from_str(
+            r#"
+            name = "lab"
+            [networks.lan]
+            subnet = "10.0.0.0/24"
+            gateway = "10.0.0.1"
+            uplink = { n1 = "eth1" }
+            [networks.back]
+            subnet = "fd00::/64"
+            bridge = "br-back"
+            [[groups]]
+            name = "web"
+            type = "vm"
+            image = "debian"
+            count = 3
+            networks = [{ network = "lan" }, { network = "back" }]
+            [[groups]]
+            name = "router"
+            type = "vm"
+            image = "debian"
+            networks = [{ network = "lan", address = "10.0.0.1" }]
+            "#,
+        )
+        .unwrap();
+        let placed: Vec<_> = [(0, 0, 0), (0, 1, 1), (0, 2, 0), (1, 0, 1)]
+            .map(|(group, number, node)| Placed { group, number, node })
+            .to_vec();
+        let image = "debian".parse::<ImageName>().unwrap();
+        let needed =
+            Needed { name: image.clone(), root: Digest::of(b"i"), size: 4096, sources: Vec::new() };
+        let images = HashMap::from([(image, needed)]);
+        let context = Context { cluster: "c", task: 7, report: None };
+        expand(&plan, &placed, &names(&["n1", "n2"]), &images, context).unwrap()
+    }
+
+    #[test]
+    fn every_instance_has_a_name_and_addresses_of_its_own() {
+        let parts = expanded();
+        let all: Vec<_> = parts.values().flat_map(|part| &part.instances).collect();
+        let mut names: Vec<_> = all.iter().map(|instance| instance.name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["lab-7-router-1", "lab-7-web-1", "lab-7-web-2", "lab-7-web-3"]);
+        let nics: Vec<_> = all.iter().flat_map(|instance| &instance.nics).collect();
+        for what in [
+            nics.iter().map(|nic| nic.mac.clone()).collect::<BTreeSet<_>>(),
+            nics.iter().map(|nic| nic.address.unwrap().0.to_string()).collect(),
+        ] {
+            assert_eq!(what.len(), nics.len(), "{what:?}");
+        }
+        let router = all.iter().find(|instance| instance.name.as_str() == "lab-7-router-1").unwrap();
+        assert_eq!(router.nics[0].gateway, None);
+        assert_eq!(router.nics[0].address, Some(("10.0.0.1".parse().unwrap(), 24)));
+    }
+
+    #[test]
+    fn nodes_have_addresses_that_no_instance_has() {
+        let parts = expanded();
+        let lan = |node: usize| parts[&node].networks.iter().find(|n| n.name.as_str() == "lan").unwrap();
+        assert_eq!(lan(0).node_address, Some("10.0.0.254".parse().unwrap()));
+        assert_eq!(lan(1).node_address, Some("10.0.0.253".parse().unwrap()));
+        assert_eq!((lan(0).uplink.as_deref(), lan(1).uplink.as_deref()), (Some("eth1"), None));
+        assert_eq!(lan(0).bridge, lan(1).bridge);
+        assert_eq!(lan(0).bridge.len(), 12);
+        let back = parts[&0].networks.iter().find(|n| n.name.as_str() == "back").unwrap();
+        assert_eq!(back.bridge, "br-back");
+    }
+
+    #[test]
+    fn the_same_plan_becomes_the_same_parts() {
+        assert_eq!(expanded(), expanded());
+    }
+}

@@ -1,0 +1,285 @@
+//! A connection of the control plane, from either end: requests of [`super::cluster`] and their replies.
+//!
+//! A reply must carry the id of its request, and every wait has a deadline: a connection on which either fails is
+//! not used again. On the answering side, what is not understood is answered with a clear error; what is not even a
+//! frame, or is longer than [`CONTROL_PAYLOAD_MAX`], ends the connection.
+
+use std::io;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{AnyRequest, Body, Fault, FaultCode, PROTOCOL_VERSION, Reply, Request};
+use super::frame::{self, CONTROL_PAYLOAD_MAX, FrameType};
+use super::io::{WireError, read_frame, write_message};
+use crate::peer::transport::Transport;
+
+/// How long a connection may be silent before its answering side closes it.
+const IDLE_MAX: Duration = Duration::from_secs(120);
+/// How long a frame may take once it has begun to arrive, and a reply to be taken.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a call was not answered, or was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The other side said no.
+    #[error("{0}")]
+    Refused(#[from] Fault),
+    /// The connection broke, or carried nonsense.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// There was no answer in time.
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+    /// The answer was to something else.
+    #[error("the answer does not belong to the request")]
+    OutOfTurn,
+}
+
+impl From<io::Error> for CallError {
+    fn from(error: io::Error) -> Self {
+        Self::Wire(error.into())
+    }
+}
+
+/// The asking end of a connection.
+pub struct Link {
+    stream: Box<dyn Transport>,
+    last_id: u64,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("last_id", &self.last_id).finish_non_exhaustive()
+    }
+}
+
+impl Link {
+    /// Speaks over `stream`, on which nothing has been said yet.
+    pub fn new(stream: Box<dyn Transport>) -> Self {
+        Self { stream, last_id: 0 }
+    }
+
+    /// Sends a request and waits for its answer, `limit` at most.
+    ///
+    /// After any error but [`CallError::Refused`], and when the future is dropped, the link must not be used again; the
+    /// request may have been carried out.
+    pub async fn call<B: Body>(&mut self, body: &B, limit: Duration) -> Result<B::Answer, CallError> {
+        self.last_id += 1;
+        let id = self.last_id;
+        let version = (id == 1).then_some(PROTOCOL_VERSION);
+        let exchange = async {
+            write_message(&mut self.stream, B::TYPE, &Request { id, version, body }).await?;
+            let closed = || WireError::Io(io::ErrorKind::UnexpectedEof.into());
+            let (frame_type, payload) =
+                read_frame(&mut self.stream, CONTROL_PAYLOAD_MAX).await?.ok_or_else(closed)?;
+            if frame_type != FrameType::REPLY {
+                return Err(CallError::OutOfTurn);
+            }
+            let reply: Reply<B::Answer> = frame::decode(&payload).map_err(WireError::from)?;
+            match (reply.id == id, reply.ok, reply.error) {
+                (true, Some(answer), None) => Ok(answer),
+                (true, None, Some(fault)) => Err(CallError::Refused(fault)),
+                // What could not be read has no id to give back.
+                (false, None, Some(fault)) if reply.id == 0 => Err(CallError::Refused(fault)),
+                _ => Err(CallError::OutOfTurn),
+            }
+        };
+        tokio::time::timeout(limit, exchange).await.unwrap_or(Err(CallError::TimedOut(limit)))
+    }
+}
+
+/// A request that has arrived and is still encoded; [`Arrived::body`] opens it.
+#[derive(Debug)]
+pub struct Arrived {
+    /// What it is.
+    pub frame_type: FrameType,
+    id: u64,
+    payload: Vec<u8>,
+}
+
+/// An encoded reply.
+pub type Answer = Result<Vec<u8>, Fault>;
+
+impl Arrived {
+    /// The body, as the frame type has it.
+    ///
+    /// # Errors
+    /// [`FaultCode::Malformed`].
+    pub fn body<B: Body>(&self) -> Result<B, Fault> {
+        match frame::decode::<Request<B>>(&self.payload) {
+            Ok(request) => Ok(request.body),
+            Err(error) => Err(Fault::new(FaultCode::Malformed, error.to_string())),
+        }
+    }
+
+    /// The reply with `answer`, encoded.
+    pub fn reply<B: Body>(&self, answer: B::Answer) -> Answer {
+        encoded(&Reply { id: self.id, ok: Some(answer), error: None })
+    }
+
+    /// The fault for a frame type that this side does not take.
+    pub fn unknown(&self) -> Fault {
+        let message = format!("frames of type {:#04x} are not known here", self.frame_type.0);
+        Fault::new(FaultCode::UnknownType, message)
+    }
+}
+
+fn encoded<T: Serialize>(reply: &Reply<T>) -> Answer {
+    frame::encode(FrameType::REPLY, reply)
+        .map_err(|error| Fault::new(FaultCode::Failed, format!("the answer cannot be sent: {error}")))
+}
+
+/// Answers the requests of one connection with `handler` until the other side leaves, is silent for two minutes, breaks
+/// the protocol, or `cancel`.
+pub async fn answer<H, F>(
+    stream: &mut Box<dyn Transport>,
+    cancel: &CancellationToken,
+    handler: H,
+) -> Result<(), WireError>
+where
+    H: Fn(Arrived) -> F,
+    F: Future<Output = Answer>,
+{
+    use tokio::io::AsyncWriteExt;
+    let mut spoken = false;
+    loop {
+        let frame = tokio::select! {
+            () = cancel.cancelled() => return Ok(()),
+            frame = tokio::time::timeout(IDLE_MAX, read_frame(stream, CONTROL_PAYLOAD_MAX)) => frame,
+        };
+        let frame = frame.map_err(|_| WireError::Io(io::ErrorKind::TimedOut.into()))?;
+        let Some((frame_type, payload)) = frame? else { return Ok(()) };
+        let (id, checked) = check(frame_type, payload, &mut spoken);
+        let answer = match checked {
+            Ok(arrived) => handler(arrived).await,
+            Err(fault) => Err(fault),
+        };
+        let bytes = match answer {
+            Ok(bytes) => bytes,
+            Err(fault) => {
+                frame::encode(FrameType::REPLY, &Reply::<()> { id, ok: None, error: Some(fault) })?
+            }
+        };
+        let sent = async {
+            stream.write_all(&bytes).await?;
+            stream.flush().await
+        };
+        tokio::time::timeout(FRAME_TIMEOUT, sent).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    }
+}
+
+/// The id of a request, and the request if its version is right.
+fn check(frame_type: FrameType, payload: Vec<u8>, spoken: &mut bool) -> (u64, Result<Arrived, Fault>) {
+    let request: AnyRequest = match rmp_serde::from_slice(&payload) {
+        Ok(request) => request,
+        Err(error) => return (0, Err(Fault::new(FaultCode::Malformed, error.to_string()))),
+    };
+    let right = match request.version {
+        Some(version) => version == PROTOCOL_VERSION,
+        None => *spoken,
+    };
+    if !right {
+        let said = request.version.map_or_else(|| "none".to_owned(), |version| version.to_string());
+        let message = format!("the protocol's version here is {PROTOCOL_VERSION}, the request's is {said}");
+        return (request.id, Err(Fault::new(FaultCode::Version, message)));
+    }
+    *spoken = true;
+    (request.id, Ok(Arrived { frame_type, id: request.id, payload }))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::wire::cluster::{Deployed, Done, End, EndPart};
+
+    async fn serve(mut stream: Box<dyn Transport>) -> Result<(), WireError> {
+        answer(&mut stream, &CancellationToken::new(), async |request: Arrived| match request.frame_type {
+            FrameType::END => {
+                let end: End = request.body()?;
+                if end.task == 7 {
+                    return Err(Fault::new(FaultCode::NotFound, "there is no task 7"));
+                }
+                request.reply::<End>(Done {})
+            }
+            _ => Err(request.unknown()),
+        })
+        .await
+    }
+
+    fn pair() -> (Link, tokio::task::JoinHandle<Result<(), WireError>>) {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        (Link::new(Box::new(near)), tokio::spawn(serve(Box::new(far))))
+    }
+
+    const LIMIT: Duration = Duration::from_secs(5);
+
+    #[tokio::test]
+    async fn requests_are_answered_one_after_the_other() {
+        let (mut link, _server) = pair();
+        assert_eq!(link.call(&End { task: 1 }, LIMIT).await.unwrap(), Done {});
+        let error = link.call(&End { task: 7 }, LIMIT).await.unwrap_err();
+        assert_eq!(error.to_string(), "there is no task 7");
+        let error = link.call(&EndPart { cluster: "c".into(), task: 1 }, LIMIT).await.unwrap_err();
+        assert!(matches!(error, CallError::Refused(Fault { code: FaultCode::UnknownType, .. })), "{error}");
+        assert_eq!(link.call(&End { task: 2 }, LIMIT).await.unwrap(), Done {});
+    }
+
+    async fn raw(bytes: &[u8]) -> Vec<u8> {
+        let (mut near, far) = tokio::io::duplex(1 << 16);
+        let server = tokio::spawn(serve(Box::new(far)));
+        near.write_all(bytes).await.unwrap();
+        near.shutdown().await.unwrap();
+        let mut answers = Vec::new();
+        near.read_to_end(&mut answers).await.unwrap();
+        let _ = server.await.unwrap();
+        answers
+    }
+
+    fn request(id: u64, version: Option<u16>) -> Vec<u8> {
+        frame::encode(FrameType::END, &Request { id, version, body: End { task: 1 } }).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_first_request_without_the_right_version_is_refused() {
+        for version in [None, Some(2)] {
+            let answers = raw(&request(3, version)).await;
+            let reply: Reply<Done> = frame::decode(&answers[8..]).unwrap();
+            assert_eq!((reply.id, reply.error.unwrap().code), (3, FaultCode::Version));
+        }
+        let reply: Reply<Done> = frame::decode(&raw(&request(3, Some(1))).await[8..]).unwrap();
+        assert_eq!(reply.ok, Some(Done {}));
+    }
+
+    #[tokio::test]
+    async fn nonsense_ends_the_connection_or_gets_an_error() {
+        assert!(raw(b"GET / HTTP/1.1\r\n\r\n").await.is_empty());
+        assert!(raw(b"MFD\x04\xff\xff\xff\xff").await.is_empty());
+        for end in 0..request(1, Some(1)).len() {
+            raw(&request(1, Some(1))[..end]).await;
+        }
+        let reply: Reply<Done> = frame::decode(&raw(b"MFD\x04\0\0\0\x01\xc1").await[8..]).unwrap();
+        assert_eq!((reply.id, reply.error.unwrap().code), (0, FaultCode::Malformed));
+    }
+
+    #[tokio::test]
+    async fn an_answer_to_something_else_is_an_error() {
+        let (near, mut far) = tokio::io::duplex(1 << 16);
+        let mut link = Link::new(Box::new(near));
+        let reply = Reply { id: 9, ok: Some(Deployed { task: 1 }), error: None };
+        far.write_all(&frame::encode(FrameType::REPLY, &reply).unwrap()).await.unwrap();
+        assert!(matches!(link.call(&End { task: 1 }, LIMIT).await, Err(CallError::Wire(_) | CallError::OutOfTurn)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_has_an_end_on_both_sides() {
+        let (near, _far) = tokio::io::duplex(64);
+        let mut link = Link::new(Box::new(near));
+        assert!(matches!(link.call(&End { task: 1 }, LIMIT).await, Err(CallError::TimedOut(_))));
+        let (_near, far) = tokio::io::duplex(64);
+        assert!(serve(Box::new(far)).await.is_err());
+    }
+}
