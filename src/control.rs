@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use crate::digest::Digest;
+use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
 use crate::wire::frame::{self, CONTROL_PAYLOAD_MAX, FrameType};
 use crate::wire::io::{WireError, read_frame, write_message};
@@ -133,6 +134,12 @@ pub struct ImageStatus {
     pub name: ImageName,
     /// Its identity.
     pub root: Digest,
+    /// What starts from it.
+    pub kind: ImageKind,
+    /// Bytes of its boot cache; 0 when it has none.
+    pub boot_bytes: u64,
+    /// All of it is here.
+    pub complete: bool,
     /// Bytes that a guest sees.
     pub size: u64,
     /// Whether this node has it open.

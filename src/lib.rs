@@ -2,12 +2,14 @@
 //!
 //! Modules in reading order: the vocabulary ([`block`], [`digest`], [`name`]), then what crosses a network ([`wire`]).
 
+pub mod agent;
 pub mod analyze;
 pub mod attach;
 pub mod block;
 pub mod boot_cache;
 pub mod choose;
 pub mod control;
+pub mod controller;
 pub mod digest;
 pub mod hypervisor;
 pub mod image;

@@ -228,10 +228,14 @@ impl<'de> Deserialize<'de> for UntilUp {
             "started" => Ok(Self::Started),
             "report" => Ok(Self::Report),
             other => match other.strip_prefix("serial:") {
-                Some(pattern) if !pattern.is_empty() && pattern.len() <= 1024 => match regex::Regex::new(pattern) {
-                    Ok(_) => Ok(Self::Serial(pattern.to_owned())),
-                    Err(_) => Err(serde::de::Error::custom("what follows serial: is not a regular expression")),
-                },
+                Some(pattern) if !pattern.is_empty() && pattern.len() <= 1024 => {
+                    match regex::Regex::new(pattern) {
+                        Ok(_) => Ok(Self::Serial(pattern.to_owned())),
+                        Err(_) => {
+                            Err(serde::de::Error::custom("what follows serial: is not a regular expression"))
+                        }
+                    }
+                }
                 _ => Err(serde::de::Error::custom("until is \"started\", \"report\" or \"serial:REGEX\"")),
             },
         }

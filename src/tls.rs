@@ -226,6 +226,15 @@ pub fn has_role(certificates: Option<&[CertificateDer<'_>]>, role: Role) -> bool
         .is_some_and(|certificate| verify_server_name(&certificate, &role.server_name()).is_ok())
 }
 
+/// Whether the certificates that the other side showed, and that TLS has verified, are those of the member `name`.
+pub fn has_name(certificates: Option<&[CertificateDer<'_>]>, name: &HostName) -> bool {
+    let Ok(name) = ServerName::try_from(name.as_str()) else { return false };
+    certificates
+        .and_then(<[_]>::first)
+        .and_then(|certificate| ParsedCertificate::try_from(certificate).ok())
+        .is_some_and(|certificate| verify_server_name(&certificate, &name).is_ok())
+}
+
 fn parameters(common_name: &str, lifetime: Duration) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();

@@ -5,10 +5,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use crate::tls::{Identity, Role, has_role};
+use crate::name::HostName;
+use crate::tls::{Identity, Role, has_name, has_role};
 
 /// How long a TCP connection, and then its TLS handshake, may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
@@ -60,14 +62,20 @@ impl Security {
     /// # Errors
     /// Those of TCP and TLS, [`io::ErrorKind::TimedOut`], [`PlainRefused`] as [`io::ErrorKind::PermissionDenied`].
     pub async fn connect(&self, address: SocketAddr) -> io::Result<Box<dyn Transport>> {
+        self.connect_to(address, Role::Node).await
+    }
+
+    /// Connects to the member of the cluster at `address` that has `role`.
+    ///
+    /// # Errors
+    /// As those of [`Security::connect`].
+    pub async fn connect_to(&self, address: SocketAddr, role: Role) -> io::Result<Box<dyn Transport>> {
         self.check(address).map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
         let stream = within(CONNECT_TIMEOUT, TcpStream::connect(address)).await?;
         stream.set_nodelay(true)?;
         match &self.identity {
             None => Ok(Box::new(stream)),
-            Some(identity) => {
-                Ok(Box::new(within(HANDSHAKE_TIMEOUT, identity.connect(stream, Role::Node)).await?))
-            }
+            Some(identity) => Ok(Box::new(within(HANDSHAKE_TIMEOUT, identity.connect(stream, role)).await?)),
         }
     }
 
@@ -77,15 +85,50 @@ impl Security {
     /// Those of TLS, and [`io::ErrorKind::PermissionDenied`] for a certificate that is not a node's or the
     /// controller's.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<Box<dyn Transport>> {
-        stream.set_nodelay(true)?;
-        let Some(identity) = &self.identity else { return Ok(Box::new(stream)) };
-        let stream = within(HANDSHAKE_TIMEOUT, identity.acceptor().accept(stream)).await?;
-        let certificates = stream.get_ref().1.peer_certificates();
-        if has_role(certificates, Role::Node) || has_role(certificates, Role::Controller) {
-            Ok(Box::new(stream))
+        let (stream, caller) = self.accept_from(stream).await?;
+        if caller.is(Role::Node) || caller.is(Role::Controller) {
+            Ok(stream)
         } else {
             Err(io::Error::new(io::ErrorKind::PermissionDenied, "the certificate is not a node's"))
         }
+    }
+
+    /// Takes a connection from any member of the cluster, and says from whom it is.
+    ///
+    /// # Errors
+    /// Those of TLS.
+    pub async fn accept_from(&self, stream: TcpStream) -> io::Result<(Box<dyn Transport>, Caller)> {
+        stream.set_nodelay(true)?;
+        let Some(identity) = &self.identity else { return Ok((Box::new(stream), Caller::trusted())) };
+        let stream = within(HANDSHAKE_TIMEOUT, identity.acceptor().accept(stream)).await?;
+        let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
+        let caller =
+            Caller { certificates: Some(certificates.iter().map(|c| c.clone().into_owned()).collect()) };
+        Ok((Box::new(stream), caller))
+    }
+}
+
+/// Who is at the other end of a connection that was taken.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// What TLS has verified; none on a connection that is trusted as it is.
+    certificates: Option<Vec<CertificateDer<'static>>>,
+}
+
+impl Caller {
+    /// Somebody on this host's own socket, or on a network that is trusted: may pass for anybody.
+    pub const fn trusted() -> Self {
+        Self { certificates: None }
+    }
+
+    /// Whether it has `role`.
+    pub fn is(&self, role: Role) -> bool {
+        self.certificates.as_ref().is_none_or(|certificates| has_role(Some(certificates), role))
+    }
+
+    /// Whether it is the member called `name`.
+    pub fn is_named(&self, name: &HostName) -> bool {
+        self.certificates.as_ref().is_none_or(|certificates| has_name(Some(certificates), name))
     }
 }
 

@@ -79,7 +79,8 @@ pub fn check(plan: &Plan) -> Vec<Mistake> {
     let mut mistakes = Vec::new();
     let mut top = Place { path: Vec::new(), mistakes: &mut mistakes };
     if plan.groups.is_empty() || plan.groups.len() > PARTS_MAX {
-        top.key("groups").wrong(format!("a plan has 1 to {PARTS_MAX} groups, this one {}", plan.groups.len()));
+        top.key("groups")
+            .wrong(format!("a plan has 1 to {PARTS_MAX} groups, this one {}", plan.groups.len()));
     }
     if plan.networks.len() > PARTS_MAX {
         top.key("networks").wrong(format!("a plan has at most {PARTS_MAX} networks"));
@@ -97,7 +98,9 @@ pub fn check(plan: &Plan) -> Vec<Mistake> {
         let mut groups = top.key("groups");
         let mut place = groups.index(index);
         if !names.insert(&group.name) {
-            place.key("name").wrong(format!("there are two groups '{}': give each a name of its own", group.name));
+            place
+                .key("name")
+                .wrong(format!("there are two groups '{}': give each a name of its own", group.name));
         }
         self::group(plan, group, &mut place);
         for (number, card) in group.networks.iter().enumerate() {
@@ -177,10 +180,10 @@ fn group(plan: &Plan, group: &Group, place: &mut Place<'_>) {
         (Some(GroupNodes::Counts(_)), Some(_)) => {
             place.key("count").wrong("count and nodes both say how many: leave one out");
         }
-        (Some(GroupNodes::Counts(counts)), None) => {
-            if counts.values().any(|count| *count == 0) || counts.is_empty() {
-                place.key("nodes").wrong("0 instances: leave the node out, or say how many");
-            }
+        (Some(GroupNodes::Counts(counts)), None)
+            if counts.values().any(|count| *count == 0) || counts.is_empty() =>
+        {
+            place.key("nodes").wrong("0 instances: leave the node out, or say how many");
         }
         (_, Some(0)) => place.key("count").wrong("0 instances: leave the group out, or say how many"),
         _ => {}
@@ -224,8 +227,11 @@ fn group(plan: &Plan, group: &Group, place: &mut Place<'_>) {
 fn only_for_one_kind(group: &Group, place: &mut Place<'_>) {
     match group.kind {
         InstanceType::Vm => {
-            let given =
-                [("env", !group.env.is_empty()), ("command", !group.command.is_empty()), ("privileged", group.privileged)];
+            let given = [
+                ("env", !group.env.is_empty()),
+                ("command", !group.command.is_empty()),
+                ("privileged", group.privileged),
+            ];
             for (field, _) in given.into_iter().filter(|(_, given)| *given) {
                 place.key(field).wrong("this is for containers: a VM has none");
             }
@@ -237,8 +243,12 @@ fn only_for_one_kind(group: &Group, place: &mut Place<'_>) {
             let sound = |name: &String| {
                 !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("BOOTCACHE_")
             };
-            if group.env.keys().any(|name| !sound(name)) || group.env.values().any(|value| value.contains('\0')) {
-                place.key("env").wrong("a variable's name is not empty, has no '=', and does not begin with BOOTCACHE_");
+            if group.env.keys().any(|name| !sound(name))
+                || group.env.values().any(|value| value.contains('\0'))
+            {
+                place
+                    .key("env")
+                    .wrong("a variable's name is not empty, has no '=', and does not begin with BOOTCACHE_");
             }
             if group.command.iter().any(|word| word.contains('\0')) {
                 place.key("command").wrong("a command has no zero bytes");
@@ -256,7 +266,11 @@ fn addresses(plan: &Plan, group: &Group, card: &Card, place: &mut Place<'_>, tak
     for index in 0..u128::from(group.total()) {
         let address = number.and_then(|number| network.subnet.host(number + index));
         let Some(address) = address.filter(|_| number != Some(0)) else {
-            let which = if index == 0 { format!("{first}") } else { format!("the address of instance {}", index + 1) };
+            let which = if index == 0 {
+                format!("{first}")
+            } else {
+                format!("the address of instance {}", index + 1)
+            };
             return place.key("address").wrong(format!("{which} is not an address of {}", network.subnet));
         };
         if Some(address) == network.gateway && group.total() > 1 {
@@ -339,7 +353,9 @@ mod tests {
             ("groups[1].networks[0].address: 10.0.0.22 is another", |p| {
                 p.groups[0].networks[0].address = Some("10.0.0.22".parse().unwrap());
             }),
-            ("networks.lan.gateway: 10.9.9.9 is not", |p| network(p).gateway = Some("10.9.9.9".parse().unwrap())),
+            ("networks.lan.gateway: 10.9.9.9 is not", |p| {
+                network(p).gateway = Some("10.9.9.9".parse().unwrap())
+            }),
             ("networks.lan.subnet: 6 addresses are needed", |p| {
                 network(p).subnet = "10.0.0.0/29".parse().unwrap();
                 p.groups[1].networks[0].address = None;

@@ -69,7 +69,14 @@ pub fn expand(
         for card in &group.networks {
             if part.networks.iter().all(|network| network.name != card.network) {
                 let addresses = &networks[&card.network];
-                part.networks.push(spec(plan, &card.network, &nodes[place.node], place.node, addresses, context));
+                part.networks.push(spec(
+                    plan,
+                    &card.network,
+                    &nodes[place.node],
+                    place.node,
+                    addresses,
+                    context,
+                ));
             }
         }
         part.instances.push(order);
@@ -248,8 +255,7 @@ mod tests {
             .map(|(group, number, node)| Placed { group, number, node })
             .to_vec();
         let image = "debian".parse::<ImageName>().unwrap();
-        let needed =
-            Needed { name: image.clone(), root: Digest::of(b"i"), size: 4096, sources: Vec::new() };
+        let needed = Needed { name: image.clone(), root: Digest::of(b"i"), size: 4096, sources: Vec::new() };
         let images = HashMap::from([(image, needed)]);
         let context = Context { cluster: "c", task: 7, report: None };
         expand(&plan, &placed, &names(&["n1", "n2"]), &images, context).unwrap()

@@ -132,7 +132,12 @@ fn put(
     let number = u32::try_from(number).expect("a plan has at most 10,000 instances");
     let room = &mut rooms[node];
     room.free_mib = room.free_mib.checked_sub(need_mib(group)).ok_or_else(|| {
-        format!("node '{}' has no memory free for instance {} of '{}'", nodes[node].name, number + 1, group.name)
+        format!(
+            "node '{}' has no memory free for instance {} of '{}'",
+            nodes[node].name,
+            number + 1,
+            group.name
+        )
     })?;
     room.placed += 1;
     placed.push(Placed { group: index, number, node });
@@ -158,9 +163,9 @@ fn anywhere(
             Err(_) => {}
         }
     }
-    if let Some(missing) = wanted.and_then(|wanted| {
-        wanted.iter().find(|name| nodes.iter().all(|node| node.name != **name))
-    }) {
+    if let Some(missing) =
+        wanted.and_then(|wanted| wanted.iter().find(|name| nodes.iter().all(|node| node.name != **name)))
+    {
         return Err(no_such_node(missing));
     }
     if able.is_empty() {
@@ -174,7 +179,10 @@ fn anywhere(
             .filter(|node| rooms[*node].free_mib >= need)
             .min_by(|a, b| cost(&nodes[*a], &rooms[*a]).total_cmp(&cost(&nodes[*b], &rooms[*b])));
         let Some(node) = best else {
-            return Err(format!("no node has {need} MiB of memory free for another instance of '{}'", group.name));
+            return Err(format!(
+                "no node has {need} MiB of memory free for another instance of '{}'",
+                group.name
+            ));
         };
         put(group, index, node, nodes, rooms, placed)?;
     }
@@ -238,7 +246,9 @@ mod tests {
         let mut nodes = [node("a", 1000, 0.0)];
         assert!(refused(&plan("nodes = { z = 1 }"), &nodes).contains("no node 'z'"));
         assert!(refused(&plan("nodes = [\"z\"]"), &nodes).contains("no node 'z'"));
-        assert!(refused(&plan("memory = \"9G\""), &nodes).contains("9216 MiB of memory are more than node 'a'"));
+        assert!(
+            refused(&plan("memory = \"9G\""), &nodes).contains("9216 MiB of memory are more than node 'a'")
+        );
         assert!(refused(&plan("count = 3\nmemory = 400"), &nodes).contains("no node has 400 MiB"));
         assert!(refused(&plan("nodes = { a = 3 }\nmemory = 400"), &nodes).contains("no memory free"));
         nodes[0].kinds = vec![InstanceType::Container];

@@ -153,11 +153,10 @@ mod tests {
     #[test]
     fn hosts_are_counted_from_one() {
         let lan = subnet("10.0.0.0/24");
-        assert_eq!((lan.hosts(), lan.host(1), lan.host(254)), (
-            254,
-            Some("10.0.0.1".parse().unwrap()),
-            Some("10.0.0.254".parse().unwrap())
-        ));
+        assert_eq!(
+            (lan.hosts(), lan.host(1), lan.host(254)),
+            (254, Some("10.0.0.1".parse().unwrap()), Some("10.0.0.254".parse().unwrap()))
+        );
         assert_eq!((lan.host(0), lan.host(255)), (None, None));
         assert_eq!(lan.number("10.0.0.7".parse().unwrap()), Some(7));
         assert_eq!(lan.number("10.0.1.7".parse().unwrap()), None);
@@ -169,14 +168,18 @@ mod tests {
     #[test]
     fn the_network_and_broadcast_addresses_are_no_hosts() {
         let lan = subnet("10.0.0.0/24");
-        for (address, is_host) in [("10.0.0.0", false), ("10.0.0.1", true), ("10.0.0.255", false), ("10.0.1.1", false)] {
+        for (address, is_host) in
+            [("10.0.0.0", false), ("10.0.0.1", true), ("10.0.0.255", false), ("10.0.1.1", false)]
+        {
             assert_eq!(lan.has_host(address.parse().unwrap()), is_host, "{address}");
         }
     }
 
     #[test]
     fn what_is_no_subnet_is_refused() {
-        for bad in ["", "10.0.0.0", "10.0.0.0/0", "10.0.0.0/31", "10.0.0.0/33", "x/8", "fd00::/127", "10.0.0.1/24"] {
+        for bad in
+            ["", "10.0.0.0", "10.0.0.0/0", "10.0.0.0/31", "10.0.0.0/33", "x/8", "fd00::/127", "10.0.0.1/24"]
+        {
             assert!(bad.parse::<Subnet>().is_err(), "{bad}");
         }
         assert_eq!(subnet("0.0.0.0/1").hosts(), (1 << 31) - 2);

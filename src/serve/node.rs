@@ -464,6 +464,9 @@ impl Node {
             images.push(ImageStatus {
                 name,
                 root,
+                kind: entry.manifest.kind,
+                boot_bytes: entry.manifest.boot.as_ref().map_or(0, |boot| boot.file_length),
+                complete: entry.is_complete(),
                 size: entry.manifest.size,
                 open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),
                 present: if entry.is_complete() { allocated } else { 0 },

@@ -158,15 +158,15 @@ where
         };
         let bytes = match answer {
             Ok(bytes) => bytes,
-            Err(fault) => {
-                frame::encode(FrameType::REPLY, &Reply::<()> { id, ok: None, error: Some(fault) })?
-            }
+            Err(fault) => frame::encode(FrameType::REPLY, &Reply::<()> { id, ok: None, error: Some(fault) })?,
         };
         let sent = async {
             stream.write_all(&bytes).await?;
             stream.flush().await
         };
-        tokio::time::timeout(FRAME_TIMEOUT, sent).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        tokio::time::timeout(FRAME_TIMEOUT, sent)
+            .await
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     }
 }
 
@@ -271,7 +271,10 @@ mod tests {
         let mut link = Link::new(Box::new(near));
         let reply = Reply { id: 9, ok: Some(Deployed { task: 1 }), error: None };
         far.write_all(&frame::encode(FrameType::REPLY, &reply).unwrap()).await.unwrap();
-        assert!(matches!(link.call(&End { task: 1 }, LIMIT).await, Err(CallError::Wire(_) | CallError::OutOfTurn)));
+        assert!(matches!(
+            link.call(&End { task: 1 }, LIMIT).await,
+            Err(CallError::Wire(_) | CallError::OutOfTurn)
+        ));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,0 +1,185 @@
+//! The node's data plane: a running `bootcache serve`, over its control socket.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bootcache_nbd::BoxFuture;
+use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
+
+use super::services::{Bytes, DataPlane, OpenDisk};
+use crate::control::{Client, ControlError, ImageStatus, Owner, Reply, Request};
+use crate::hypervisor::domain::DomainDisk;
+use crate::name::{HostName, ImageName};
+use crate::serve::{CONTROL_SOCKET, NBD_SOCKET};
+use crate::store::Store;
+use crate::vm::serial_path;
+use crate::wire::cluster::{ImageHere, Needed};
+
+/// Bytes of an image that are asked for at once, and how many such requests are under way.
+const READ_BYTES: u32 = 256 << 10;
+const READS_AHEAD: usize = 8;
+
+/// The data plane of a store.
+#[derive(Debug, Clone)]
+pub struct Serve {
+    store: Store,
+    /// Where its peers are served.
+    peer: Option<SocketAddr>,
+    /// Who QEMU runs as, when that is somebody else.
+    owner: Option<Owner>,
+}
+
+impl Serve {
+    /// The daemon that runs on `store` and serves peers on `peer`; VMs' sockets are for `owner`.
+    pub const fn new(store: Store, peer: Option<SocketAddr>, owner: Option<Owner>) -> Self {
+        Self { store, peer, owner }
+    }
+
+    async fn call(&self, request: &Request) -> Result<Reply, ControlError> {
+        Client::connect(&self.store.dir().join(CONTROL_SOCKET)).await?.call(request).await
+    }
+
+    async fn open(&self, image: &ImageName, vm: &HostName) -> Result<OpenDisk, String> {
+        let text = |error: ControlError| error.to_string();
+        // It is there already when a start was interrupted: the VM's disk stays what it was.
+        if self.call(&Request::OverlayShow { name: vm.clone() }).await.is_err() {
+            let request = Request::OverlayCreate { image: image.clone(), name: vm.clone() };
+            self.call(&request).await.map_err(text)?;
+        }
+        let open = Request::VmOpen { name: vm.clone(), owner: self.owner };
+        let Reply::Vm(info) = self.call(&open).await.map_err(text)? else {
+            return Err(ControlError::Unexpected.to_string());
+        };
+        let serial = self.serial(vm);
+        self.make_serial(&serial).map_err(|error| format!("{}: {error}", serial.display()))?;
+        Ok(OpenDisk { disk: DomainDisk::Nbd { socket: info.socket, export: info.export }, serial })
+    }
+
+    fn make_serial(&self, path: &std::path::Path) -> std::io::Result<()> {
+        let file = std::fs::File::options().create(true).append(true).open(path)?;
+        match self.owner {
+            Some(owner) => std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid)),
+            None => Ok(()),
+        }
+    }
+
+    async fn remove(&self, vm: &HostName) -> Result<(), String> {
+        let dir = self.store.vm_dir(vm);
+        let refusable = |result: Result<Reply, ControlError>| match result {
+            Ok(_) | Err(ControlError::Refused(_)) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+        refusable(self.call(&Request::VmClose { name: vm.clone() }).await)?;
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("{}: {error}", dir.display()));
+            }
+            _ => {}
+        }
+        match self.call(&Request::OverlayRemove { name: vm.clone() }).await {
+            Err(error) if self.store.overlay_dir(vm).exists() => Err(error.to_string()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl DataPlane for Serve {
+    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, String>> {
+        Box::pin(async {
+            match self.call(&Request::Status).await {
+                Ok(Reply::Status(status)) => Ok(status.images.into_iter().map(here).collect()),
+                Ok(_) => Err(ControlError::Unexpected.to_string()),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+    }
+
+    fn peer(&self) -> Option<SocketAddr> {
+        self.peer
+    }
+
+    fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async move {
+            let request = Request::Pull {
+                name: image.name.clone(),
+                root: Some(image.root),
+                sources: image.sources.clone(),
+                fill: !boot_only,
+                fill_rate: 0,
+            };
+            self.call(&request).await.map(drop).map_err(|error| error.to_string())
+        })
+    }
+
+    fn open_disk<'a>(
+        &'a self,
+        image: &'a ImageName,
+        vm: &'a HostName,
+    ) -> BoxFuture<'a, Result<OpenDisk, String>> {
+        Box::pin(self.open(image, vm))
+    }
+
+    fn serial(&self, vm: &HostName) -> PathBuf {
+        serial_path(&self.store.vm_dir(vm))
+    }
+
+    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(self.remove(vm))
+    }
+
+    fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, String>> {
+        Box::pin(async move {
+            let address = Address::Unix(self.store.dir().join(NBD_SOCKET));
+            let client = NbdClient::connect(address, image.name.as_str(), Policy::default())
+                .await
+                .map_err(|error| format!("image {} cannot be read: {error}", image.name))?;
+            Ok(Box::new(stream(Arc::new(client), image.size)) as Bytes)
+        })
+    }
+}
+
+/// The first `size` bytes of an export in order, some requests ahead of whoever reads them.
+fn stream(client: Arc<NbdClient>, size: u64) -> tokio::io::DuplexStream {
+    use futures_util::StreamExt;
+    use tokio::io::AsyncWriteExt;
+    let (reader, mut writer) = tokio::io::duplex(READ_BYTES as usize);
+    tokio::spawn(async move {
+        let starts = (0..size).step_by(READ_BYTES as usize);
+        let client = &client;
+        let mut pieces = futures_util::stream::iter(starts)
+            .map(|start| async move {
+                let length =
+                    u32::try_from((size - start).min(u64::from(READ_BYTES))).expect("at most READ_BYTES");
+                client.read(start, length).await
+            })
+            .buffered(READS_AHEAD);
+        while let Some(piece) = pieces.next().await {
+            let sent = match piece {
+                Ok(bytes) => writer.write_all(&bytes).await,
+                Err(error) => Err(std::io::Error::other(error.to_string())),
+            };
+            // Cut short, which whoever reads takes for a damaged archive; or nobody reads any more.
+            if sent.is_err() {
+                return;
+            }
+        }
+    });
+    reader
+}
+
+fn here(image: ImageStatus) -> ImageHere {
+    let transfer = image.transfer.as_ref();
+    ImageHere {
+        name: image.name,
+        root: image.root,
+        kind: image.kind,
+        size: image.size,
+        boot_bytes: image.boot_bytes,
+        present: transfer.map_or(image.present, |transfer| transfer.present),
+        allocated: image.allocated,
+        complete: image.complete,
+        boot_complete: image.complete || transfer.is_some_and(|transfer| transfer.boot_complete),
+        received: transfer.map_or(0, |transfer| transfer.bytes.iter().sum()),
+    }
+}

@@ -1,0 +1,251 @@
+//! One instance, from its order to its end: what it needs is made ready, it is launched, waited for, and watched.
+//!
+//! Every step can be taken again: after a kill, the instance goes on from the step that was written down last, and what
+//! an interrupted step has left is found and used, not made twice.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use regex::bytes::Regex;
+use tokio::io::AsyncReadExt;
+use tokio::sync::OnceCell;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use super::journal::Step;
+use super::{Shared, facts, parts};
+use crate::hypervisor::{Hypervisor, HypervisorError, InstanceType, Launch, Root, Running};
+use crate::network::NetworkSpec;
+use crate::wire::cluster::{InstanceOrder, Needed, UpWhen};
+
+/// How often a hypervisor is asked how an instance is.
+const WATCH: Duration = Duration::from_secs(2);
+/// How often a serial log is looked at.
+const SERIAL: Duration = Duration::from_millis(50);
+/// How often a launch is tried that a hypervisor could not be reached for, and how long apart.
+const LAUNCHES: u32 = 10;
+const LAUNCH_PAUSE: Duration = Duration::from_secs(2);
+/// The most serial output that a match may span, in bytes.
+const WINDOW: usize = 8192;
+
+/// Something that all instances of a part need, made by the first that comes.
+pub(super) type Once = Arc<OnceCell<()>>;
+
+/// An instance to be run.
+pub(super) struct Job {
+    pub(super) shared: Arc<Shared>,
+    pub(super) task: i64,
+    pub(super) order: InstanceOrder,
+    pub(super) image: Option<Needed>,
+    pub(super) networks: Vec<NetworkSpec>,
+    pub(super) networks_ready: Once,
+    pub(super) report: Option<std::net::SocketAddr>,
+    /// What must not be dropped half-way runs here: the end of the part waits for it.
+    pub(super) whole: TaskTracker,
+}
+
+/// Carries an instance on from `step`, and watches it until it has ended. Dropping the future is safe at any point.
+pub(super) async fn run(job: Job, step: Step) {
+    let ordered = Instant::now();
+    let result = match step {
+        Step::Preparing => job.start().await,
+        Step::Launched | Step::Up => Ok(()),
+        Step::Stopped | Step::Failed(_) => return,
+    };
+    let result = match result {
+        Ok(()) if step == Step::Up => Ok(()),
+        Ok(()) => job.wait_until_up(ordered).await,
+        Err(reason) => Err(reason),
+    };
+    match result {
+        Ok(()) => job.watch().await,
+        Err(reason) => job.fail(reason).await,
+    }
+}
+
+impl Job {
+    /// Writes down that the instance has come to `step`, and has the controller told.
+    fn come_to(&self, step: Step) -> Result<(), String> {
+        let result = self.shared.parts.set_step(self.task, &self.order.name, step);
+        // Whoever listened may have ended: the agent is ending then.
+        let _ = self.shared.changes.send(self.order.name.clone());
+        result.map_err(|error| error.to_string())
+    }
+
+    /// Runs `work` to its end, even when the instance is given up meanwhile.
+    async fn whole<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, String> {
+        self.whole.spawn(work).await.map_err(|error| error.to_string())
+    }
+
+    async fn fail(&self, reason: String) {
+        warn!("{}: {reason}", self.order.name);
+        if let Err(error) = parts::remove(&self.shared, &self.order.name, self.order.kind).await {
+            warn!("what is left of it stays until its task ends: {error}");
+        }
+        if let Err(error) = self.come_to(Step::Failed(reason)) {
+            warn!("{}: {error}", self.order.name);
+        }
+    }
+
+    fn hypervisor(&self) -> Result<&Arc<dyn Hypervisor>, String> {
+        parts::hypervisor(&self.shared, self.order.kind)
+            .ok_or_else(|| format!("this node runs no {}s", self.order.kind))
+    }
+
+    /// Makes ready what the instance needs, and launches it.
+    async fn start(&self) -> Result<(), String> {
+        let hypervisor = self.hypervisor()?;
+        let image = self.image.as_ref().ok_or("the order does not say where its image is")?;
+        let data_plane = &self.shared.services.data_plane;
+        data_plane.fetch(image, false).await?;
+        self.networks_ready.get_or_try_init(|| self.make_networks()).await?;
+        let (root, serial) = match self.order.kind {
+            InstanceType::Vm => {
+                let (owner, image, name) =
+                    (Arc::clone(data_plane), image.name.clone(), self.order.name.clone());
+                let open = self.whole(async move { owner.open_disk(&image, &name).await }).await??;
+                (Root::Disk(open.disk), open.serial)
+            }
+            InstanceType::Container => {
+                (Root::Image(self.container_image(image).await?), std::path::PathBuf::new())
+            }
+        };
+        let launch = Launch {
+            name: self.order.name.clone(),
+            root,
+            cpus: self.order.cpus,
+            memory_mib: self.order.memory_mib,
+            nics: self.order.nics.clone(),
+            env: self.order.env.clone(),
+            command: self.order.command.clone(),
+            privileged: self.order.privileged,
+            facts: facts::of_instance(&self.order, self.report),
+            serial,
+            template: self.order.template.clone(),
+        };
+        let place = self.shared.starts.acquire().await.map_err(|error| error.to_string())?;
+        self.launch(hypervisor, launch).await?;
+        drop(place);
+        self.come_to(Step::Launched)
+    }
+
+    async fn make_networks(&self) -> Result<(), String> {
+        for network in &self.networks {
+            let Some(networks) = &self.shared.services.networks else {
+                return Err("this node's agent makes no networks".to_owned());
+            };
+            networks.ensure(network).await?;
+        }
+        Ok(())
+    }
+
+    async fn container_image(&self, image: &Needed) -> Result<String, String> {
+        match &self.shared.services.container_images {
+            None => Ok(image.name.to_string()),
+            Some(images) => {
+                let data_plane = &self.shared.services.data_plane;
+                images.ensure(image, Box::new(move || data_plane.read(image))).await
+            }
+        }
+    }
+
+    /// Launches, again while the hypervisor cannot be reached: its daemon may be restarting.
+    async fn launch(&self, hypervisor: &Arc<dyn Hypervisor>, launch: Launch) -> Result<(), String> {
+        let mut left = LAUNCHES;
+        loop {
+            let (runner, instance) = (Arc::clone(hypervisor), launch.clone());
+            match self.whole(async move { runner.launch(&instance).await }).await? {
+                Ok(()) => return Ok(()),
+                Err(HypervisorError::Refused(reason)) => return Err(reason),
+                Err(error) if left == 0 => return Err(error.to_string()),
+                Err(error) => info!("{}: {error}; it is tried again", launch.name),
+            }
+            left -= 1;
+            tokio::time::sleep(LAUNCH_PAUSE).await;
+        }
+    }
+
+    /// Waits until the instance is up, as its order says. One that is to report to the controller is waited for there.
+    async fn wait_until_up(&self, ordered: Instant) -> Result<(), String> {
+        let limit = Duration::from_secs(u64::from(self.order.time_limit_s));
+        match &self.order.up_when {
+            UpWhen::Report => return Ok(()),
+            UpWhen::Started => {}
+            UpWhen::Serial(pattern) => {
+                let pattern =
+                    Regex::new(pattern).map_err(|_| "until is not a regular expression".to_owned())?;
+                let path = self.shared.services.data_plane.serial(&self.order.name);
+                tokio::select! {
+                    () = said(&path, &pattern) => {}
+                    () = self.ended() => return Err("it ended before it was up".to_owned()),
+                    () = tokio::time::sleep(limit) => {
+                        return Err(format!("it was not up after {} s: see {}", limit.as_secs(), path.display()));
+                    }
+                }
+            }
+        }
+        let up_ms = u64::try_from(ordered.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.shared.parts.set_up(self.task, &self.order.name, up_ms);
+        self.come_to(Step::Up)
+    }
+
+    /// Watches the instance until it has ended.
+    async fn watch(&self) {
+        self.ended().await;
+        info!("{}: has ended", self.order.name);
+        if let Err(error) = self.come_to(Step::Stopped) {
+            warn!("{}: {error}", self.order.name);
+        }
+    }
+
+    /// Returns when the instance has ended; notes what its hypervisor says of it until then.
+    async fn ended(&self) {
+        let Ok(hypervisor) = self.hypervisor() else { return };
+        loop {
+            match hypervisor.info(&self.order.name).await {
+                Ok(Some(info)) if info.state != Running::Stopped => {
+                    let paused = info.state == Running::Paused;
+                    let note = paused.then(|| "it is paused: its disk failed".to_owned());
+                    self.shared.parts.set_live(self.task, &self.order.name, Some(info), note);
+                }
+                Ok(_) => {
+                    self.shared.parts.set_live(self.task, &self.order.name, None, None);
+                    return;
+                }
+                // The daemon may be restarting: what runs goes on.
+                Err(error) => {
+                    let note = Some(format!("its hypervisor does not answer: {error}"));
+                    self.shared.parts.set_live(self.task, &self.order.name, None, note);
+                }
+            }
+            tokio::time::sleep(WATCH).await;
+        }
+    }
+}
+
+/// Returns when the file at `path` matches `pattern`; it may still have to be made, and grows.
+async fn said(path: &std::path::Path, pattern: &Regex) {
+    let mut file = loop {
+        match tokio::fs::File::open(path).await {
+            Ok(file) => break file,
+            Err(_) => tokio::time::sleep(SERIAL).await,
+        }
+    };
+    let mut window = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        match file.read(&mut chunk).await {
+            Ok(0) | Err(_) => tokio::time::sleep(SERIAL).await,
+            Ok(length) => {
+                window.extend_from_slice(&chunk[..length]);
+                if pattern.is_match(&window) {
+                    return;
+                }
+                window.drain(..window.len().saturating_sub(WINDOW));
+            }
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! The parts of deployments that this node has: accepted, carried out, ended. Owner of the journal and of what is known
+//! of each instance.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use super::journal::{Journal, JournalError, Record, Step};
+use super::{Shared, instance};
+use crate::hypervisor::{Hypervisor, Info, InstanceType};
+use crate::name::HostName;
+use crate::wire::cluster::{Fault, FaultCode, INSTANCES_MAX, InstanceState, InstanceStatus, Part};
+
+/// How long to wait before what could not be ended is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// All parts.
+pub(super) struct Parts {
+    inner: Mutex<Inner>,
+    /// Parts that are being ended.
+    ends: TaskTracker,
+}
+
+struct Inner {
+    journal: Journal,
+    parts: BTreeMap<i64, Running>,
+}
+
+/// A part that is being carried out, or ended.
+struct Running {
+    record: Record,
+    live: BTreeMap<HostName, Live>,
+    /// Ends the work on its instances.
+    cancel: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// What is known of an instance beside its step.
+#[derive(Debug, Clone, Default)]
+struct Live {
+    info: Option<Info>,
+    /// Milliseconds from the order until it was up.
+    up_ms: Option<u64>,
+    note: Option<String>,
+}
+
+impl Parts {
+    pub(super) fn new(journal: Journal) -> Self {
+        Self { inner: Mutex::new(Inner { journal, parts: BTreeMap::new() }), ends: TaskTracker::new() }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tasks of which there is a part.
+    pub(super) fn tasks(&self) -> Vec<i64> {
+        self.inner().parts.keys().copied().collect()
+    }
+
+    /// The cluster whose orders are taken.
+    pub(super) fn cluster(&self) -> Option<String> {
+        self.inner().journal.cluster().ok().flatten()
+    }
+
+    /// Takes the orders of `cluster`, unless those of another are taken already.
+    pub(super) fn join_cluster(&self, cluster: &str) -> Result<(), Fault> {
+        let inner = self.inner();
+        let known = inner.journal.cluster().map_err(failed)?;
+        match known {
+            Some(known) if known == cluster => Ok(()),
+            Some(_) => {
+                let message =
+                    "this node belongs to another cluster: remove the file `cluster` of its agent to move it";
+                Err(Fault::new(FaultCode::Forbidden, message))
+            }
+            None => inner.journal.set_cluster(cluster).map_err(failed),
+        }
+    }
+
+    /// The state of every instance, or of those called `names`.
+    pub(super) fn states(&self, names: Option<&[HostName]>) -> Vec<InstanceState> {
+        let inner = self.inner();
+        let wanted = |name: &HostName| names.is_none_or(|names| names.contains(name));
+        let parts = inner.parts.values().flat_map(|part| {
+            part.record
+                .steps
+                .iter()
+                .map(move |(name, step)| (part.record.task, name, step, part.live.get(name)))
+        });
+        parts
+            .filter(|(_, name, ..)| wanted(name))
+            .map(|(task, name, step, live)| state(task, name, step, live))
+            .collect()
+    }
+
+    /// Writes down that an instance has come to `step`. Nothing when its part has gone meanwhile.
+    pub(super) fn set_step(&self, task: i64, name: &HostName, step: Step) -> Result<(), JournalError> {
+        let mut inner = self.inner();
+        let Inner { journal, parts } = &mut *inner;
+        let Some(part) = parts.get_mut(&task) else { return Ok(()) };
+        part.record.steps.insert(name.clone(), step);
+        journal.save(&part.record)
+    }
+
+    /// Notes what the hypervisor says of an instance, and a word on it for people.
+    pub(super) fn set_live(&self, task: i64, name: &HostName, info: Option<Info>, note: Option<String>) {
+        if let Some(part) = self.inner().parts.get_mut(&task) {
+            let live = part.live.entry(name.clone()).or_default();
+            (live.info, live.note) = (info, note);
+        }
+    }
+
+    /// Notes how long an instance took to be up.
+    pub(super) fn set_up(&self, task: i64, name: &HostName, up_ms: u64) {
+        if let Some(part) = self.inner().parts.get_mut(&task) {
+            part.live.entry(name.clone()).or_default().up_ms = Some(up_ms);
+        }
+    }
+}
+
+fn failed(error: JournalError) -> Fault {
+    Fault::new(FaultCode::Failed, error.to_string())
+}
+
+fn state(task: i64, name: &HostName, step: &Step, live: Option<&Live>) -> InstanceState {
+    let (status, reason) = match step {
+        Step::Preparing => (InstanceStatus::Preparing, None),
+        Step::Launched => (InstanceStatus::Booting, None),
+        Step::Up => (InstanceStatus::Running, None),
+        Step::Stopped => (InstanceStatus::Stopped, None),
+        Step::Failed(reason) => (InstanceStatus::Failed, Some(reason.clone())),
+    };
+    let info = live.and_then(|live| live.info.clone());
+    InstanceState {
+        name: name.clone(),
+        task,
+        status,
+        reason: reason.or_else(|| live.and_then(|live| live.note.clone())),
+        up_ms: live.and_then(|live| live.up_ms),
+        cpu: info.as_ref().map_or(0.0, |info| info.cpu),
+        memory_bytes: info.as_ref().map_or(0, |info| info.memory_bytes),
+        network_bytes: info.map_or([0; 2], |info| info.network_bytes),
+    }
+}
+
+/// Accepts a part: it is written down when this returns, and carried out from then on. The same part a second time, or
+/// one that is being ended, changes nothing.
+pub(super) fn accept(shared: &Arc<Shared>, task: i64, part: Part) -> Result<(), Fault> {
+    if part.instances.len() > INSTANCES_MAX {
+        let message = format!("a part has at most {INSTANCES_MAX} instances");
+        return Err(Fault::new(FaultCode::Invalid, message));
+    }
+    let mut inner = shared.parts.inner();
+    if inner.parts.contains_key(&task) {
+        return Ok(());
+    }
+    let record = Record::new(task, part);
+    inner.journal.save(&record).map_err(failed)?;
+    info!("task {task}: {} instances to run", record.part.instances.len());
+    begin(shared, &mut inner, record);
+    Ok(())
+}
+
+/// Goes on with what was ordered before this agent started.
+pub(super) fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
+    let mut inner = shared.parts.inner();
+    for record in inner.journal.records()? {
+        info!("task {}: goes on", record.task);
+        let (task, ending) = (record.task, record.ending);
+        begin(shared, &mut inner, record);
+        if ending {
+            begin_end(shared, &mut inner, task);
+        }
+    }
+    Ok(())
+}
+
+fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
+    let task = record.task;
+    let (cancel, tasks) = (shared.cancel.child_token(), TaskTracker::new());
+    if !record.ending {
+        let networks = instance::Once::default();
+        for order in &record.part.instances {
+            let step = record.steps.get(&order.name).cloned().unwrap_or_default();
+            let job = instance::Job {
+                shared: Arc::clone(shared),
+                task,
+                order: order.clone(),
+                image: record.part.images.iter().find(|image| image.name == order.image).cloned(),
+                networks: record.part.networks.clone(),
+                networks_ready: networks.clone(),
+                report: record.part.report,
+                whole: tasks.clone(),
+            };
+            let cancel = cancel.clone();
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = cancel.cancelled() => {}
+                    () = instance::run(job, step) => {}
+                }
+            });
+        }
+    }
+    inner.parts.insert(task, Running { record, live: BTreeMap::new(), cancel, tasks });
+}
+
+/// Begins to end a part; true if nothing of it is left.
+pub(super) fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
+    let mut inner = shared.parts.inner();
+    let Inner { journal, parts } = &mut *inner;
+    let Some(part) = parts.get_mut(&task) else { return Ok(true) };
+    if !part.record.ending {
+        part.record.ending = true;
+        if let Err(error) = journal.save(&part.record) {
+            part.record.ending = false;
+            return Err(failed(error));
+        }
+        info!("task {task}: is ended");
+        begin_end(shared, &mut inner, task);
+    }
+    Ok(false)
+}
+
+fn begin_end(shared: &Arc<Shared>, inner: &mut Inner, task: i64) {
+    let part = &inner.parts[&task];
+    part.cancel.cancel();
+    part.tasks.close();
+    let (tasks, record, owner) = (part.tasks.clone(), part.record.clone(), Arc::clone(shared));
+    shared.parts.ends.spawn(async move {
+        let shared = owner;
+        tasks.wait().await;
+        while let Err(error) = clean(&shared, &record).await {
+            warn!("task {task} cannot be ended yet: {error}");
+            tokio::select! {
+                () = shared.cancel.cancelled() => return,
+                () = tokio::time::sleep(RETRY) => {}
+            }
+        }
+        let mut inner = shared.parts.inner();
+        if let Err(error) = inner.journal.forget(task) {
+            warn!("task {task} has ended, but its file stays: {error}");
+        }
+        inner.parts.remove(&task);
+        info!("task {task}: has ended");
+    });
+}
+
+/// Removes everything that belongs to a part.
+async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
+    for order in &record.part.instances {
+        remove(shared, &order.name, order.kind).await?;
+    }
+    for network in &record.part.networks {
+        let others = shared.parts.inner().parts.values().any(|part| {
+            part.record.task != record.task
+                && part.record.part.networks.iter().any(|other| other.bridge == network.bridge)
+        });
+        if let (false, Some(networks)) = (others, &shared.services.networks) {
+            networks.remove(&network.bridge).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes an instance and its disk.
+pub(super) async fn remove(shared: &Shared, name: &HostName, kind: InstanceType) -> Result<(), String> {
+    if let Some(hypervisor) = hypervisor(shared, kind) {
+        hypervisor.delete(name).await.map_err(|error| format!("{name}: {error}"))?;
+    }
+    if kind == InstanceType::Vm {
+        shared.services.data_plane.remove_disk(name).await.map_err(|error| format!("{name}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// What runs instances of `kind`.
+pub(super) fn hypervisor(shared: &Shared, kind: InstanceType) -> Option<&Arc<dyn Hypervisor>> {
+    shared.services.hypervisors.iter().find(|hypervisor| hypervisor.instance_type() == kind)
+}
+
+/// Waits for the work on instances to end, once the agent is to end.
+pub(super) async fn join(shared: &Shared) {
+    let all: Vec<_> = shared.parts.inner().parts.values().map(|part| part.tasks.clone()).collect();
+    for tasks in all {
+        tasks.close();
+        tasks.wait().await;
+    }
+    shared.parts.ends.close();
+    shared.parts.ends.wait().await;
+}

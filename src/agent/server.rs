@@ -1,0 +1,113 @@
+//! The agent's end of connections: the controller's questions and orders.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tracing::{debug, warn};
+
+use super::{Shared, facts, parts};
+use crate::tls::Role;
+use crate::wire::cluster::{
+    AskNode, Done, EndPart, Ended, Fault, FaultCode, Fetch, INSTANCES_MAX, NodeState, RunPart,
+};
+use crate::wire::frame::FrameType;
+use crate::wire::link::{self, Answer, Arrived};
+
+/// Connections at once: the controller needs one.
+const CONNECTIONS_MAX: usize = 16;
+/// How long a data plane may take to say what it has.
+const DATA_PLANE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Serves the controller until the agent ends.
+pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let accepted = tokio::select! {
+            () = shared.cancel.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match (accepted, Arc::clone(&places).try_acquire_owned()) {
+            (Ok((stream, from)), Ok(place)) => {
+                let owner = Arc::clone(&shared);
+                shared.tasks.spawn(async move {
+                    let shared = owner;
+                    match shared.options.security.accept_from(stream).await {
+                        Ok((mut stream, caller)) if caller.is(Role::Controller) => {
+                            let answer = |request| handle(&shared, request);
+                            if let Err(error) = link::answer(&mut stream, &shared.cancel, answer).await {
+                                debug!("the connection from {from} ended: {error}");
+                            }
+                        }
+                        Ok(_) => warn!("{from} is refused: its certificate is not the controller's"),
+                        Err(error) => warn!("a connection from {from} is refused: {error}"),
+                    }
+                    drop(place);
+                });
+            }
+            (Ok((_, from)), Err(_)) => {
+                warn!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")
+            }
+            (Err(error), _) => {
+                warn!("cannot accept a connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
+    match request.frame_type {
+        FrameType::NODE_STATUS => {
+            request.body::<AskNode>()?;
+            request.reply::<AskNode>(state(shared).await)
+        }
+        FrameType::RUN_PART => {
+            let order: RunPart = request.body()?;
+            shared.parts.join_cluster(&order.cluster)?;
+            parts::accept(shared, order.task, order.part)?;
+            request.reply::<RunPart>(Done {})
+        }
+        FrameType::END_PART => {
+            let order: EndPart = request.body()?;
+            shared.parts.join_cluster(&order.cluster)?;
+            request.reply::<EndPart>(Ended { gone: parts::end(shared, order.task)? })
+        }
+        FrameType::FETCH => {
+            let order: Fetch = request.body()?;
+            shared.parts.join_cluster(&order.cluster)?;
+            let fetched = shared.services.data_plane.fetch(&order.image, order.boot_only).await;
+            fetched.map_err(|error| Fault::new(FaultCode::Failed, error))?;
+            request.reply::<Fetch>(Done {})
+        }
+        _ => Err(request.unknown()),
+    }
+}
+
+/// How the node is.
+pub(super) async fn state(shared: &Shared) -> NodeState {
+    let mut troubles = Vec::new();
+    let images = tokio::time::timeout(DATA_PLANE_TIMEOUT, shared.services.data_plane.images()).await;
+    let images = images.unwrap_or_else(|_| Err("the data plane does not answer".to_owned()));
+    let (images, peer) = match images {
+        Ok(images) => (images, shared.services.data_plane.peer()),
+        Err(trouble) => {
+            troubles.push(trouble);
+            (Vec::new(), None)
+        }
+    };
+    let mut instances = shared.parts.states(None);
+    instances.truncate(INSTANCES_MAX);
+    NodeState {
+        node: shared.options.name.clone(),
+        cluster: shared.parts.cluster(),
+        memory_free: facts::memory().1,
+        load: facts::load(&shared.sampler),
+        peer,
+        images,
+        tasks: shared.parts.tasks(),
+        instances,
+        troubles,
+    }
+}

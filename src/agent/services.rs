@@ -1,0 +1,147 @@
+//! What an agent needs of its node beside hypervisors, as traits, so that it can be tested, and embedded, without.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use bootcache_nbd::BoxFuture;
+use tokio::io::AsyncRead;
+
+use crate::hypervisor::domain::DomainDisk;
+use crate::image::manifest::ImageKind;
+use crate::name::{HostName, ImageName};
+use crate::network::NetworkSpec;
+use crate::wire::cluster::{ImageHere, Needed};
+
+/// A stream of an image's bytes.
+pub type Bytes = Box<dyn AsyncRead + Send + Unpin>;
+
+/// A VM's disk, and the file for its serial line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenDisk {
+    /// The disk.
+    pub disk: DomainDisk,
+    /// The file; its hypervisor can write it.
+    pub serial: PathBuf,
+}
+
+/// The node's images and disks. Errors are one line for a person. Every call has a deadline of its own.
+pub trait DataPlane: Send + Sync + 'static {
+    /// What is here.
+    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, String>>;
+
+    /// Where peers are served; see [`crate::wire::cluster::RegisterImage::peer`].
+    fn peer(&self) -> Option<SocketAddr>;
+
+    /// Makes the image readable, now or as it comes. An image that is here, or on its way, is left as it is.
+    fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), String>>;
+
+    /// Opens the disk of a VM, made from the image if there is none yet.
+    fn open_disk<'a>(
+        &'a self,
+        image: &'a ImageName,
+        vm: &'a HostName,
+    ) -> BoxFuture<'a, Result<OpenDisk, String>>;
+
+    /// The file for the serial line of a VM whose disk is open.
+    fn serial(&self, vm: &HostName) -> PathBuf;
+
+    /// Closes and removes the disk of a VM. What is not there is no error.
+    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), String>>;
+
+    /// The bytes of an image that is here or on its way, from the first to the last.
+    fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, String>>;
+}
+
+/// The node's bridges.
+pub trait Networks: Send + Sync + 'static {
+    /// Makes the network, or leaves it as it is when it is there already.
+    fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), String>>;
+
+    /// Removes the network on `bridge`, if it was made by [`Networks::ensure`].
+    fn remove<'a>(&'a self, bridge: &'a str) -> BoxFuture<'a, Result<(), String>>;
+}
+
+/// Where container images are loaded.
+pub trait ContainerImages: Send + Sync + 'static {
+    /// The image as its hypervisor names it, loaded from `bytes` if it is not there. `bytes` is only called then.
+    fn ensure<'a>(
+        &'a self,
+        image: &'a Needed,
+        bytes: Box<dyn FnOnce() -> BoxFuture<'a, Result<Bytes, String>> + Send + 'a>,
+    ) -> BoxFuture<'a, Result<String, String>>;
+}
+
+/// A data plane that has whatever it is asked for: for tests and examples with an in-memory hypervisor.
+#[derive(Debug, Default)]
+pub struct MemoryDataPlane {
+    images: Mutex<BTreeMap<ImageName, ImageHere>>,
+    disks: Mutex<BTreeMap<HostName, ImageName>>,
+}
+
+impl MemoryDataPlane {
+    /// One that has the image `name`, of `size` bytes.
+    pub fn with_image(name: ImageName, kind: ImageKind, size: u64) -> Self {
+        let root = crate::digest::Digest::of(name.as_str().as_bytes());
+        let image = ImageHere {
+            name: name.clone(),
+            root,
+            kind,
+            size,
+            boot_bytes: 0,
+            present: size,
+            allocated: size,
+            complete: true,
+            boot_complete: true,
+            received: 0,
+        };
+        Self { images: Mutex::new(BTreeMap::from([(name, image)])), disks: Mutex::default() }
+    }
+
+    /// The disks that are open.
+    pub fn disks(&self) -> Vec<HostName> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+}
+
+impl DataPlane for MemoryDataPlane {
+    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, String>> {
+        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        Box::pin(async { Ok(images) })
+    }
+
+    fn peer(&self) -> Option<SocketAddr> {
+        None
+    }
+
+    fn fetch<'a>(&'a self, image: &'a Needed, _boot_only: bool) -> BoxFuture<'a, Result<(), String>> {
+        let there = self.images.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&image.name);
+        let result = if there { Ok(()) } else { Err(format!("image {} is not here", image.name)) };
+        Box::pin(async { result })
+    }
+
+    fn open_disk<'a>(
+        &'a self,
+        image: &'a ImageName,
+        vm: &'a HostName,
+    ) -> BoxFuture<'a, Result<OpenDisk, String>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), image.clone());
+        let disk = DomainDisk::Nbd { socket: PathBuf::from("/nowhere"), export: vm.to_string() };
+        let open = OpenDisk { disk, serial: self.serial(vm) };
+        Box::pin(async { Ok(open) })
+    }
+
+    fn serial(&self, _vm: &HostName) -> PathBuf {
+        PathBuf::from("/dev/null")
+    }
+
+    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), String>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn read<'a>(&'a self, _image: &'a Needed) -> BoxFuture<'a, Result<Bytes, String>> {
+        Box::pin(async { Ok(Box::new(tokio::io::empty()) as Bytes) })
+    }
+}

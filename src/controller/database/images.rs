@@ -1,0 +1,191 @@
+//! Images: who has what.
+
+use std::net::SocketAddr;
+
+use rusqlite::{OptionalExtension, Row, Transaction, params};
+
+use super::{DatabaseError, Result, number, parsed, unsigned};
+use crate::digest::Digest;
+use crate::image::manifest::ImageKind;
+use crate::name::ImageName;
+use crate::wire::cluster::{ImageHere, ImageRow};
+
+/// A node that has an image, or a part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Holder {
+    pub(crate) host_id: i64,
+    /// Where it serves peers.
+    pub(crate) peer: SocketAddr,
+    pub(crate) complete: bool,
+    pub(crate) boot_complete: bool,
+    /// Nothing of the image came to it over the network.
+    pub(crate) origin: bool,
+}
+
+const HERE: &str =
+    "img_name, root, img_type, img_size, bt_size, present, allocated, complete, boot_complete, received";
+
+fn kind(word: &str) -> Result<ImageKind> {
+    match word {
+        "vm" => Ok(ImageKind::Vm),
+        "container" => Ok(ImageKind::Container),
+        other => Err(DatabaseError::Content(other.to_owned())),
+    }
+}
+
+fn here(row: &Row<'_>) -> Result<ImageHere> {
+    Ok(ImageHere {
+        name: parsed(&row.get::<_, String>(0)?)?,
+        root: parsed(&row.get::<_, String>(1)?)?,
+        kind: kind(&row.get::<_, String>(2)?)?,
+        size: unsigned(row.get(3)?),
+        boot_bytes: unsigned(row.get(4)?),
+        present: unsigned(row.get(5)?),
+        allocated: unsigned(row.get(6)?),
+        complete: row.get(7)?,
+        boot_complete: row.get(8)?,
+        received: unsigned(row.get(9)?),
+    })
+}
+
+/// The images of one node.
+pub(super) fn of_host(tx: &Transaction<'_>, host_id: i64) -> Result<Vec<ImageHere>> {
+    let sql =
+        format!("SELECT {HERE} FROM host_img JOIN image USING (img_id) WHERE host_id = ?1 ORDER BY img_name");
+    let mut statement = tx.prepare_cached(&sql)?;
+    let mut rows = statement.query([host_id])?;
+    let mut images = Vec::new();
+    while let Some(row) = rows.next()? {
+        images.push(here(row)?);
+    }
+    Ok(images)
+}
+
+/// Writes down which images a node has; gives the names by which it has another image than the cluster.
+pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere]) -> Result<Vec<ImageName>> {
+    if of_host(tx, host_id)? == images {
+        return Ok(Vec::new());
+    }
+    tx.execute("DELETE FROM host_img WHERE host_id = ?1", [host_id])?;
+    let mut strangers = Vec::new();
+    for image in images {
+        let root = image.root.to_string();
+        let known: Option<(i64, String)> = tx
+            .query_row("SELECT img_id, root FROM image WHERE img_name = ?1", [image.name.as_str()], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
+            .optional()?;
+        let (name, size) = (image.name.as_str(), number(image.size));
+        let boot_bytes = number(image.boot_bytes);
+        let img_id: i64 = match known {
+            Some((_, other)) if other != root => {
+                strangers.push(image.name.clone());
+                continue;
+            }
+            Some((id, _)) => {
+                // A boot cache may be recorded later, or anew.
+                let sql = "UPDATE image SET bt_size = ?1 WHERE img_id = ?2 AND bt_size < ?1";
+                tx.execute(sql, params![boot_bytes, id])?;
+                id
+            }
+            None => tx.query_row(
+                "INSERT INTO image (img_type, img_name, img_size, bt_size, root) VALUES (?1, ?2, ?3, ?4, ?5)
+                 RETURNING img_id",
+                params![image.kind.to_string(), name, size, boot_bytes, root],
+                |row| row.get(0),
+            )?,
+        };
+        tx.execute(
+            "INSERT OR REPLACE INTO host_img VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            params![
+                host_id,
+                img_id,
+                number(image.present),
+                number(image.allocated),
+                number(image.received),
+                image.complete,
+                image.boot_complete,
+            ],
+        )?;
+    }
+    // An image that nobody has any more may be added anew, as another one. Offline nodes still have theirs.
+    tx.execute("DELETE FROM image WHERE img_id NOT IN (SELECT img_id FROM host_img)", [])?;
+    Ok(strangers)
+}
+
+/// An image by name: what is the same for all nodes.
+pub(crate) fn find(tx: &Transaction<'_>, name: &ImageName) -> Result<Option<(Digest, ImageKind, u64)>> {
+    let found: Option<(String, String, i64)> = tx
+        .query_row("SELECT root, img_type, img_size FROM image WHERE img_name = ?1", [name.as_str()], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+        })
+        .optional()?;
+    found.map(|(root, word, size)| Ok((parsed(&root)?, kind(&word)?, unsigned(size)))).transpose()
+}
+
+/// The nodes that are online, serve peers and have some of the image.
+pub(crate) fn holders(tx: &Transaction<'_>, name: &ImageName) -> Result<Vec<Holder>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT host_id, peer, complete, boot_complete, received = 0
+         FROM host_img JOIN image USING (img_id) JOIN host USING (host_id)
+         WHERE img_name = ?1 AND status = 'online' AND peer IS NOT NULL ORDER BY host_id",
+    )?;
+    let mut rows = statement.query([name.as_str()])?;
+    let mut holders = Vec::new();
+    while let Some(row) = rows.next()? {
+        holders.push(Holder {
+            host_id: row.get(0)?,
+            peer: parsed(&row.get::<_, String>(1)?)?,
+            complete: row.get(2)?,
+            boot_complete: row.get(3)?,
+            origin: row.get(4)?,
+        });
+    }
+    Ok(holders)
+}
+
+/// All images, as users see them.
+pub(crate) fn rows(tx: &Transaction<'_>) -> Result<Vec<ImageRow>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT img_name, root, img_type, img_size, bt_size, img_id FROM image ORDER BY img_name",
+    )?;
+    let mut rows = statement.query([])?;
+    let mut images = Vec::new();
+    while let Some(row) = rows.next()? {
+        let img_id: i64 = row.get(5)?;
+        images.push(ImageRow {
+            name: parsed(&row.get::<_, String>(0)?)?,
+            root: parsed(&row.get::<_, String>(1)?)?,
+            kind: kind(&row.get::<_, String>(2)?)?,
+            size: unsigned(row.get(3)?),
+            boot_bytes: unsigned(row.get(4)?),
+            complete: holder_names(tx, img_id, true)?,
+            partial: holder_names(tx, img_id, false)?,
+        });
+    }
+    Ok(images)
+}
+
+fn holder_names(tx: &Transaction<'_>, img_id: i64, complete: bool) -> Result<Vec<crate::name::HostName>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT name FROM host_img JOIN host USING (host_id) WHERE img_id = ?1 AND complete = ?2 ORDER BY name",
+    )?;
+    let names = statement.query_map(params![img_id, complete], |row| row.get::<_, String>(0))?;
+    names.map(|name| parsed(&name?)).collect()
+}
+
+/// What nodes that are online lack of the boot caches of all images: node and image.
+pub(crate) fn without_boot_cache(tx: &Transaction<'_>) -> Result<Vec<(i64, ImageName)>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT host.host_id, img_name FROM host, image
+         WHERE status = 'online' AND peer IS NOT NULL AND bt_size > 0 AND NOT EXISTS (
+             SELECT 1 FROM host_img WHERE host_img.host_id = host.host_id AND host_img.img_id = image.img_id
+         )",
+    )?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)))?;
+    rows.map(|row| {
+        let (host_id, name) = row?;
+        Ok((host_id, parsed(&name)?))
+    })
+    .collect()
+}

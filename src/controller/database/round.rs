@@ -1,0 +1,122 @@
+//! A heartbeat round: what all nodes have answered, written down in one transaction.
+
+use rusqlite::{Transaction, params};
+
+use super::{Result, images, instances, number};
+use crate::name::{HostName, ImageName};
+use crate::wire::cluster::{NodeState, shortened};
+
+/// What was heard of a node in a round: its answer, or nothing.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    pub(crate) host_id: i64,
+    /// Where its data plane serves peers, resolved.
+    pub(crate) peer: Option<std::net::SocketAddr>,
+    pub(crate) state: Option<NodeState>,
+}
+
+/// What a round has brought to light.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct RoundOutcome {
+    /// Nodes that have been silent for too long.
+    pub(crate) lost: Vec<HostName>,
+    /// Nodes that are back.
+    pub(crate) back: Vec<HostName>,
+    /// Parts that nodes have and should not.
+    pub(crate) orphans: Vec<(i64, i64)>,
+    /// Names by which a node has another image than the cluster.
+    pub(crate) strangers: Vec<(HostName, ImageName)>,
+}
+
+/// Writes a round down. A node that was silent longer than `silence_ms` is offline, and its instances are lost.
+pub(crate) fn write(
+    tx: &Transaction<'_>,
+    heard: &[Heard],
+    now: u64,
+    silence_ms: u64,
+) -> Result<RoundOutcome> {
+    let mut outcome = RoundOutcome::default();
+    for node in heard {
+        match &node.state {
+            Some(state) => present(tx, node, state, now, &mut outcome)?,
+            None => silent(tx, node.host_id, now, silence_ms, &mut outcome)?,
+        }
+    }
+    instances::expire(tx, now)?;
+    Ok(outcome)
+}
+
+fn present(
+    tx: &Transaction<'_>,
+    node: &Heard,
+    state: &NodeState,
+    now: u64,
+    outcome: &mut RoundOutcome,
+) -> Result<()> {
+    let host_id = node.host_id;
+    let was: String = tx
+        .prepare_cached("SELECT status FROM host WHERE host_id = ?1")?
+        .query_row([host_id], |row| row.get(0))?;
+    if was == "offline" {
+        outcome.back.push(state.node.clone());
+    }
+    tx.prepare_cached(
+        "UPDATE host SET status = 'online', last_seen = ?2, memory_free = ?3, peer = ?4, troubles = ?5 WHERE host_id = ?1",
+    )?
+    .execute(params![
+        host_id,
+        number(now),
+        number(state.memory_free),
+        node.peer.map(|peer| peer.to_string()),
+        shortened(state.troubles.join("\n")),
+    ])?;
+    for (item, value) in &state.load {
+        let value = if value.is_finite() { value.clamp(0.0, 1.0) } else { 1.0 };
+        tx.prepare_cached(
+            "INSERT INTO host_load VALUES (?1, ?2, ?3)
+             ON CONFLICT (host_id, item_id) DO UPDATE SET value = excluded.value",
+        )?
+        .execute(params![host_id, item, value])?;
+    }
+    let strangers = images::register(tx, host_id, &state.images)?;
+    outcome.strangers.extend(strangers.into_iter().map(|image| (state.node.clone(), image)));
+    instances::update(tx, host_id, &state.instances, now)?;
+    parts(tx, host_id, &state.tasks, outcome)
+}
+
+/// Compares the parts that a node has with those that it should have.
+fn parts(tx: &Transaction<'_>, host_id: i64, has: &[i64], outcome: &mut RoundOutcome) -> Result<()> {
+    let mut statement = tx.prepare_cached("SELECT task_id FROM part WHERE host_id = ?1")?;
+    let should =
+        statement.query_map([host_id], |row| row.get::<_, i64>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
+    for task in should.iter().filter(|task| !has.contains(task)) {
+        // It has forgotten it, or this answer is older than the order: the order is given again, which does no harm.
+        tx.prepare_cached(
+            "UPDATE part SET accepted = 0 WHERE task_id = ?1 AND host_id = ?2 AND accepted = 1",
+        )?
+        .execute(params![task, host_id])?;
+    }
+    outcome.orphans.extend(has.iter().filter(|task| !should.contains(task)).map(|task| (host_id, *task)));
+    Ok(())
+}
+
+fn silent(
+    tx: &Transaction<'_>,
+    host_id: i64,
+    now: u64,
+    silence_ms: u64,
+    outcome: &mut RoundOutcome,
+) -> Result<()> {
+    let mut statement = tx.prepare_cached(
+        "UPDATE host SET status = 'offline' WHERE host_id = ?1 AND status = 'online' AND last_seen <= ?2 RETURNING name",
+    )?;
+    let before = number(now.saturating_sub(silence_ms));
+    let names = statement
+        .query_map(params![host_id, before], |row| row.get::<_, String>(0))?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    for name in names {
+        outcome.lost.push(super::parsed(&name)?);
+        instances::lose(tx, host_id)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,220 @@
+//! Tasks and their parts: made, ordered, ended.
+
+use std::collections::BTreeMap;
+
+use rusqlite::{OptionalExtension, Transaction, params};
+
+use super::{DatabaseError, Result, instances, number, parsed, unsigned};
+use crate::controller::state::task_status;
+use crate::plan::Plan;
+use crate::wire::cluster::{InstanceStatus, Part, TaskRow, TaskStatus, UpWhen};
+
+/// A task to be made.
+#[derive(Debug)]
+pub(crate) struct NewTask<'t> {
+    /// The user's own number for the request.
+    pub(crate) request: &'t str,
+    pub(crate) plan: &'t Plan,
+    pub(crate) now: u64,
+}
+
+/// An order that a node has still to be given.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Order {
+    pub(crate) host_id: i64,
+    pub(crate) task: i64,
+    pub(crate) kind: OrderKind,
+}
+
+/// What a node is ordered to do.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum OrderKind {
+    Run(Box<Part>),
+    End,
+}
+
+fn status_of_word(word: &str) -> Result<TaskStatus> {
+    TaskStatus::ALL
+        .into_iter()
+        .find(|status| status.word() == word)
+        .ok_or_else(|| DatabaseError::Content(word.to_owned()))
+}
+
+/// The task that the request has made already.
+pub(crate) fn of_request(tx: &Transaction<'_>, request: &str) -> Result<Option<i64>> {
+    Ok(tx.query_row("SELECT task_id FROM task WHERE request = ?1", [request], |row| row.get(0)).optional()?)
+}
+
+/// Makes a task; `parts` says, from its number, what each host is to run.
+pub(crate) fn create<E: From<DatabaseError>>(
+    tx: &Transaction<'_>,
+    new: &NewTask<'_>,
+    parts: impl FnOnce(i64) -> Result<BTreeMap<i64, Part>, E>,
+) -> Result<i64, E> {
+    let inner = || -> Result<i64> {
+        Ok(tx.query_row(
+            "INSERT INTO task (task_status, name, request, plan, created) VALUES ('starting', ?1, ?2, ?3, ?4)
+             RETURNING task_id",
+            params![new.plan.name.as_str(), new.request, serde_json::to_string(new.plan)?, number(new.now)],
+            |row| row.get(0),
+        )?)
+    };
+    let task = inner()?;
+    let parts = parts(task)?;
+    write_parts(tx, task, &parts)?;
+    Ok(task)
+}
+
+fn write_parts(tx: &Transaction<'_>, task: i64, parts: &BTreeMap<i64, Part>) -> Result<()> {
+    for (host_id, part) in parts {
+        tx.execute(
+            "INSERT INTO part (task_id, host_id, body) VALUES (?1, ?2, ?3)",
+            params![task, host_id, serde_json::to_string(part)?],
+        )?;
+        for instance in &part.instances {
+            let addresses: Vec<String> =
+                instance.nics.iter().filter_map(|nic| nic.address).map(|(ip, _)| ip.to_string()).collect();
+            tx.execute(
+                "INSERT INTO instance (inst_type, inst_status, host_id, task_id, name, image, addresses, time_limit)
+                 VALUES (?1, 'preparing', ?2, ?3, ?4, ?5, ?6, ?7)",
+                params![
+                    instance.kind.to_string(),
+                    host_id,
+                    task,
+                    instance.name.as_str(),
+                    instance.image.as_str(),
+                    addresses.join(" "),
+                    (instance.up_when == UpWhen::Report).then(|| i64::from(instance.time_limit_s) * 1000),
+                ],
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// The task is to end; false if it is not there.
+pub(crate) fn end(tx: &Transaction<'_>, task: i64) -> Result<bool> {
+    Ok(tx.execute("UPDATE task SET task_status = 'ending' WHERE task_id = ?1", [task])? > 0)
+}
+
+/// What nodes have still to be told. A node that is offline cannot be told to end its part: that part is given up, and
+/// ended as one that should not be there when the node comes back.
+pub(crate) fn orders(tx: &Transaction<'_>) -> Result<Vec<Order>> {
+    let given_up = "SELECT task_id, host_id FROM part JOIN task USING (task_id) JOIN host USING (host_id)
+                    WHERE task_status = 'ending' AND host.status = 'offline'";
+    let mut statement = tx.prepare_cached(given_up)?;
+    let parts = statement
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<rusqlite::Result<Vec<(i64, i64)>>>()?;
+    for (task, host_id) in parts {
+        gone(tx, task, host_id)?;
+    }
+    let mut statement = tx.prepare_cached(
+        "SELECT host_id, task_id, task_status, body FROM part JOIN task USING (task_id) JOIN host USING (host_id)
+         WHERE host.status = 'online' AND (accepted = 0 OR task_status = 'ending') ORDER BY task_id, host_id",
+    )?;
+    let mut rows = statement.query([])?;
+    let mut orders = Vec::new();
+    while let Some(row) = rows.next()? {
+        let kind = match status_of_word(&row.get::<_, String>(2)?)? {
+            TaskStatus::Ending => OrderKind::End,
+            _ => OrderKind::Run(Box::new(serde_json::from_str(&row.get::<_, String>(3)?)?)),
+        };
+        orders.push(Order { host_id: row.get(0)?, task: row.get(1)?, kind });
+    }
+    Ok(orders)
+}
+
+/// A node has accepted its part.
+pub(crate) fn accepted(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> {
+    tx.execute("UPDATE part SET accepted = 1 WHERE task_id = ?1 AND host_id = ?2", params![task, host_id])?;
+    Ok(())
+}
+
+/// A node will not run its part, and says why: its instances have failed.
+pub(crate) fn refused(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &str, now: u64) -> Result<()> {
+    tx.execute(
+        "UPDATE instance SET inst_status = 'failed', reason = ?3 WHERE task_id = ?1 AND host_id = ?2",
+        params![task, host_id, reason],
+    )?;
+    accepted(tx, task, host_id)?;
+    refresh(tx, task, now)
+}
+
+/// Nothing is left of a part; with the last one, the task goes.
+pub(crate) fn gone(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> {
+    let ending = "task_id = ?1 AND host_id = ?2 AND EXISTS
+                  (SELECT 1 FROM task WHERE task.task_id = ?1 AND task_status = 'ending')";
+    for table in ["instance", "part"] {
+        tx.execute(&format!("DELETE FROM {table} WHERE {ending}"), params![task, host_id])?;
+    }
+    tx.execute(
+        "DELETE FROM task WHERE task_id = ?1 AND task_status = 'ending'
+         AND NOT EXISTS (SELECT 1 FROM part WHERE part.task_id = ?1)",
+        [task],
+    )?;
+    Ok(())
+}
+
+/// Brings a task's state up to date with those of its instances.
+pub(super) fn refresh(tx: &Transaction<'_>, task: i64, now: u64) -> Result<()> {
+    let word: Option<String> = tx
+        .query_row("SELECT task_status FROM task WHERE task_id = ?1", [task], |row| row.get(0))
+        .optional()?;
+    let Some(word) = word else { return Ok(()) };
+    let new = task_status(status_of_word(&word)?, &counts(tx, task)?);
+    tx.execute(
+        "UPDATE task SET task_status = ?2, up = CASE WHEN ?2 = 'running' THEN coalesce(up, ?3) ELSE up END
+         WHERE task_id = ?1",
+        params![task, new.word(), number(now)],
+    )?;
+    Ok(())
+}
+
+fn counts(tx: &Transaction<'_>, task: i64) -> Result<BTreeMap<InstanceStatus, u64>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT inst_status, count(*) FROM instance WHERE task_id = ?1 GROUP BY inst_status",
+    )?;
+    let rows = statement.query_map([task], |row| Ok((row.get::<_, String>(0)?, row.get(1)?)))?;
+    rows.map(|row| {
+        let (word, count) = row?;
+        Ok((instances::status_of_word(&word)?, unsigned(count)))
+    })
+    .collect()
+}
+
+/// The tasks, or one of them, as users see them.
+pub(crate) fn rows(tx: &Transaction<'_>, task: Option<i64>) -> Result<Vec<TaskRow>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT task_id, name, task_status, created, up FROM task WHERE ?1 IS NULL OR task_id = ?1 ORDER BY task_id",
+    )?;
+    let mut rows = statement.query([task])?;
+    let mut tasks = Vec::new();
+    while let Some(row) = rows.next()? {
+        let task = row.get(0)?;
+        let created = unsigned(row.get(3)?);
+        tasks.push(TaskRow {
+            task,
+            name: parsed(&row.get::<_, String>(1)?)?,
+            status: status_of_word(&row.get::<_, String>(2)?)?,
+            created_ms: created,
+            up_ms: row.get::<_, Option<i64>>(4)?.map(|up| unsigned(up).saturating_sub(created)),
+            instances: counts(tx, task)?,
+            nodes: per_node(tx, task)?,
+        });
+    }
+    Ok(tasks)
+}
+
+fn per_node(tx: &Transaction<'_>, task: i64) -> Result<BTreeMap<crate::name::HostName, (u64, u64)>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT host.name, count(*), sum(inst_status = 'running')
+         FROM instance JOIN host USING (host_id) WHERE task_id = ?1 GROUP BY host_id",
+    )?;
+    let rows = statement.query_map([task], |row| Ok((row.get::<_, String>(0)?, row.get(1)?, row.get(2)?)))?;
+    rows.map(|row| {
+        let (name, count, up) = row?;
+        Ok((parsed(&name)?, (unsigned(count), unsigned(up))))
+    })
+    .collect()
+}

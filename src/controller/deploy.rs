@@ -1,0 +1,219 @@
+//! What users ask of a controller: deployments started and ended, images brought ahead, and what there is.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use super::database::{self, NewTask};
+use super::{DatabaseError, Shared, dispatch, now_ms};
+use crate::hypervisor::InstanceType;
+use crate::image::manifest::ImageKind;
+use crate::name::{HostName, ImageName};
+use crate::plan::Plan;
+use crate::plan::check::{Mistake, Step, check};
+use crate::plan::expand::{Context, expand};
+use crate::plan::place::{NodeFacts, place};
+use crate::wire::cluster::{Found, Needed, NodeRow, Part, Prefetch, Query};
+use crate::wire::link::CallError;
+
+/// Longest name that a user's program gives a request.
+const REQUEST_BYTES_MAX: usize = 64;
+/// Mistakes that are told at once.
+const MISTAKES_SHOWN: usize = 8;
+
+/// Why something that a user asked for was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// The plan is wrong, or cannot be carried out here.
+    #[error("{}", listed(.0))]
+    Plan(Vec<Mistake>),
+    /// The request has no proper name of its own.
+    #[error("a request is named by 1 to {REQUEST_BYTES_MAX} printable characters")]
+    Request,
+    /// There is no such deployment.
+    #[error("there is no task {0}: it may have ended; `bootcache tasks` shows those there are")]
+    NoTask(i64),
+    /// There is no such image.
+    #[error("there is no image '{0}': `bootcache images` shows those there are")]
+    NoImage(ImageName),
+    /// There is no such node.
+    #[error("there is no node '{0}': `bootcache nodes` shows those there are")]
+    NoNode(HostName),
+    /// A node did not do it.
+    #[error("node '{node}': {error}")]
+    Node {
+        /// The node.
+        node: HostName,
+        /// What it says.
+        error: CallError,
+    },
+    /// The database.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+}
+
+fn listed(mistakes: &[Mistake]) -> String {
+    let mut lines: Vec<_> = mistakes.iter().take(MISTAKES_SHOWN).map(ToString::to_string).collect();
+    if mistakes.len() > MISTAKES_SHOWN {
+        lines.push(format!("and {} more", mistakes.len() - MISTAKES_SHOWN));
+    }
+    lines.join("\n")
+}
+
+/// Starts a deployment.
+pub(super) async fn deploy(shared: &Arc<Shared>, request: &str, plan: Plan) -> Result<i64, DeployError> {
+    if request.is_empty()
+        || request.len() > REQUEST_BYTES_MAX
+        || !request.bytes().all(|b| b.is_ascii_graphic())
+    {
+        return Err(DeployError::Request);
+    }
+    let mistakes = check(&plan);
+    if !mistakes.is_empty() {
+        return Err(DeployError::Plan(mistakes));
+    }
+    if let Some(index) =
+        plan.groups.iter().position(|group| group.privileged && !shared.options.allow_privileged)
+    {
+        let message = "the controller does not allow privileged containers (--allow-privileged)";
+        return Err(DeployError::Plan(vec![mistake(index, "privileged", message)]));
+    }
+    let (request, owner) = (request.to_owned(), Arc::clone(shared));
+    let task = shared
+        .database
+        .run(move |tx| {
+            if let Some(task) = database::task_of_request(tx, &request)? {
+                return Ok(task);
+            }
+            let nodes = database::node_rows(tx, now_ms())?;
+            let images = images(tx, &plan)?;
+            let new = NewTask { request: &request, plan: &plan, now: now_ms() };
+            database::create_task(tx, &new, |task| parts(&owner, &plan, &nodes, &images, task))
+        })
+        .await?;
+    shared.orders.notify_one();
+    Ok(task)
+}
+
+fn mistake(group: usize, field: &str, message: impl Into<String>) -> Mistake {
+    let path = vec![Step::Key("groups".into()), Step::Index(group), Step::Key(field.into())];
+    Mistake { path, message: message.into() }
+}
+
+/// The images that the plan names, all of them there and of the right kind.
+fn images(tx: &database::Tx<'_>, plan: &Plan) -> Result<HashMap<ImageName, Needed>, DeployError> {
+    let mut images = HashMap::new();
+    let mut mistakes = Vec::new();
+    for (index, group) in plan.groups.iter().enumerate() {
+        let wanted = match group.kind {
+            InstanceType::Vm => ImageKind::Vm,
+            InstanceType::Container => ImageKind::Container,
+        };
+        match database::find_image(tx, &group.image)? {
+            Some((root, kind, size)) if kind == wanted => {
+                let needed = Needed { name: group.image.clone(), root, size, sources: Vec::new() };
+                images.insert(group.image.clone(), needed);
+            }
+            Some((_, kind, _)) => {
+                let message =
+                    format!("image '{}' is for {kind}s, the group is of {}s", group.image, group.kind);
+                mistakes.push(mistake(index, "image", message));
+            }
+            None => {
+                mistakes.push(mistake(index, "image", DeployError::NoImage(group.image.clone()).to_string()));
+            }
+        }
+    }
+    if mistakes.is_empty() { Ok(images) } else { Err(DeployError::Plan(mistakes)) }
+}
+
+/// What each host is to run, by its number.
+fn parts(
+    shared: &Shared,
+    plan: &Plan,
+    nodes: &[NodeRow],
+    images: &HashMap<ImageName, Needed>,
+    task: i64,
+) -> Result<BTreeMap<i64, Part>, DeployError> {
+    let facts: Vec<_> = nodes
+        .iter()
+        .map(|node| NodeFacts {
+            name: node.name.clone(),
+            online: node.online,
+            kinds: node.kinds.clone(),
+            memory_mib: node.memory_bytes >> 20,
+            free_mib: node.memory_free >> 20,
+            score: shared.score(&node.load),
+        })
+        .collect();
+    let placed = place(plan, &facts).map_err(DeployError::Plan)?;
+    let names: Vec<_> = nodes.iter().map(|node| node.name.clone()).collect();
+    let context = Context { cluster: &shared.cluster, task, report: shared.report };
+    let parts = expand(plan, &placed, &names, images, context).map_err(DeployError::Plan)?;
+    Ok(parts.into_iter().map(|(index, part)| (nodes[index].host_id, part)).collect())
+}
+
+/// Ends a deployment.
+pub(super) async fn end(shared: &Shared, task: i64) -> Result<(), DeployError> {
+    let there = shared.database.run(move |tx| database::end_task(tx, task)).await?;
+    shared.orders.notify_one();
+    if there { Ok(()) } else { Err(DeployError::NoTask(task)) }
+}
+
+/// What there is.
+pub(super) async fn query(shared: &Shared, query: Query) -> Result<Found, DatabaseError> {
+    let found = shared
+        .database
+        .run::<_, DatabaseError, _>(move |tx| {
+            Ok(match query {
+                Query::Nodes => Found::Nodes(database::node_rows(tx, now_ms())?),
+                Query::Images => Found::Images(database::image_rows(tx)?),
+                Query::Tasks { task } => Found::Tasks(database::task_rows(tx, task)?),
+                Query::Instances { task } => Found::Instances(database::instance_rows(tx, task)?),
+            })
+        })
+        .await?;
+    Ok(match found {
+        Found::Nodes(mut nodes) => {
+            nodes.iter_mut().for_each(|node| node.score = shared.score(&node.load));
+            Found::Nodes(nodes)
+        }
+        other => other,
+    })
+}
+
+/// Brings images to nodes ahead of demand.
+pub(super) async fn prefetch(shared: &Arc<Shared>, prefetch: Prefetch) -> Result<(), DeployError> {
+    match prefetch {
+        Prefetch::Standing { on } => {
+            let value = if on { "on" } else { "off" };
+            shared.database.run(move |tx| database::set(tx, dispatch::STANDING, value)).await?;
+            shared.orders.notify_one();
+            Ok(())
+        }
+        Prefetch::Image { image, nodes, boot_only } => {
+            let name = image.clone();
+            let (found, hosts) = shared
+                .database
+                .run::<_, DatabaseError, _>(move |tx| {
+                    Ok((database::find_image(tx, &name)?, database::all_hosts(tx)?))
+                })
+                .await?;
+            if found.is_none() {
+                return Err(DeployError::NoImage(image));
+            }
+            if let Some(missing) = nodes.iter().find(|node| hosts.iter().all(|host| host.name != **node)) {
+                return Err(DeployError::NoNode(missing.clone()));
+            }
+            let chosen = |host: &&database::Host| {
+                if nodes.is_empty() { host.online } else { nodes.contains(&host.name) }
+            };
+            for host in hosts.iter().filter(chosen) {
+                let node = || host.name.clone();
+                dispatch::fetch(shared, host, &image, boot_only)
+                    .await
+                    .map_err(|error| DeployError::Node { node: node(), error })?;
+            }
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The controller's connections to agents: one each, opened when needed, one request at a time.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::peer::transport::Security;
+use crate::tls::Role;
+use crate::wire::cluster::Body;
+use crate::wire::link::{CallError, Link};
+
+type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
+
+/// The connections. Owner of them all.
+#[derive(Debug)]
+pub(super) struct Nodes {
+    security: Security,
+    links: Mutex<HashMap<SocketAddr, Slot>>,
+}
+
+impl Nodes {
+    pub(super) fn new(security: Security) -> Self {
+        Self { security, links: Mutex::default() }
+    }
+
+    /// Asks the agent at `address`, and opens a connection if there is none, or if the one there was has ended.
+    pub(super) async fn call<B: Body>(
+        &self,
+        address: SocketAddr,
+        body: &B,
+        limit: Duration,
+    ) -> Result<B::Answer, CallError> {
+        let slot =
+            Arc::clone(self.links.lock().unwrap_or_else(PoisonError::into_inner).entry(address).or_default());
+        let work = async {
+            let mut slot = slot.lock().await;
+            // Taken out, so that a connection on which something went wrong, or was given up, is never used again.
+            if let Some(mut link) = slot.take() {
+                match link.call(body, limit).await {
+                    Err(CallError::Wire(_)) => {}
+                    result => {
+                        if matches!(result, Ok(_) | Err(CallError::Refused(_))) {
+                            *slot = Some(link);
+                        }
+                        return result;
+                    }
+                }
+            }
+            let mut link = Link::new(self.security.connect_to(address, Role::Node).await?);
+            let result = link.call(body, limit).await;
+            if matches!(result, Ok(_) | Err(CallError::Refused(_))) {
+                *slot = Some(link);
+            }
+            result
+        };
+        tokio::time::timeout(limit, work).await.unwrap_or(Err(CallError::TimedOut(limit)))
+    }
+
+    /// Forgets the connections to all but these.
+    pub(super) fn keep(&self, addresses: &[SocketAddr]) {
+        self.links
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|address, slot| addresses.contains(address) || Arc::strong_count(slot) > 1);
+    }
+}

@@ -1,0 +1,251 @@
+//! The controller's end of connections: who may ask for what, and who answers.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+use tracing::{debug, info, warn};
+
+use super::{DatabaseError, DeployError, Shared, database, deploy, now_ms, round};
+use crate::name::HostName;
+use crate::peer::transport::{Caller, Transport};
+use crate::tls::Role;
+use crate::wire::cluster::{
+    AskNode, Deploy, Deployed, Done, End, Fault, FaultCode, InstancesChanged, Prefetch, Query,
+    RegisterCompute, RegisterImage, Registered,
+};
+use crate::wire::frame::FrameType;
+use crate::wire::link::{self, Answer, Arrived};
+
+/// Connections at once: more than nodes and users of a large cluster need.
+const CONNECTIONS_MAX: usize = 4096;
+/// How long a node that registers may take to be reached.
+const REACH_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Serves the socket in the controller's folder, which only its owner can open.
+pub(super) async fn unix(shared: Arc<Shared>, listener: UnixListener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let accepted = tokio::select! {
+            () = shared.cancel.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match (accepted, Arc::clone(&places).try_acquire_owned()) {
+            (Ok((stream, _)), Ok(place)) => {
+                let owner = Arc::clone(&shared);
+                shared.tasks.spawn(async move {
+                    let shared = owner;
+                    let local = SocketAddr::from(([127, 0, 0, 1], 0));
+                    converse(&shared, Box::new(stream), &Caller::trusted(), local).await;
+                    drop(place);
+                });
+            }
+            (Ok(_), Err(_)) => warn!("more than {CONNECTIONS_MAX} connections: one is closed"),
+            (Err(error), _) => pause("a connection", &error).await,
+        }
+    }
+}
+
+/// Serves agents and users over TCP.
+pub(super) async fn tcp(shared: Arc<Shared>, listener: TcpListener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let accepted = tokio::select! {
+            () = shared.cancel.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match (accepted, Arc::clone(&places).try_acquire_owned()) {
+            (Ok((stream, from)), Ok(place)) => {
+                let owner = Arc::clone(&shared);
+                shared.tasks.spawn(async move {
+                    let shared = owner;
+                    match shared.options.security.accept_from(stream).await {
+                        Ok((stream, caller)) => converse(&shared, stream, &caller, from).await,
+                        Err(error) => warn!("a connection from {from} is refused: {error}"),
+                    }
+                    drop(place);
+                });
+            }
+            (Ok((_, from)), Err(_)) => {
+                warn!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")
+            }
+            (Err(error), _) => pause("a connection", &error).await,
+        }
+    }
+}
+
+async fn pause(what: &str, error: &std::io::Error) {
+    warn!("cannot accept {what}: {error}");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+async fn converse(shared: &Arc<Shared>, mut stream: Box<dyn Transport>, caller: &Caller, from: SocketAddr) {
+    let result =
+        link::answer(&mut stream, &shared.cancel, |request| handle(shared, caller, from, request)).await;
+    if let Err(error) = result {
+        debug!("the connection from {from} ended: {error}");
+    }
+}
+
+/// Carries out one request.
+async fn handle(shared: &Arc<Shared>, caller: &Caller, from: SocketAddr, request: Arrived) -> Answer {
+    match request.frame_type {
+        FrameType::REGISTER_COMPUTE => {
+            let body: RegisterCompute = request.body()?;
+            allow_node(caller, &body.node, from)?;
+            request.reply::<RegisterCompute>(register(shared, body, from).await?)
+        }
+        FrameType::REGISTER_IMAGE => {
+            let body: RegisterImage = request.body()?;
+            allow_node(caller, &body.node, from)?;
+            register_images(shared, body).await?;
+            request.reply::<RegisterImage>(Done {})
+        }
+        FrameType::INSTANCE_STATUS => {
+            let body: InstancesChanged = request.body()?;
+            allow_node(caller, &body.node, from)?;
+            shared.database.run(move |tx| changed(tx, &body)).await?;
+            request.reply::<InstancesChanged>(Done {})
+        }
+        FrameType::DEPLOY => {
+            allow_user(caller, from)?;
+            let body: Deploy = request.body()?;
+            let task = deploy::deploy(shared, &body.request, body.plan).await?;
+            request.reply::<Deploy>(Deployed { task })
+        }
+        FrameType::END => {
+            allow_user(caller, from)?;
+            deploy::end(shared, request.body::<End>()?.task).await?;
+            request.reply::<End>(Done {})
+        }
+        FrameType::QUERY_STATUS => {
+            allow_user(caller, from)?;
+            request.reply::<Query>(deploy::query(shared, request.body()?).await?)
+        }
+        FrameType::PREFETCH => {
+            allow_user(caller, from)?;
+            deploy::prefetch(shared, request.body()?).await?;
+            request.reply::<Prefetch>(Done {})
+        }
+        _ => Err(request.unknown()),
+    }
+}
+
+fn allow_node(caller: &Caller, node: &HostName, from: SocketAddr) -> Result<(), Fault> {
+    if caller.is(Role::Node) && caller.is_named(node) {
+        return Ok(());
+    }
+    warn!("{from} is refused: its certificate is not that of node '{node}'");
+    Err(Fault::new(FaultCode::Forbidden, format!("your certificate is not that of node '{node}'")))
+}
+
+fn allow_user(caller: &Caller, from: SocketAddr) -> Result<(), Fault> {
+    if caller.is(Role::User) || caller.is(Role::Controller) {
+        return Ok(());
+    }
+    warn!("{from} is refused: its certificate is not a user's");
+    Err(Fault::new(
+        FaultCode::Forbidden,
+        "your certificate is not a user's (`bootcache ca issue --role user`)",
+    ))
+}
+
+/// Enters a node once it has been reached.
+async fn register(
+    shared: &Arc<Shared>,
+    body: RegisterCompute,
+    from: SocketAddr,
+) -> Result<Registered, Fault> {
+    let address = SocketAddr::new(body.ip.unwrap_or_else(|| from.ip()), body.port);
+    let unreachable = |error: String| {
+        let message = format!("node '{}' cannot be reached at {address}: {error}", body.node);
+        Fault::new(FaultCode::Failed, message)
+    };
+    let hosts = shared.database.run(database::all_hosts).await?;
+    let other = hosts.iter().find(|host| host.name == body.node && host.address != address && host.online);
+    if let Some(other) = other
+        && shared
+            .nodes
+            .call(other.address, &AskNode {}, REACH_TIMEOUT)
+            .await
+            .is_ok_and(|s| s.node == body.node)
+    {
+        let message = format!(
+            "there is a node '{}' already, at {}: give this one another name",
+            body.node, other.address
+        );
+        return Err(Fault::new(FaultCode::Invalid, message));
+    }
+    match shared.nodes.call(address, &AskNode {}, REACH_TIMEOUT).await {
+        Ok(state) if state.node != body.node => Err(unreachable(format!("node '{}' is there", state.node))),
+        Ok(state) if state.cluster.as_ref().is_some_and(|cluster| *cluster != shared.cluster) => {
+            let message = format!("node '{}' belongs to another cluster", body.node);
+            Err(Fault::new(FaultCode::Invalid, message))
+        }
+        Ok(state) => {
+            let node = body.node.clone();
+            let peer = state.peer.and_then(|peer| round::resolved(peer, address));
+            let host_id = shared
+                .database
+                .run::<_, DatabaseError, _>(move |tx| {
+                    let host_id = database::register_host(tx, &body, address, now_ms())?;
+                    let heard = database::Heard { host_id, peer, state: Some(state) };
+                    database::write_round(tx, &[heard], now_ms(), 0)?;
+                    Ok(host_id)
+                })
+                .await?;
+            info!("node '{node}' is registered, at {address}");
+            shared.orders.notify_one();
+            Ok(Registered { host_id, cluster: shared.cluster.clone(), report: shared.report })
+        }
+        Err(error) => Err(unreachable(error.to_string())),
+    }
+}
+
+async fn register_images(shared: &Arc<Shared>, body: RegisterImage) -> Result<(), Fault> {
+    let hosts = shared.database.run(database::all_hosts).await?;
+    let Some(host) = hosts.into_iter().find(|host| host.name == body.node) else {
+        return Err(not_registered(&body.node));
+    };
+    let peer = body.peer.and_then(|peer| round::resolved(peer, host.address));
+    let strangers = shared
+        .database
+        .run(move |tx| {
+            database::set_peer(tx, host.id, peer)?;
+            database::register_images(tx, host.id, &body.images)
+        })
+        .await?;
+    for image in strangers {
+        warn!("node '{}' has another image called '{image}' than the cluster: it is not used", host.name);
+    }
+    Ok(())
+}
+
+fn not_registered(node: &HostName) -> Fault {
+    Fault::new(FaultCode::NotFound, format!("node '{node}' is not registered"))
+}
+
+fn changed(tx: &database::Tx<'_>, body: &InstancesChanged) -> Result<(), Fault> {
+    let host_id = database::host_id(tx, &body.node)?.ok_or_else(|| not_registered(&body.node))?;
+    database::update_instances(tx, host_id, &body.instances, now_ms())?;
+    Ok(())
+}
+
+impl From<DatabaseError> for Fault {
+    fn from(error: DatabaseError) -> Self {
+        Self::new(FaultCode::Failed, error.to_string())
+    }
+}
+
+impl From<DeployError> for Fault {
+    fn from(error: DeployError) -> Self {
+        let code = match &error {
+            DeployError::Plan(_) | DeployError::Request => FaultCode::Invalid,
+            DeployError::NoTask(_) | DeployError::NoImage(_) | DeployError::NoNode(_) => FaultCode::NotFound,
+            DeployError::Node { .. } | DeployError::Database(_) => FaultCode::Failed,
+        };
+        Self::new(code, error.to_string())
+    }
+}

@@ -1,0 +1,308 @@
+//! A controller and agents in one process, over loopback, with instances in memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::client::{Client, Target};
+use super::*;
+use crate::agent::{Agent, MemoryDataPlane, Services};
+use crate::hypervisor::memory::{Fault, MemoryHypervisor, Verb};
+use crate::hypervisor::{Hypervisor, InstanceType};
+use crate::image::manifest::ImageKind;
+use crate::name::HostName;
+use crate::wire::cluster::{Deploy, End, InstanceRow, InstanceStatus, NodeRow, TaskRow, TaskStatus};
+
+/// A node whose hypervisor and disks outlive its agent.
+struct TestNode {
+    name: HostName,
+    dir: tempfile::TempDir,
+    hypervisor: Arc<MemoryHypervisor>,
+    data_plane: Arc<MemoryDataPlane>,
+    agent: Option<Agent>,
+}
+
+impl TestNode {
+    async fn start(name: &str, controller: SocketAddr) -> Self {
+        let image = "debian".parse().unwrap();
+        let mut node = Self {
+            name: name.parse().unwrap(),
+            dir: tempfile::tempdir().unwrap(),
+            hypervisor: Arc::new(MemoryHypervisor::new(InstanceType::Vm)),
+            data_plane: Arc::new(MemoryDataPlane::with_image(image, ImageKind::Vm, 1 << 30)),
+            agent: None,
+        };
+        node.start_agent(controller).await;
+        node
+    }
+
+    async fn start_agent(&mut self, controller: SocketAddr) {
+        let services = Services {
+            data_plane: Arc::clone(&self.data_plane) as _,
+            hypervisors: vec![Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>],
+            networks: None,
+            container_images: None,
+        };
+        let mut options = crate::agent::Options::new(self.name.clone(), self.dir.path());
+        options.controller = Some(Target::Tcp(controller));
+        self.agent = Some(Agent::start(options, services).await.unwrap());
+    }
+
+    async fn stop_agent(&mut self) {
+        if let Some(agent) = self.agent.take() {
+            agent.stop().await;
+        }
+    }
+
+    async fn instances(&self) -> Vec<String> {
+        let mut names: Vec<_> =
+            self.hypervisor.list().await.unwrap().iter().map(ToString::to_string).collect();
+        names.sort_unstable();
+        names
+    }
+}
+
+fn options(dir: &Path) -> Options {
+    Options {
+        listen: vec![SocketAddr::from(([127, 0, 0, 1], 0))],
+        report: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+        poll: Duration::from_millis(100),
+        silence: Duration::from_millis(700),
+        ..Options::new(dir)
+    }
+}
+
+async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    while !condition().await {
+        assert!(tokio::time::Instant::now() < deadline, "did not come true: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn nodes(controller: &Controller) -> Vec<NodeRow> {
+    let Found::Nodes(nodes) = controller.query(Query::Nodes).await.unwrap() else { panic!() };
+    nodes
+}
+
+async fn tasks(controller: &Controller) -> Vec<TaskRow> {
+    let Found::Tasks(tasks) = controller.query(Query::Tasks { task: None }).await.unwrap() else { panic!() };
+    tasks
+}
+
+async fn instances(controller: &Controller) -> Vec<InstanceRow> {
+    let Found::Instances(rows) = controller.query(Query::Instances { task: None }).await.unwrap() else {
+        panic!()
+    };
+    rows
+}
+
+async fn count(controller: &Controller, status: InstanceStatus) -> usize {
+    instances(controller).await.iter().filter(|instance| instance.status == status).count()
+}
+
+fn plan(count: u32, until: &str) -> Plan {
+    let text = format!(
+        "name = \"lab\"\n[[groups]]\nname = \"g\"\ntype = \"vm\"\nimage = \"debian\"\nmemory = 16\n\
+         count = {count}\nuntil = \"{until}\""
+    );
+    crate::plan::read::parse(&text).unwrap()
+}
+
+/// A controller with nodes that are online and have registered their images.
+async fn cluster(dir: &Path, names: &[&str]) -> (Controller, Vec<TestNode>) {
+    let controller = Controller::start(options(dir)).await.unwrap();
+    let mut members = Vec::new();
+    for name in names {
+        members.push(TestNode::start(name, controller.addresses()[0]).await);
+    }
+    eventually("all nodes are registered", async || {
+        let nodes = nodes(&controller).await;
+        nodes.len() == names.len() && nodes.iter().all(|node| !node.images.is_empty())
+    })
+    .await;
+    (controller, members)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plan_comes_up_is_seen_and_goes_without_a_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, members) = cluster(dir.path(), &["n1", "n2"]).await;
+    let task = controller.deploy("r1", plan(6, "started")).await.unwrap();
+    assert_eq!(
+        controller.deploy("r1", plan(6, "started")).await.unwrap(),
+        task,
+        "a replay is a new deployment"
+    );
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 6).await;
+    eventually("the task runs", async || tasks(&controller).await[0].status == TaskStatus::Running).await;
+    assert_eq!((members[0].instances().await.len(), members[1].instances().await.len()), (3, 3));
+    assert_eq!(members[0].data_plane.disks().len(), 3);
+    controller.end(task).await.unwrap();
+    eventually("the task has gone", async || tasks(&controller).await.is_empty()).await;
+    assert!(instances(&controller).await.is_empty());
+    for node in &members {
+        assert_eq!((node.instances().await.len(), node.data_plane.disks().len()), (0, 0));
+        assert_eq!(std::fs::read_dir(node.dir.path().join("tasks")).unwrap().count(), 0);
+    }
+    assert!(matches!(controller.end(task).await, Err(DeployError::NoTask(_))));
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn guests_report_that_they_are_up() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(1, "report")).await.unwrap();
+    eventually("it boots", async || count(&controller, InstanceStatus::Booting).await == 1).await;
+    let report = async |text: &str| {
+        let mut stream = tokio::net::TcpStream::connect(controller.report_address().unwrap()).await.unwrap();
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    assert_eq!(report("lab-1-g-9\n").await, "unknown\n");
+    assert_eq!(report("../../etc\n").await, "unknown\n");
+    assert_eq!(report("lab-1-g-1\n").await, "ok\n");
+    assert_eq!(report("lab-1-g-1\n").await, "unknown\n");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let row = instances(&controller).await.remove(0);
+    assert_eq!(row.status, InstanceStatus::Running, "its node, which still waits, was believed");
+    assert!(row.up_ms.is_some());
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_launch_that_is_refused_fails_alone_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, members) = cluster(dir.path(), &["n1"]).await;
+    members[0].hypervisor.fail(Verb::Launch, 1, Fault::Refuse);
+    controller.deploy("r1", plan(3, "started")).await.unwrap();
+    eventually("the task has failed", async || tasks(&controller).await[0].status == TaskStatus::Failed)
+        .await;
+    let failed: Vec<_> = instances(&controller).await;
+    let failed: Vec<_> = failed.iter().filter(|instance| instance.status == InstanceStatus::Failed).collect();
+    assert_eq!(failed.len(), 1);
+    assert!(failed[0].reason.is_some());
+    assert_eq!(members[0].data_plane.disks().len(), 2);
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_controller_that_ends_anywhere_goes_on_where_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1", "n2"]).await;
+    let task = controller.deploy("r1", plan(4, "started")).await.unwrap();
+    controller.stop().await;
+    drop(controller);
+    let controller = Controller::start(options(dir.path())).await.unwrap();
+    // It has another port now: the agents are told.
+    for node in &mut members {
+        node.stop_agent().await;
+        node.start_agent(controller.addresses()[0]).await;
+    }
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 4).await;
+    controller.end(task).await.unwrap();
+    controller.stop().await;
+    drop(controller);
+    let controller = Controller::start(options(dir.path())).await.unwrap();
+    for node in &mut members {
+        node.stop_agent().await;
+        node.start_agent(controller.addresses()[0]).await;
+    }
+    eventually("the task has gone", async || tasks(&controller).await.is_empty()).await;
+    eventually("nothing is left", async || {
+        members[0].instances().await.is_empty() && members[1].instances().await.is_empty()
+    })
+    .await;
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_comes_back_adopts_what_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(3, "started")).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 3).await;
+    let before = members[0].hypervisor.launches();
+    members[0].stop_agent().await;
+    eventually("the node is offline", async || !nodes(&controller).await[0].online).await;
+    assert_eq!(count(&controller, InstanceStatus::Lost).await, 3);
+    assert_eq!(members[0].instances().await.len(), 3, "instances do not need the agent");
+    members[0].start_agent(controller.addresses()[0]).await;
+    eventually("all run again", async || count(&controller, InstanceStatus::Running).await == 3).await;
+    assert_eq!(members[0].hypervisor.launches(), before, "something was started twice");
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_ended_while_its_node_was_away_is_ended_when_it_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    let task = controller.deploy("r1", plan(2, "started")).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 2).await;
+    members[0].stop_agent().await;
+    eventually("the node is offline", async || !nodes(&controller).await[0].online).await;
+    controller.end(task).await.unwrap();
+    eventually("the task has gone", async || tasks(&controller).await.is_empty()).await;
+    members[0].start_agent(controller.addresses()[0]).await;
+    eventually("nothing is left", async || members[0].instances().await.is_empty()).await;
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_controllers_never_share_a_folder_and_a_node_serves_one_cluster() {
+    let (dir, other_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    let error = Controller::start(options(dir.path())).await.unwrap_err().to_string();
+    assert!(error.contains("another controller runs"), "{error}");
+    let other = Controller::start(options(other_dir.path())).await.unwrap();
+    members[0].stop_agent().await;
+    members[0].start_agent(other.addresses()[0]).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(nodes(&other).await.is_empty(), "a node of another cluster was taken");
+    other.stop().await;
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plans_that_cannot_be_are_refused_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    let refused = async |change: fn(&mut Plan)| {
+        let mut plan = plan(1, "started");
+        change(&mut plan);
+        controller.deploy("r", plan).await.unwrap_err().to_string()
+    };
+    assert!(refused(|p| p.groups[0].image = "nothing".parse().unwrap()).await.contains("no image 'nothing'"));
+    assert!(refused(|p| p.nodes = vec!["n9".parse().unwrap()]).await.contains("no node 'n9'"));
+    assert!(refused(|p| p.groups[0].count = Some(0)).await.contains("0 instances"));
+    assert!(refused(|p| p.groups[0].kind = InstanceType::Container).await.contains("is for vms"));
+    assert!(refused(|p| p.groups[0].memory.0 = 4 << 20).await.contains("more than node 'n1' has"));
+    let privileged = |p: &mut Plan| {
+        p.groups[0].kind = InstanceType::Container;
+        p.groups[0].privileged = true;
+    };
+    assert!(refused(privileged).await.contains("does not allow privileged"));
+    assert!(tasks(&controller).await.is_empty() && instances(&controller).await.is_empty());
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_speak_to_it_over_its_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    let target = Target::Socket(dir.path().join(SOCKET));
+    let mut client = Client::connect(&target, &Security::default()).await.unwrap();
+    let deploy = Deploy { request: "r1".into(), plan: plan(1, "started") };
+    let task = client.call(&deploy).await.unwrap().task;
+    let Found::Tasks(rows) = client.call(&Query::Tasks { task: Some(task) }).await.unwrap() else { panic!() };
+    assert_eq!(rows[0].name.as_str(), "lab");
+    client.call(&End { task }).await.unwrap();
+    let error = client.call(&End { task: 99 }).await.unwrap_err().to_string();
+    assert!(error.contains("no task 99"), "{error}");
+    controller.stop().await;
+    let error = Client::connect(&target, &Security::default()).await.unwrap_err().to_string();
+    assert!(error.contains("no controller runs here"), "{error}");
+}
