@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak check bench-boot bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer prove-checks check bench-boot bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,6 +27,13 @@ test: guests ## all tests, the end-to-end ones with real QEMU, libvirt and Docke
 
 soak: guests ## 200 rounds of kill -9 under a writing guest (an hour)
 	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test crash -- --nocapture
+
+soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon, 30 deaths of the origin (half an hour)
+	BOOTCACHE_ROUNDS=500 $(CARGO) test --locked --test transfer_faults -- --nocapture
+	BOOTCACHE_ROUNDS=100 $(CARGO) test --locked --test transfer_kill -- --nocapture
+
+prove-checks: ## a build that does not check what peers send must fail its test
+	@scripts/prove-checks
 
 check: setup ## formatting, lints, documentation, licences
 	$(CARGO) fmt --all --check

@@ -10,11 +10,6 @@ use bootcache::peer::fault::{Fault, Faults};
 use bootcache::transfer::{Kind, Pulled};
 use nodes::{Node, Sample};
 
-/// One test's worth of faults; the full number is `BOOTCACHE_FAULTS=500`.
-fn fault_count() -> u64 {
-    std::env::var("BOOTCACHE_FAULTS").ok().and_then(|count| count.parse().ok()).unwrap_or(50)
-}
-
 /// Ends when `condition` holds.
 async fn until(condition: impl Fn() -> bool) {
     let give_up = Instant::now() + Duration::from_secs(60);
@@ -99,32 +94,6 @@ async fn a_burst_costs_the_origin_about_one_boot_set() {
             assert!(bytes == sample.bytes(block * 4096, 4096));
         }
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_lying_peer_is_found_out_and_no_wrong_byte_is_read() {
-    let count = fault_count();
-    let mut found = 0;
-    for kind in [Fault::Flip, Fault::Zero, Fault::Swap, Fault::Truncate, Fault::WrongPlace] {
-        let sample = Sample::new(8 << 20, 11);
-        let origin = Node::origin(&sample, None).await;
-        let share = count / 5;
-        let faults = Arc::new(Faults::new(&[kind], 1, share));
-        let liar = Node::origin(&sample, Some(Arc::clone(&faults))).await;
-        let node = Node::empty(None).await;
-        // Liars are forgiven at once, so that every fault meets the check.
-        let addresses = [liar.address, origin.address];
-        let engine = node.pull(&addresses, |options| options.ban = Duration::from_millis(1)).await;
-        sample.read_all(&*engine.disk()).await;
-        assert!(engine.done().await);
-        engine.stop().await;
-        assert!(node.read_file() == sample.disk, "{kind:?}");
-        let lies = engine.counters().lies.load(Ordering::Relaxed);
-        assert!(lies <= faults.done(), "{kind:?}: {lies} found, {} done", faults.done());
-        assert!(lies > 0, "{kind:?}: none of {} was met", faults.done());
-        found += lies;
-    }
-    eprintln!("{found} lies found");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -48,6 +48,8 @@ pub struct Options {
     pub fill_rate: u64,
     /// How long a source that lied is not used.
     pub ban: Duration,
+    /// How long a source that another overtook is not the first choice.
+    pub demotion: Duration,
     /// The store whose other images are searched for blocks before they are fetched.
     pub similar: Option<Store>,
     /// How sources are chosen.
@@ -65,6 +67,7 @@ impl Default for Options {
             fill: true,
             fill_rate: 0,
             ban: Duration::from_secs(60),
+            demotion: Duration::from_secs(30),
             similar: None,
             chooser: Arc::from(chooser),
         }

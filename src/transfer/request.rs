@@ -1,8 +1,9 @@
 //! One request, to as many sources as it takes: accounting, deadlines, hedging and failover.
 //!
 //! A request that is late by what its source was seen to need is sent to a second source as well, and the first
-//! answer wins (at most 5 % extra requests). A source that breaks is replaced at once. With one source only, the
-//! request waits for it. A source that was overtaken is not the first choice for a while.
+//! answer wins (at most 5 % extra requests). A source that breaks is replaced at once. An answer that is late beyond
+//! doubt may be lost: the request is sent again, to another source or to the same, and what comes first counts. A
+//! source that was overtaken is not the first choice for a while.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,12 +21,18 @@ use super::counters::{Counters, Kind};
 use super::engine::Shared;
 use super::source::Source;
 
-/// How long a source that was overtaken is not the first choice.
-const DEMOTED: Duration = Duration::from_secs(30);
 /// Hedges that are allowed beyond their share.
 const HEDGES_FREE: u64 = 4;
 /// One hedge to so many requests.
 const HEDGE_SHARE: u64 = 20;
+
+/// The least time after which an answer counts as lost; each further one is waited for twice as long, so that a link
+/// that is slow beyond belief still brings the first.
+const LOST_MIN: Duration = Duration::from_secs(3);
+/// By how much later than late an answer is lost.
+const LOST_FACTOR: u32 = 4;
+/// Requests for one thing under way at most.
+const AGAIN_MAX: usize = 6;
 
 /// What came of a request.
 pub(super) struct Reply {
@@ -65,13 +72,18 @@ impl Shared {
             })
         };
         let mut late = Instant::now();
+        let mut lost_after = LOST_MIN;
+        let mut lost = late;
         loop {
             if running.is_empty() {
                 let source = pick(tried)?;
                 if !asked.is_empty() {
                     Counters::count(&self.counters.failovers);
                 }
-                late = Instant::now() + source.late_after(terms.bytes) + terms.patience;
+                let late_after = source.late_after(terms.bytes) + terms.patience;
+                late = Instant::now() + late_after;
+                lost_after = LOST_MIN.max(late_after * LOST_FACTOR);
+                lost = Instant::now() + lost_after;
                 asked.push(Arc::clone(&source));
                 running.push(start(source, tried));
             }
@@ -80,7 +92,7 @@ impl Shared {
                     Ok(answered) => {
                         let overtaken = asked.iter().filter(|other| !Arc::ptr_eq(other, &source));
                         overtaken.filter(|other| other.requests.load(Ordering::Relaxed) > 0).for_each(|other| {
-                            other.demote(DEMOTED);
+                            other.demote(self.options.demotion);
                         });
                         return Some(Reply { answered, source });
                     }
@@ -92,6 +104,15 @@ impl Shared {
                         && let Some(source) = pick(tried)
                     {
                         Counters::count(&self.counters.hedges);
+                        asked.push(Arc::clone(&source));
+                        running.push(start(source, tried));
+                    }
+                }
+                () = tokio::time::sleep_until(lost), if running.len() < AGAIN_MAX => {
+                    lost_after *= 2;
+                    lost = Instant::now() + lost_after;
+                    if let Some(source) = pick(tried).or_else(|| asked.first().cloned()) {
+                        Counters::count(&self.counters.failovers);
                         asked.push(Arc::clone(&source));
                         running.push(start(source, tried));
                     }

@@ -10,12 +10,13 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bootcache::boot_cache::Builder;
 use bootcache::boot_cache::merge::Touch;
 use bootcache::choose::PeerKey;
 use bootcache::image::import::{ImportOptions, import};
-use bootcache::image::manifest::{Boot, ImageKind};
+use bootcache::image::manifest::{Boot, ImageKind, Manifest};
 use bootcache::image::scan::Watch;
 use bootcache::name::ImageName;
 use bootcache::peer::catalogue::Catalogue;
@@ -25,6 +26,8 @@ use bootcache::peer::server::{Server, ServerOptions};
 use bootcache::store::Store;
 use bootcache::transfer::{Engine, Options, PullError, Pulled, Target, pull};
 use bootcache_nbd::Disk;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) fn image_name() -> ImageName {
@@ -50,6 +53,11 @@ fn next(state: &mut u64) -> u64 {
 
 impl Sample {
     pub(crate) fn new(size: usize, seed: u64) -> Self {
+        Self::with_boot(size, seed, size / 4096 / 8)
+    }
+
+    /// A disk whose boot reads `boot_length` blocks.
+    pub(crate) fn with_boot(size: usize, seed: u64, boot_length: usize) -> Self {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let blocks = size / 4096;
         let mut disk = vec![0; size + 1000];
@@ -64,7 +72,7 @@ impl Sample {
             }
         }
         let mut boot_blocks: Vec<u64> = Vec::new();
-        while boot_blocks.len() < blocks / 8 {
+        while boot_blocks.len() < boot_length {
             let start = next(&mut state) % blocks as u64;
             let run = 1 + next(&mut state) % 40;
             for block in start..(start + run).min(blocks as u64) {
@@ -73,6 +81,7 @@ impl Sample {
                 }
             }
         }
+        boot_blocks.truncate(boot_length);
         Self::of(image_name(), disk, boot_blocks)
     }
 
@@ -164,6 +173,74 @@ impl Sample {
     }
 }
 
+/// A link to a server that carries so many bytes a second back, and can be cut.
+pub(crate) struct SlowLink {
+    pub(crate) address: SocketAddr,
+    cut: CancellationToken,
+}
+
+impl SlowLink {
+    pub(crate) async fn new(to: SocketAddr, bytes_per_second: usize) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let (address, cut) = (listener.local_addr().unwrap(), CancellationToken::new());
+        let stop = cut.clone();
+        tokio::spawn(async move {
+            let carry = async {
+                loop {
+                    let (near, _) = listener.accept().await.unwrap();
+                    let stop = stop.clone();
+                    tokio::spawn(async move {
+                        tokio::select! {
+                            _ = carry(near, to, bytes_per_second) => {}
+                            () = stop.cancelled() => {}
+                        }
+                    });
+                }
+            };
+            tokio::select! {
+                () = carry => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        Self { address, cut }
+    }
+
+    /// Cuts it, as when the host at its end loses power: every connection breaks, and none is made again.
+    pub(crate) fn kill(&self) {
+        self.cut.cancel();
+    }
+}
+
+impl Drop for SlowLink {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+async fn carry(near: TcpStream, to: SocketAddr, bytes_per_second: usize) -> std::io::Result<()> {
+    let far = TcpStream::connect(to).await?;
+    near.set_nodelay(true)?;
+    far.set_nodelay(true)?;
+    let (mut near_read, mut near_write) = near.into_split();
+    let (mut far_read, mut far_write) = far.into_split();
+    let there = tokio::io::copy(&mut near_read, &mut far_write);
+    let back = async {
+        let mut piece = vec![0; (bytes_per_second / 500).max(1)];
+        loop {
+            let length = far_read.read(&mut piece).await?;
+            if length == 0 {
+                return Ok::<(), std::io::Error>(());
+            }
+            near_write.write_all(&piece[..length]).await?;
+            tokio::time::sleep(Duration::from_secs_f64(length as f64 / bytes_per_second as f64)).await;
+        }
+    };
+    tokio::select! {
+        done = there => done.map(drop),
+        done = back => done,
+    }
+}
+
 /// A node: a store, and a server of what is in it.
 pub(crate) struct Node {
     pub(crate) address: SocketAddr,
@@ -188,6 +265,17 @@ impl Node {
         let dir = tempfile::tempdir().unwrap();
         copy(&sample.dir.path().join("store"), &dir.path().join("store"));
         Self::start(dir, faults).await
+    }
+
+    /// A node that has published `sample`, and has no boot cache of it.
+    pub(crate) async fn origin_without_boot(sample: &Sample, faults: Arc<Faults>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        copy(&sample.dir.path().join("store"), &dir.path().join("store"));
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let entry = store.resolve(&sample.name).unwrap();
+        let manifest = Manifest { boot: None, ..entry.manifest.clone() };
+        std::fs::write(entry.dir.join("manifest"), manifest.to_bytes()).unwrap();
+        Self::start(dir, Some(faults)).await
     }
 
     /// A node that has nothing.

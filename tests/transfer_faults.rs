@@ -1,0 +1,131 @@
+//! Peers that lie, stall and break on bytes that a guest is waiting for.
+//!
+//! 50 faults in all; the full number is `BOOTCACHE_ROUNDS=500` (`make soak`). Built with `--cfg bootcache_unchecked`, which
+//! keeps blocks whatever their digest, the first test must fail: `make prove-checks`.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails with the reason")]
+
+mod nodes;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bootcache::peer::fault::{Fault, Faults};
+use bootcache::transfer::{Engine, Options};
+use nodes::{Node, Sample};
+
+/// How many faults of each of the eight kinds.
+fn of_each_kind() -> u64 {
+    let all: u64 = std::env::var("BOOTCACHE_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(50);
+    all.div_ceil(Fault::ALL.len() as u64)
+}
+
+/// Nothing but what is read; liars are forgiven at once, so that every fault meets the check.
+fn forgiving(options: &mut Options) {
+    options.fill = false;
+    options.ban = Duration::from_millis(1);
+    options.demotion = Duration::from_millis(1);
+}
+
+/// Reads absent blocks with data one after the other, checks each, until `enough`; how many it read.
+async fn read_until(engine: &Engine, sample: &Sample, seed: &mut u64, enough: impl Fn() -> bool) -> u64 {
+    let blocks = engine.cache().blocks() - 1;
+    let mut reads = 0;
+    while !enough() {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let start = *seed >> 33;
+        let unread = |block: &u64| {
+            let wanted = sample.bytes(block * 4096, 4096);
+            engine.cache().absent(bootcache::block::Extent::new(*block, 1)).len() == 1
+                && wanted.iter().any(|byte| *byte != 0)
+        };
+        let block = (0..blocks).map(|step| (start + step) % blocks).find(unread);
+        let block = block.expect("there is more to read than there are faults");
+        let mut bytes = vec![0; 4096];
+        engine.disk().read(block * 4096, &mut bytes).await.unwrap();
+        assert!(bytes == sample.bytes(block * 4096, 4096), "wrong bytes in block {block}");
+        reads += 1;
+    }
+    reads
+}
+
+/// Fetches the rest, and holds the whole file against what it should be.
+async fn complete(engine: Engine, node: &Node, sample: &Sample) {
+    engine.fill();
+    assert!(tokio::time::timeout(Duration::from_secs(120), engine.done()).await.unwrap());
+    engine.stop().await;
+    assert!(node.read_file() == sample.disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_lie_about_bytes_that_a_guest_reads_is_found_out() {
+    let mut seed = 1;
+    let (mut told, mut found) = (0, 0);
+    for kind in Fault::ALL.into_iter().filter(|kind| kind.is_lie()) {
+        let sample = Sample::new(8 << 20, 11);
+        // Every other answer is a lie, and there is nobody else to ask: the liar itself has to be asked again.
+        let faults = Arc::new(Faults::new(&[kind], 2, of_each_kind()));
+        let liar = Node::origin_without_boot(&sample, Arc::clone(&faults)).await;
+        let node = Node::empty(None).await;
+        let engine = node.pull(&[liar.address], forgiving).await;
+        read_until(&engine, &sample, &mut seed, || faults.done() == of_each_kind()).await;
+        let lies = engine.counters().lies.load(Ordering::Relaxed);
+        assert_eq!(lies, faults.done(), "{kind:?}");
+        assert_eq!(engine.counters().bans.load(Ordering::Relaxed), lies, "{kind:?}");
+        complete(engine, &node, &sample).await;
+        (told, found) = (told + faults.done(), found + lies);
+    }
+    eprintln!("{told} lies told, {found} found out");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_lie_in_the_boot_stream_is_found_out() {
+    // One frame, so that no other answer is lost with the connection when the liar is dropped.
+    let sample = Sample::with_boot(2 << 20, 29, 8);
+    let (mut told, mut found) = (0, 0);
+    for kind in Fault::ALL.into_iter().filter(|kind| kind.is_lie() && *kind != Fault::WrongPlace) {
+        for _ in 0..of_each_kind().div_ceil(4) {
+            let faults = Arc::new(Faults::new(&[kind], 1, 2));
+            let liar = Node::origin(&sample, Some(Arc::clone(&faults))).await;
+            let node = Node::empty(None).await;
+            let engine = node.pull(&[liar.address], forgiving).await;
+            engine.boot_complete().await;
+            for block in &sample.boot_blocks {
+                let mut bytes = vec![0; 4096];
+                engine.disk().read(block * 4096, &mut bytes).await.unwrap();
+                assert!(bytes == sample.bytes(block * 4096, 4096), "wrong bytes in block {block}");
+            }
+            let lies = engine.counters().lies.load(Ordering::Relaxed);
+            assert_eq!((lies, faults.done()), (2, 2), "{kind:?}");
+            (told, found) = (told + 2, found + lies);
+        }
+    }
+    eprintln!("{told} lies told, {found} found out");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_that_does_not_come_is_got_elsewhere() {
+    let sample = Sample::new(32 << 20, 5);
+    let kinds: Vec<Fault> = Fault::ALL.into_iter().filter(|kind| !kind.is_lie()).collect();
+    let most = of_each_kind() * kinds.len() as u64;
+    // Both sources have the faults between them: each fault of one finds the other well.
+    let faults = Arc::new(Faults::new(&kinds, 23, most));
+    let one = Node::origin_without_boot(&sample, Arc::clone(&faults)).await;
+    let other = Node::origin_without_boot(&sample, Arc::clone(&faults)).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[one.address, other.address], forgiving).await;
+    let began = Instant::now();
+    let reads = read_until(&engine, &sample, &mut 3, || faults.done() == most).await;
+    let counters = engine.counters();
+    let (hedges, failovers) =
+        (counters.hedges.load(Ordering::Relaxed), counters.failovers.load(Ordering::Relaxed));
+    eprintln!(
+        "{most} faults in {reads} reads, {:?}: {hedges} hedges, {failovers} failovers",
+        began.elapsed()
+    );
+    assert!(hedges + failovers >= most, "{most} faults, {hedges} hedges, {failovers} failovers");
+    assert!(hedges * 20 <= counters.requests.total() + 100, "{hedges} of {}", counters.requests.total());
+    assert_eq!(counters.lies.load(Ordering::Relaxed), 0);
+    complete(engine, &node, &sample).await;
+}
