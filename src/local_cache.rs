@@ -8,6 +8,9 @@
 //! the disk: copy the bits → sync the data → replace the saved bits. So a saved bit always names data that was
 //! synced, and after a crash nothing else is believed, but what [`LocalCache::recover`] has verified again.
 //!
+//! A sync that fails is told once, and the kernel may have dropped what it could not write. So everything that came
+//! after the last good save is absent again, for guests, peers and the next save alike: it is fetched and written anew.
+//!
 //! Not here: where blocks come from, and whether they are right. Callers of [`LocalCache::insert`] have verified.
 
 mod presence;
@@ -20,8 +23,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use bootcache_nbd::disk::{Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, StatusExtent};
@@ -78,10 +80,13 @@ pub struct LocalCache {
     fetch: OnceLock<Arc<dyn Fetch>>,
     counters: ReadCounters,
     deadline: Option<Duration>,
-    /// Blocks that the saved bitmap names; held while it is replaced.
-    saved: Mutex<u64>,
-    /// A sync has failed: what is on disk is no longer known, so nothing more is claimed of it.
-    latched: AtomicBool,
+    /// What the saved bitmap names; held while it is replaced.
+    saved: Mutex<RoaringBitmap>,
+    /// Shared by those who write blocks and mark them, so that none is marked of which the data was just lost.
+    writing: RwLock<()>,
+    /// Lets the next sync fail.
+    #[cfg(test)]
+    fail_sync: std::sync::atomic::AtomicBool,
 }
 
 impl LocalCache {
@@ -101,13 +106,13 @@ impl LocalCache {
         let presence = Presence::new(blocks_for(size));
         let saved = if complete {
             presence.set(Extent::new(0, presence.blocks()));
-            presence.blocks()
+            presence.snapshot()
         } else {
             let bitmap = saved::load(&dir.join("present"), root, size)?;
             for block in bitmap.iter().map(u64::from).filter(|block| *block < presence.blocks()) {
                 presence.set(Extent::new(block, 1));
             }
-            presence.count()
+            presence.snapshot()
         };
         Ok(Self {
             file: Arc::new(file),
@@ -120,7 +125,9 @@ impl LocalCache {
             counters: ReadCounters::default(),
             deadline: None,
             saved: Mutex::new(saved),
-            latched: AtomicBool::new(false),
+            writing: RwLock::new(()),
+            #[cfg(test)]
+            fail_sync: std::sync::atomic::AtomicBool::new(false),
         })
     }
 
@@ -242,6 +249,7 @@ impl LocalCache {
             let to = usize::try_from((run.end() - start) * BLOCK_SIZE).expect("within the slice");
             &data[from..to.min(data.len())]
         };
+        let _writing = self.writing.read().unwrap_or_else(PoisonError::into_inner);
         for run in self.absent(extent) {
             let mut at = run.start;
             while at < run.end() {
@@ -275,32 +283,43 @@ impl LocalCache {
     /// which is what says so. Blocks; call it every few seconds and before the end. Whether there was anything to do.
     ///
     /// # Errors
-    /// The first failure latches: what the disk holds is then unknown, and nothing more is claimed of it.
+    /// Of the sync, or of replacing the saved bits. What came after the last good save is then absent again.
     pub fn save(&self) -> io::Result<bool> {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.latched.load(Ordering::Relaxed) {
-            return Err(io::Error::other("an earlier sync failed"));
-        }
         let path = self.dir.join("present");
         let bitmap = self.presence.snapshot();
         let complete = bitmap.len() == self.presence.blocks();
-        if bitmap.len() == *saved && !(complete && path.exists()) {
+        if bitmap == *saved && !(complete && path.exists()) {
             return Ok(false);
         }
-        let result = self.file.sync_data().and_then(|()| match complete {
+        let result = self.sync().and_then(|()| match complete {
             true => std::fs::remove_file(&path).and_then(|()| sync_dir(&self.dir)),
             false => saved::save(&path, self.root, self.size, &bitmap),
         });
         match result {
             Ok(()) => {
-                *saved = bitmap.len();
+                *saved = bitmap;
                 Ok(true)
             }
             Err(error) => {
-                self.latched.store(true, Ordering::Relaxed);
+                let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+                let lost = self.presence.snapshot() - &*saved;
+                lost.iter().for_each(|block| self.presence.forget(u64::from(block)));
+                if !path.exists() {
+                    // It was removed, which says that all is here, and that is not known to be durable.
+                    saved::save(&path, self.root, self.size, &saved)?;
+                }
                 Err(error)
             }
         }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        #[cfg(test)]
+        if self.fail_sync.swap(false, std::sync::atomic::Ordering::Relaxed) {
+            return Err(Errno::IO.into());
+        }
+        self.file.sync_data()
     }
 
     fn want(&self, absent: &[Extent]) -> Coming {

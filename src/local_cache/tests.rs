@@ -127,6 +127,45 @@ fn a_block_that_rotted_is_forgotten_when_everything_is_verified_again() {
     assert_eq!(cache.absent(Extent::new(0, 8)), [Extent::new(5, 1)]);
 }
 
+/// What the kernel does with pages that it could not write: they are gone, and the next sync succeeds.
+fn lose(cache: &LocalCache, extent: Extent) {
+    cache.fail_sync.store(true, std::sync::atomic::Ordering::Relaxed);
+    let zeroes = vec![0; usize::try_from(extent.bytes()).unwrap()];
+    cache.file.write_all_at(&zeroes, extent.offset()).unwrap();
+}
+
+#[test]
+fn after_a_failed_sync_nothing_is_believed_that_came_after_the_last_good_save() {
+    let (dir, cache) = fresh(40 * BLOCK_SIZE);
+    cache.insert(0, &image(10 * BLOCK_SIZE)).unwrap();
+    cache.save().unwrap();
+    cache.insert(20, &(20..30).flat_map(block).collect::<Vec<_>>()).unwrap();
+    lose(&cache, Extent::new(20, 10));
+    cache.save().unwrap_err();
+    assert_eq!(cache.present(Extent::new(0, 40)), [Extent::new(0, 10)]);
+    // A sync that succeeds afterwards brings nothing back, neither here nor after a restart.
+    cache.insert(35, &block(35)).unwrap();
+    cache.save().unwrap();
+    let again = LocalCache::open(dir.path(), ROOT, 40 * BLOCK_SIZE).unwrap();
+    assert_eq!(again.present(Extent::new(0, 40)), [Extent::new(0, 10), Extent::new(35, 1)]);
+    // What was lost comes again, and is written again.
+    cache.insert(20, &(20..30).flat_map(block).collect::<Vec<_>>()).unwrap();
+    cache.save().unwrap();
+    let mut bytes = vec![0; 10 * BLOCK_BYTES];
+    cache.read_blocking(20 * BLOCK_SIZE, &mut bytes).unwrap();
+    assert!(bytes == (20..30).flat_map(block).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_image_is_not_complete_whose_last_sync_failed() {
+    let (dir, cache) = fresh(5 * BLOCK_SIZE);
+    cache.insert(0, &image(5 * BLOCK_SIZE)).unwrap();
+    lose(&cache, Extent::new(0, 5));
+    cache.save().unwrap_err();
+    assert!(!cache.is_complete() && dir.path().join("present").exists());
+    assert_eq!(cache.absent(Extent::new(0, 5)), [Extent::new(0, 5)]);
+}
+
 #[test]
 fn a_complete_image_needs_no_bitmap() {
     let (dir, cache) = fresh(5 * BLOCK_SIZE + 77);

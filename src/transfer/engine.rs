@@ -31,6 +31,9 @@ use super::{demand, fill, stream};
 /// How often what has come is made durable.
 const SAVE_INTERVAL: Duration = Duration::from_secs(2);
 
+/// Pause after what has come could not be saved.
+const SAVE_RETRY: Duration = Duration::from_secs(20);
+
 /// How an image is fetched.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -328,7 +331,10 @@ impl Shared {
             self.stream.end();
             self.fill.cancelled().await;
             fill::run(self).await;
-            self.finish().await;
+            while !self.finish().await {
+                tokio::time::sleep(SAVE_RETRY).await;
+                fill::run(self).await;
+            }
             // Readers that came before the end have what they waited for; later ones find everything here.
             tell.send_replace(true);
             tracing::info!(image = %self.holding.root().short(), "the image is complete: no source is needed any more");
@@ -344,40 +350,43 @@ impl Shared {
     async fn save_often(self: &Arc<Self>) {
         loop {
             tokio::time::sleep(SAVE_INTERVAL).await;
-            self.save().await;
+            if !self.save().await {
+                tokio::time::sleep(SAVE_RETRY).await;
+            }
         }
     }
 
-    /// Makes what has come durable. Of a failure people are told; the image goes on from memory.
+    /// Makes what has come durable. Of a failure people are told; what is not durable is fetched again.
     async fn save(self: &Arc<Self>) -> bool {
         let shared = Arc::clone(self);
-        // The tree first: once the bits say that everything is here, it has to be whole.
         let work = move || {
             shared.missed.save();
-            if shared.cache.is_complete() && shared.holding.tree.is_complete() {
-                shared.holding.tree.sync().map_err(std::io::Error::other)?;
-                shared.cache.save()
-            } else if shared.cache.is_complete() {
-                Ok(false)
-            } else {
-                shared.cache.save()
+            let (cache, tree) = (&shared.cache, &shared.holding.tree);
+            match (cache.is_complete(), tree.is_complete()) {
+                // Once the saved bits say that everything is here, the tree has to be whole: it comes first.
+                (true, true) => tree.sync().map_err(std::io::Error::other).and_then(|()| cache.save()),
+                (true, false) => Ok(false),
+                (false, _) => cache.save(),
             }
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(Ok(_)) => true,
             Ok(Err(error)) => {
-                tracing::error!(image = %self.holding.root().short(), %error, "cannot save what has come");
+                tracing::error!(
+                    image = %self.holding.root().short(), %error,
+                    "cannot save what has come: fetching it again; check this disk"
+                );
                 false
             }
             Err(_) => false,
         }
     }
 
-    async fn finish(self: &Arc<Self>) {
-        while !self.save().await {
-            tokio::time::sleep(10 * SAVE_INTERVAL).await;
-        }
+    /// Makes everything durable; whether everything is.
+    async fn finish(self: &Arc<Self>) -> bool {
+        let saved = self.save().await;
         self.holding.changed();
+        saved && self.cache.is_complete()
     }
 
     /// Whether the boot stream is about to bring `block`.
