@@ -111,6 +111,10 @@ impl Shared {
                 () = tokio::time::sleep_until(lost), if running.len() < AGAIN_MAX => {
                     lost_after *= 2;
                     lost = Instant::now() + lost_after;
+                    for silent in &asked {
+                        self.sources.failed(silent);
+                        silent.demote(self.options.demotion);
+                    }
                     if let Some(source) = pick(tried).or_else(|| asked.first().cloned()) {
                         Counters::count(&self.counters.failovers);
                         asked.push(Arc::clone(&source));

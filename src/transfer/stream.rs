@@ -30,6 +30,8 @@ const RELAY_PATIENCE: Duration = Duration::from_millis(600);
 const REACH_PATIENCE: Duration = Duration::from_millis(300);
 /// A stream that has brought nothing for so long has stalled; what guests wait for is then fetched by itself.
 const STALLED_MIN: Duration = Duration::from_millis(400);
+/// However slow it was before.
+const STALLED_MAX: Duration = Duration::from_secs(2);
 
 /// How the stream is doing.
 #[derive(Debug)]
@@ -91,7 +93,7 @@ impl StreamState {
     pub(super) fn is_alive(&self) -> bool {
         let quiet = self.now_ms().saturating_sub(self.last_ms.load(Ordering::Relaxed));
         let usual = Duration::from_millis(8 * self.pace_ms.load(Ordering::Relaxed));
-        !self.is_over() && Duration::from_millis(quiet) < STALLED_MIN.max(usual)
+        !self.is_over() && Duration::from_millis(quiet) < usual.clamp(STALLED_MIN, STALLED_MAX)
     }
 
     /// Whether everything that the stream brings is here.
