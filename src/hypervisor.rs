@@ -86,8 +86,8 @@ pub struct Launch {
     pub command: Vec<String>,
     /// Whether a container may be privileged. The plan's author was allowed to ask for it.
     pub privileged: bool,
-    /// Facts that a VM finds in its SMBIOS (OEM strings) and a container in its environment, such as
-    /// `bootcache:address=10.0.0.2/24`.
+    /// Facts such as `("address", "10.0.0.2/24")`. A VM finds `bootcache:address=10.0.0.2/24` among the OEM strings of
+    /// its SMBIOS, a container `BOOTCACHE_ADDRESS=10.0.0.2/24` in its environment.
     pub facts: Vec<(String, String)>,
     /// File for a VM's serial line.
     pub serial: PathBuf,

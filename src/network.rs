@@ -5,10 +5,9 @@
 //! so that one cable carries many networks apart from each other. [`NetworkSpec`] says what there is to be,
 //! [`Networks`] makes and removes it. Routers between networks are instances (thesis, 3.6.2). Open vSwitch is not built.
 //!
-//! What is made here carries its node's and network's name as the link's alias, and so is found again by a later
+//! What is made here carries its node's and bridge's name as the link's alias, and so is found again by a later
 //! process. A bridge without one was there before: it is used, and never changed nor removed.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -63,10 +62,8 @@ pub enum NetworkError {
         reason: String,
     },
     /// Something is still connected.
-    #[error("network {network}: {bridge} is in use by {}", ports.join(", "))]
+    #[error("the bridge {bridge} is in use by {}", ports.join(", "))]
     InUse {
-        /// The network.
-        network: HostName,
         /// Its bridge.
         bridge: String,
         /// Devices that are ports of it.
@@ -113,7 +110,7 @@ impl Networks {
             if !bridge.is_bridge {
                 return Err(refused(format!("{} is there and is no bridge: take another name", bridge.name)));
             }
-            if bridge.alias.as_deref() != Some(&*self.mark(&spec.name)) {
+            if bridge.alias.as_deref() != Some(&*self.mark(&spec.bridge)) {
                 return self.check_foreign(&links, spec, bridge).await;
             }
         }
@@ -148,13 +145,14 @@ impl Networks {
         links.set_up(&bridge).await
     }
 
-    /// Removes a network that [`Networks::ensure`] made; what is not there, or was there before, is no error.
+    /// Removes the network on `bridge` if [`Networks::ensure`] made it; what is not there, or was there before, is no
+    /// error.
     ///
     /// # Errors
     /// [`NetworkError::InUse`] while an instance is connected.
-    pub async fn remove(&self, network: &HostName) -> Result<(), NetworkError> {
+    pub async fn remove(&self, bridge: &str) -> Result<(), NetworkError> {
         let links = Links::open()?;
-        let mark = self.mark(network);
+        let mark = self.mark(bridge);
         let all = links.all().await?;
         let ours: Vec<&Link> = all.iter().filter(|link| link.alias.as_deref() == Some(&*mark)).collect();
         for bridge in ours.iter().filter(|link| link.is_bridge) {
@@ -162,8 +160,7 @@ impl Networks {
             let instances = all.iter().filter(|port| port.bridge == Some(bridge.index) && port.is_instance);
             let ports: Vec<String> = instances.map(|port| port.name.clone()).collect();
             if !ports.is_empty() {
-                let (network, bridge) = (network.clone(), bridge.name.clone());
-                return Err(NetworkError::InUse { network, bridge, ports });
+                return Err(NetworkError::InUse { bridge: bridge.name.clone(), ports });
             }
         }
         for link in ours {
@@ -172,20 +169,17 @@ impl Networks {
         Ok(())
     }
 
-    /// The networks of this node that are there, by name, with their bridges.
-    pub async fn list(&self) -> Result<BTreeMap<HostName, String>, NetworkError> {
-        let prefix = format!("{MARK}:{}:", self.node);
+    /// The bridges of this node's networks: those that [`Networks::ensure`] made, also in an earlier process.
+    pub async fn list(&self) -> Result<Vec<String>, NetworkError> {
         let links = Links::open()?.all().await?;
-        let ours = links.into_iter().filter(|link| link.is_bridge).filter_map(|link| {
-            let network = link.alias.as_deref()?.strip_prefix(&prefix)?.parse().ok()?;
-            Some((network, link.name))
-        });
-        Ok(ours.collect())
+        let ours =
+            links.into_iter().filter(|link| link.is_bridge && link.alias == Some(self.mark(&link.name)));
+        Ok(ours.map(|link| link.name).collect())
     }
 
     /// The alias of everything that belongs to a network of this node.
-    fn mark(&self, network: &HostName) -> String {
-        format!("{MARK}:{}:{network}", self.node)
+    fn mark(&self, bridge: &str) -> String {
+        format!("{MARK}:{}:{bridge}", self.node)
     }
 
     /// Makes a marked bridge. It has another name until it is marked: a device of its final name without a mark is
@@ -204,7 +198,7 @@ impl Networks {
         links: &Links,
         spec: &NetworkSpec,
     ) -> Result<(String, blake3::Hash), NetworkError> {
-        let digest = blake3::hash(self.mark(&spec.name).as_bytes());
+        let digest = blake3::hash(self.mark(&spec.bridge).as_bytes());
         let name = format!("bcnew{}", &digest.to_hex()[..8]);
         if let Some(left) = links.find(&name).await? {
             links.delete(&left).await?;
@@ -221,7 +215,7 @@ impl Networks {
         name: &str,
     ) -> Result<Link, NetworkError> {
         let link = links.expect(half_made).await?;
-        links.mark_and_rename(&link, &self.mark(&spec.name), name).await?;
+        links.mark_and_rename(&link, &self.mark(&spec.bridge), name).await?;
         links.expect(name).await
     }
 
@@ -234,7 +228,7 @@ impl Networks {
     ) -> Result<(), NetworkError> {
         let refused = |reason: String| NetworkError::Host { network: spec.name.clone(), reason };
         if let Some(other) = bridge.alias.as_deref().filter(|alias| alias.starts_with(&format!("{MARK}:"))) {
-            return Err(refused(format!("{} is the bridge of {other}: take another name", spec.bridge)));
+            return Err(refused(format!("{} is a bridge of {other}: take another name", spec.bridge)));
         }
         let Some(uplink) = &spec.uplink else { return Ok(()) };
         let port = links.find(uplink).await?.filter(|port| port.bridge == Some(bridge.index));
@@ -266,7 +260,7 @@ impl Networks {
             }
             return Ok(Some(card));
         };
-        let mark = self.mark(&spec.name);
+        let mark = self.mark(&spec.bridge);
         let port = vlan_device(&card, vlan);
         match links.find(&port).await? {
             Some(link) if link.alias == Some(mark) => return Ok(Some(link)),
