@@ -8,16 +8,23 @@ mod attach;
 mod boot;
 mod ca;
 mod completions;
+mod controller;
 mod daemon;
+mod deploy;
 mod guest;
 mod image;
+mod list;
 mod overlay;
+mod plan;
+mod prefetch;
 mod progress;
 mod pull;
 mod record;
+mod remote;
 mod replay;
 mod serve;
 mod session;
+mod signals;
 mod simulate;
 mod size;
 mod status;
@@ -98,6 +105,24 @@ enum Command {
     Record(record::Args),
     /// Play a recorded boot against any NBD export, and see how long its reads wait
     Replay(replay::Args),
+    /// Run the controller: knows the nodes, and has them carry out plans
+    Controller(controller::Args),
+    /// Check a plan
+    Plan(plan::Args),
+    /// Carry out a plan: VMs and containers on many nodes
+    Deploy(deploy::DeployArgs),
+    /// End what `deploy` started
+    End(deploy::EndArgs),
+    /// List the nodes of the cluster
+    Nodes(list::Args),
+    /// List the images of the cluster, and who has them
+    Images(list::Args),
+    /// List what was deployed
+    Tasks(list::OfTask),
+    /// List VMs and containers of tasks
+    Instances(list::OfTask),
+    /// Bring an image to nodes ahead of demand
+    Prefetch(prefetch::Args),
     /// Simulate a burst of boots on many nodes, and compare how sources are chosen
     Simulate(simulate::Args),
     /// Print a completion script for a shell
@@ -121,6 +146,15 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => serve::run(&cli.globals, args),
         Command::Record(args) => record::run(&cli.globals, args),
         Command::Replay(args) => replay::run(&cli.globals, &args),
+        Command::Controller(args) => controller::run(&cli.globals, args),
+        Command::Plan(args) => plan::run(&cli.globals, &args),
+        Command::Deploy(args) => deploy::deploy(&cli.globals, &args),
+        Command::End(args) => deploy::end(&cli.globals, &args),
+        Command::Nodes(args) => list::nodes(&cli.globals, &args),
+        Command::Images(args) => list::images(&cli.globals, &args),
+        Command::Tasks(args) => list::tasks(&cli.globals, &args),
+        Command::Instances(args) => list::instances(&cli.globals, &args),
+        Command::Prefetch(args) => prefetch::run(&cli.globals, &args),
         Command::Simulate(args) => simulate::run(&cli.globals, &args),
         Command::Completions(args) => completions::run(&args),
     }

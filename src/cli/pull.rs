@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,6 @@ use bootcache::choose::PeerKey;
 use bootcache::control::{ImageStatus, Reply, Request};
 use bootcache::digest::Digest;
 use bootcache::name::ImageName;
-use bootcache::peer::transport::Security;
-use bootcache::tls::Identity;
 use bootcache::transfer::Options;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -49,25 +47,17 @@ pub(crate) struct Args {
 /// How this node speaks to others.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PeerArgs {
-    /// Folder with this node's certificate, for TLS between nodes [default: tls in the store, if it is there]
-    #[arg(long, value_name = "DIR")]
-    tls_dir: Option<PathBuf>,
-    /// Without a certificate, speak to nodes beyond this host too, neither encrypted nor authenticated
-    #[arg(long)]
-    plain: bool,
+    #[command(flatten)]
+    pub(crate) security: super::remote::SecurityArgs,
     /// What this node calls itself [default: the host's name]
     #[arg(long, value_name = "NAME")]
-    node_name: Option<String>,
+    pub(crate) node_name: Option<String>,
 }
 
 impl PeerArgs {
     /// The options of transfers for the store in `store`, by a node that serves peers on `listen`.
     pub(crate) fn options(&self, store: &Path, listen: Option<SocketAddr>) -> anyhow::Result<Options> {
-        let found = Some(store.join("tls")).filter(|dir| dir.exists());
-        let identity = match self.tls_dir.clone().or(found) {
-            Some(dir) => Some(Identity::load(&dir)?),
-            None => None,
-        };
+        let security = self.security.load(store)?;
         let node = self
             .node_name
             .clone()
@@ -76,7 +66,7 @@ impl PeerArgs {
         let store = std::path::absolute(store).context("cannot tell where the store is")?;
         let key = PeerKey::of(&format!("{node} {} {listen:?}", store.display())).0;
         Ok(Options {
-            security: Security { identity, plain: self.plain },
+            security,
             node,
             key,
             listen: listen.map(|address| address.port()).filter(|port| *port != 0),

@@ -24,7 +24,7 @@ const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// The other side said no.
-    #[error("{0}")]
+    #[error(transparent)]
     Refused(#[from] Fault),
     /// The connection broke, or carried nonsense.
     #[error(transparent)]

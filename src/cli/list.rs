@@ -1,0 +1,168 @@
+//! `bootcache nodes`, `images`, `tasks` and `instances`: what the controller knows.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::bail;
+use bootcache::wire::cluster::{Found, ImageRow, InstanceRow, NodeRow, Query, TaskRow};
+use comfy_table::{Table, presets};
+use indicatif::{HumanBytes, HumanDuration};
+
+use super::remote::ControllerArgs;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    controller: ControllerArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct OfTask {
+    /// Only this task's
+    task: Option<i64>,
+    #[command(flatten)]
+    controller: ControllerArgs,
+}
+
+pub(crate) fn nodes(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitCode> {
+    list(globals, &args.controller, Query::Nodes)
+}
+
+pub(crate) fn images(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitCode> {
+    list(globals, &args.controller, Query::Images)
+}
+
+pub(crate) fn tasks(globals: &super::Globals, args: &OfTask) -> anyhow::Result<ExitCode> {
+    list(globals, &args.controller, Query::Tasks { task: args.task })
+}
+
+pub(crate) fn instances(globals: &super::Globals, args: &OfTask) -> anyhow::Result<ExitCode> {
+    list(globals, &args.controller, Query::Instances { task: args.task })
+}
+
+fn list(globals: &super::Globals, controller: &ControllerArgs, query: Query) -> anyhow::Result<ExitCode> {
+    super::block_on(async {
+        let found = controller.connect(globals).await?.call(&query).await?;
+        if let (Query::Tasks { task: Some(task) }, Found::Tasks(rows)) = (query, &found)
+            && rows.is_empty()
+        {
+            bail!("there is no task {task}: it may have ended");
+        }
+        if globals.json {
+            let text = match &found {
+                Found::Nodes(rows) => serde_json::to_string(rows),
+                Found::Images(rows) => serde_json::to_string(rows),
+                Found::Tasks(rows) => serde_json::to_string(rows),
+                Found::Instances(rows) => serde_json::to_string(rows),
+            };
+            println!("{}", text?);
+            return Ok(ExitCode::SUCCESS);
+        }
+        match found {
+            Found::Nodes(rows) => show_nodes(&rows),
+            Found::Images(rows) => show_images(&rows),
+            Found::Tasks(rows) => show_tasks(&rows),
+            Found::Instances(rows) => show_instances(&rows),
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(header);
+    table
+}
+
+fn show(table: &Table, nothing: &str) {
+    if table.is_empty() {
+        println!("{nothing}");
+    } else {
+        println!("{}", table.trim_fmt());
+    }
+}
+
+fn show_nodes(nodes: &[NodeRow]) {
+    let mut lines = table(&["NODE", "STATE", "RUNS", "CPUS", "FREE MEMORY", "LOAD", "INSTANCES"]);
+    for node in nodes {
+        let silent = Duration::from_millis(node.silent_ms);
+        lines.add_row([
+            node.name.to_string(),
+            if node.online { "online".to_owned() } else { format!("offline {}", HumanDuration(silent)) },
+            node.kinds.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+            node.cpus.to_string(),
+            format!("{} of {}", HumanBytes(node.memory_free), HumanBytes(node.memory_bytes)),
+            format!("{:.2}", node.score),
+            node.instances.to_string(),
+        ]);
+    }
+    show(&lines, "no node has registered: start one with `bootcache agent --controller …`");
+    for node in nodes {
+        for trouble in &node.troubles {
+            println!("{}: {trouble}", node.name);
+        }
+    }
+}
+
+fn show_images(images: &[ImageRow]) {
+    let mut lines = table(&["IMAGE", "TYPE", "SIZE", "BOOT CACHE", "NODES", "COMING TO"]);
+    for image in images {
+        let names = |names: &[bootcache::name::HostName]| match names {
+            [] => "-".to_owned(),
+            [one] => one.to_string(),
+            [one, other] => format!("{one} {other}"),
+            [one, rest @ ..] => format!("{one} and {}", rest.len()),
+        };
+        lines.add_row([
+            image.name.to_string(),
+            image.kind.to_string(),
+            HumanBytes(image.size).to_string(),
+            if image.boot_bytes > 0 { HumanBytes(image.boot_bytes).to_string() } else { "-".to_owned() },
+            names(&image.complete),
+            names(&image.partial),
+        ]);
+    }
+    show(&lines, "no node has an image: add one with `bootcache image add` where an agent runs");
+}
+
+fn show_tasks(tasks: &[TaskRow]) {
+    let mut lines = table(&["TASK", "NAME", "STATE", "INSTANCES", "UP AFTER"]);
+    for task in tasks {
+        let counts: Vec<_> =
+            task.instances.iter().map(|(status, count)| format!("{count} {status}")).collect();
+        lines.add_row([
+            task.task.to_string(),
+            task.name.to_string(),
+            task.status.to_string(),
+            counts.join(", "),
+            seconds(task.up_ms),
+        ]);
+    }
+    show(&lines, "there are no tasks: `bootcache deploy PLAN` starts one");
+}
+
+fn show_instances(instances: &[InstanceRow]) {
+    let mut lines = table(&["INSTANCE", "STATE", "NODE", "ADDRESS", "UP AFTER", "CPU", "MEMORY"]);
+    for instance in instances {
+        lines.add_row([
+            instance.name.to_string(),
+            instance.status.to_string(),
+            instance.node.to_string(),
+            instance.addresses.first().map_or_else(|| "-".to_owned(), ToString::to_string),
+            seconds(instance.up_ms),
+            format!("{:.0} %", instance.cpu * 100.0),
+            HumanBytes(instance.memory_bytes).to_string(),
+        ]);
+    }
+    show(&lines, "there are no instances");
+    for instance in instances {
+        if let Some(reason) = &instance.reason {
+            println!("{}: {reason}", instance.name);
+        }
+    }
+}
+
+fn seconds(ms: Option<u64>) -> String {
+    ms.map_or_else(|| "-".to_owned(), |ms| format!("{:.2} s", Duration::from_millis(ms).as_secs_f64()))
+}
