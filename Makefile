@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer prove-checks check bench-boot bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer fuzz prove-checks check bench-boot bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,7 +25,8 @@ demo: ## the main job, with figures: import, record and boot a real Debian, thro
 test: guests ## all tests, the end-to-end ones with real QEMU, libvirt and Docker too
 	$(CARGO) test --locked --workspace --no-fail-fast
 
-soak: guests ## 200 rounds of kill -9 under a writing guest (an hour)
+soak: guests ## 200 rounds of kill -9 under a writing guest (an hour), two NBD clients against a model (half an hour)
+	BOOTCACHE_MODEL_SECONDS=1800 $(CARGO) test --locked -p bootcache-nbd --test model -- --nocapture
 	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test crash -- --nocapture
 
 soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon, 30 deaths of the origin (half an hour)
@@ -34,6 +35,9 @@ soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon,
 
 prove-checks: ## a build that does not check what peers send must fail its test
 	@scripts/prove-checks
+
+fuzz: ## the NBD server, client and codecs against spoilt bytes, 20 minutes (BOOTCACHE_FUZZ_SECONDS)
+	BOOTCACHE_FUZZ_SECONDS=$${BOOTCACHE_FUZZ_SECONDS:-1200} $(CARGO) test --locked -p bootcache-nbd --test fuzz -- --nocapture
 
 check: setup ## formatting, lints, documentation, licences
 	$(CARGO) fmt --all --check

@@ -113,6 +113,46 @@ impl Answer {
     }
 }
 
+/// What stands before everything that a server sends in transmission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Header {
+    /// A simple reply; behind a read's that succeeded stand the data.
+    Simple { errno: u32, cookie: u64 },
+    /// A chunk, structured or extended, with `length` bytes behind it.
+    Chunk { flags: u16, kind: u16, cookie: u64, length: u64 },
+}
+
+impl Header {
+    /// Bytes of the header that begins with `magic`, the magic included; `None` if `style` has no such header.
+    pub const fn size(magic: u32, style: Style) -> Option<usize> {
+        match (magic, style) {
+            (SIMPLE_REPLY_MAGIC, Style::Simple | Style::Structured) => Some(16),
+            (STRUCTURED_REPLY_MAGIC, Style::Structured) => Some(20),
+            (EXTENDED_REPLY_MAGIC, Style::Extended) => Some(32),
+            _ => None,
+        }
+    }
+
+    /// Reads a header from exactly as many bytes as [`Header::size`] says.
+    pub fn parse(bytes: &[u8], style: Style) -> Option<Self> {
+        let magic = u32::from_be_bytes(*bytes.first_chunk()?);
+        if Self::size(magic, style)? != bytes.len() {
+            return None;
+        }
+        let u64_at = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        let u32_at = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        let cookie = u64_at(8);
+        if magic == SIMPLE_REPLY_MAGIC {
+            return Some(Self::Simple { errno: u32_at(4), cookie });
+        }
+        let length = if style == Style::Extended { u64_at(24) } else { u32_at(16).into() };
+        let (flags, kind) =
+            (u16::from_be_bytes([bytes[4], bytes[5]]), u16::from_be_bytes([bytes[6], bytes[7]]));
+        Some(Self::Chunk { flags, kind, cookie, length })
+    }
+}
+
 const fn done_if(last: bool) -> u16 {
     if last { REPLY_FLAG_DONE } else { 0 }
 }

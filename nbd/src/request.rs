@@ -57,6 +57,25 @@ impl Request {
             payload: if has_payload { length } else { 0 },
         }))
     }
+
+    /// Appends the request as it stands on the wire; false if its length does not fit compact headers.
+    #[must_use]
+    pub fn encode(&self, out: &mut Vec<u8>, extended: bool) -> bool {
+        let compact = u32::try_from(self.length);
+        if !extended && compact.is_err() {
+            return false;
+        }
+        out.extend_from_slice(&if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC }.to_be_bytes());
+        out.extend_from_slice(&self.flags.to_be_bytes());
+        out.extend_from_slice(&self.command.to_be_bytes());
+        out.extend_from_slice(&self.cookie.to_be_bytes());
+        out.extend_from_slice(&self.offset.to_be_bytes());
+        match compact {
+            Ok(length) if !extended => out.extend_from_slice(&length.to_be_bytes()),
+            _ => out.extend_from_slice(&self.length.to_be_bytes()),
+        }
+        true
+    }
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {

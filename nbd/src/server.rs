@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -120,6 +121,7 @@ pub(crate) struct Shared {
     connections: Arc<Semaphore>,
     per_export: Mutex<HashMap<String, usize>>,
     handshakes: Mutex<VecDeque<(u64, CancellationToken)>>,
+    accepted: AtomicU64,
 }
 
 impl std::fmt::Debug for Server {
@@ -140,6 +142,7 @@ impl Server {
             connections: Arc::new(Semaphore::new(limits.connections)),
             per_export: Mutex::default(),
             handshakes: Mutex::default(),
+            accepted: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -169,7 +172,6 @@ impl Server {
         A: Future<Output = io::Result<Box<dyn Stream>>>,
     {
         let tasks = TaskTracker::new();
-        let mut number = 0;
         loop {
             let accepted = tokio::select! {
                 () = cancel.cancelled() => break,
@@ -177,10 +179,9 @@ impl Server {
             };
             match accepted {
                 Ok(stream) => {
-                    number += 1;
                     let (server, cancel) = (self.clone(), cancel.child_token());
                     // Here and not in the task: tasks start in any order, and the oldest is the one to leave.
-                    let evicted = self.enter_handshake(number);
+                    let (number, evicted) = self.enter_handshake();
                     tasks.spawn(async move { server.connection(stream, number, evicted, cancel).await });
                 }
                 Err(error) => {
@@ -192,6 +193,17 @@ impl Server {
         }
         tasks.close();
         tasks.wait().await;
+    }
+
+    /// Serves one client on a stream that somebody else has accepted, until it leaves or `cancel`.
+    ///
+    /// Dropping the future ends the connection; requests under way may have been carried out or not.
+    pub async fn serve_stream<S>(&self, stream: S, cancel: CancellationToken)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let (number, evicted) = self.enter_handshake();
+        self.connection(Box::new(stream), number, evicted, cancel).await;
     }
 
     /// One connection, from greeting to end.
@@ -232,8 +244,9 @@ impl Server {
     }
 
     /// Counts a connection into the handshake; the oldest one leaves when there are too many.
-    fn enter_handshake(&self, number: u64) -> CancellationToken {
+    fn enter_handshake(&self) -> (u64, CancellationToken) {
         let token = CancellationToken::new();
+        let number = self.shared.accepted.fetch_add(1, Ordering::Relaxed);
         let mut waiting = self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.push_back((number, token.clone()));
         if waiting.len() > self.shared.limits.handshakes
@@ -241,7 +254,7 @@ impl Server {
         {
             oldest.cancel();
         }
-        token
+        (number, token)
     }
 
     fn leave_handshake(&self, number: u64) {

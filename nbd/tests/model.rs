@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bootcache_nbd::chunk::Style;
 use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::layers::{FileDisk, MemoryDisk};
 use bootcache_nbd::{Export, Limits, Server, SharedDisk, Tls};
@@ -68,12 +69,12 @@ async fn hammer(client: Client, base: u32, size: u32, seed: u64, until: Instant)
                 model[local].copy_from_slice(&data);
             }
             4 => {
-                client.zero(offset.into(), length, random.below(2) == 0).await.unwrap();
+                client.zero(offset.into(), length.into(), random.below(2) == 0).await.unwrap();
                 model[local].fill(0);
             }
             5 => client.flush().await.unwrap(),
             6 => {
-                let extents = client.status(offset.into(), length).await.unwrap();
+                let extents = client.status(offset.into(), length.into()).await.unwrap();
                 let mut at = (offset - base) as usize;
                 for extent in extents {
                     let end = (at + usize::try_from(extent.length).unwrap()).min(model.len());
@@ -101,7 +102,8 @@ async fn two_clients(disk: SharedDisk) {
     let until = Instant::now() + Duration::from_secs(seconds);
     let mut clients = tokio::task::JoinSet::new();
     for half in 0..2 {
-        let policy = Policy { connections: 1 + usize::from(half == 1), ..Policy::default() };
+        let style = if half == 1 { Style::Structured } else { Style::Extended };
+        let policy = Policy { connections: 1 + usize::from(half == 1), style, ..Policy::default() };
         let client = Client::connect(Address::Unix(path.clone()), "disk", policy).await.unwrap();
         clients.spawn(hammer(client, half * (SIZE / 2), SIZE / 2, seed + u64::from(half), until));
     }

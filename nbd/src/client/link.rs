@@ -10,11 +10,11 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::negotiation::ExportDescription;
-use crate::consts::{
-    REPLY_FLAG_DONE, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, command,
-};
+use crate::chunk::{HEADER_MAX, Header, Style};
+use crate::consts::{REPLY_FLAG_DONE, chunk, command, command_flag};
 use crate::disk::StatusExtent;
 use crate::negotiate::Stream;
+use crate::request::{EXTENDED_BYTES, Request};
 
 /// Longest structured chunk that is not data: a message, or extents.
 const CHUNK_MAX: usize = 1 << 20;
@@ -27,7 +27,7 @@ pub(super) struct Call<'a> {
     pub(super) command: u16,
     pub(super) flags: u16,
     pub(super) offset: u64,
-    pub(super) length: u32,
+    pub(super) length: u64,
     pub(super) payload: &'a [u8],
 }
 
@@ -43,7 +43,7 @@ pub(super) struct Answer {
 struct Waiting {
     command: u16,
     offset: u64,
-    length: u32,
+    length: u64,
     answer: Answer,
     /// Bytes of a read that have come.
     filled: u64,
@@ -58,6 +58,7 @@ pub(super) struct Link {
     writer: tokio::sync::Mutex<WriteHalf<Box<dyn Stream>>>,
     waiting: Arc<Table>,
     broken: Arc<AtomicBool>,
+    extended: bool,
     cookie: AtomicU64,
     in_flight: AtomicUsize,
     reader: JoinHandle<()>,
@@ -111,7 +112,7 @@ impl Link {
         let replies = Replies {
             reader: BufReader::with_capacity(64 << 10, reader),
             waiting: Arc::clone(&waiting),
-            structured: description.structured,
+            style: description.style,
             allocation: description.allocation,
         };
         let (table, flag) = (Arc::clone(&waiting), Arc::clone(&broken));
@@ -126,6 +127,7 @@ impl Link {
             writer: tokio::sync::Mutex::new(writer),
             waiting,
             broken,
+            extended: description.style == Style::Extended,
             cookie: AtomicU64::new(1),
             in_flight: AtomicUsize::new(0),
             reader,
@@ -146,7 +148,8 @@ impl Link {
     pub(super) async fn call(&self, call: &Call<'_>) -> io::Result<Answer> {
         let cookie = self.cookie.fetch_add(1, Ordering::Relaxed);
         let (done, answer) = oneshot::channel();
-        let data = if call.command == command::READ { vec![0; call.length as usize] } else { Vec::new() };
+        let length = if call.command == command::READ { call.length } else { 0 };
+        let data = vec![0; usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?];
         let waiting = Waiting {
             command: call.command,
             offset: call.offset,
@@ -167,13 +170,22 @@ impl Link {
     }
 
     async fn write(&self, cookie: u64, call: &Call<'_>) -> io::Result<()> {
-        let mut header = Vec::with_capacity(28);
-        header.extend_from_slice(&REQUEST_MAGIC.to_be_bytes());
-        header.extend_from_slice(&call.flags.to_be_bytes());
-        header.extend_from_slice(&call.command.to_be_bytes());
-        header.extend_from_slice(&cookie.to_be_bytes());
-        header.extend_from_slice(&call.offset.to_be_bytes());
-        header.extend_from_slice(&call.length.to_be_bytes());
+        let payload =
+            if self.extended && call.command == command::WRITE { command_flag::PAYLOAD_LEN } else { 0 };
+        let request = Request {
+            flags: call.flags | payload,
+            command: call.command,
+            cookie,
+            offset: call.offset,
+            length: call.length,
+            payload: call.payload.len() as u64,
+        };
+        let mut header = Vec::with_capacity(EXTENDED_BYTES);
+        if !request.encode(&mut header, self.extended) {
+            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&cookie);
+            let reason = "lengths of 4 GiB need a server with extended headers";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
         let mut writer = self.writer.lock().await;
         let mut sending = Sending(self, false);
         writer.write_all(&header).await?;
@@ -194,7 +206,7 @@ impl Link {
 struct Replies {
     reader: BufReader<ReadHalf<Box<dyn Stream>>>,
     waiting: Arc<Table>,
-    structured: bool,
+    style: Style,
     allocation: Option<u32>,
 }
 
@@ -209,33 +221,35 @@ impl Replies {
     }
 
     async fn next(&mut self) -> io::Result<()> {
-        match self.reader.read_u32().await? {
-            SIMPLE_REPLY_MAGIC => {
-                let errno = self.reader.read_u32().await?;
-                let cookie = self.reader.read_u64().await?;
+        let mut header = [0; HEADER_MAX];
+        self.reader.read_exact(&mut header[..4]).await?;
+        let magic = u32::from_be_bytes(*header.first_chunk().expect("longer than a magic"));
+        let size = Header::size(magic, self.style).ok_or_else(|| violation("a reply without its magic"))?;
+        self.reader.read_exact(&mut header[4..size]).await?;
+        match Header::parse(&header[..size], self.style).expect("it is as long as its magic says") {
+            Header::Simple { errno, cookie } => {
                 let mut waiting = self.take(cookie)?;
                 if errno != 0 {
                     waiting.error = Some(io::Error::from_raw_os_error(errno.cast_signed()));
                 } else if waiting.command == command::READ {
-                    if self.structured {
+                    if self.style != Style::Simple {
                         return Err(violation("a simple reply to a read"));
                     }
                     self.reader.read_exact(&mut waiting.answer.data).await?;
-                    waiting.filled = waiting.length.into();
+                    waiting.filled = waiting.length;
                 }
                 finish(waiting);
                 Ok(())
             }
-            STRUCTURED_REPLY_MAGIC if self.structured => self.chunk().await,
-            _ => Err(violation("a reply without its magic")),
+            Header::Chunk { flags, kind, cookie, length } => {
+                let length =
+                    usize::try_from(length).map_err(|_| violation("a chunk of impossible length"))?;
+                self.chunk(flags, kind, cookie, length).await
+            }
         }
     }
 
-    async fn chunk(&mut self) -> io::Result<()> {
-        let flags = self.reader.read_u16().await?;
-        let kind = self.reader.read_u16().await?;
-        let cookie = self.reader.read_u64().await?;
-        let length = self.reader.read_u32().await? as usize;
+    async fn chunk(&mut self, flags: u16, kind: u16, cookie: u64, length: usize) -> io::Result<()> {
         let mut waiting = self.take(cookie)?;
         match kind {
             chunk::NONE if length == 0 => {}
@@ -250,7 +264,10 @@ impl Replies {
                 part(&mut waiting, at, hole.into())?.fill(0);
             }
             chunk::BLOCK_STATUS if waiting.command == command::BLOCK_STATUS && length % 8 == 4 => {
-                self.extents(&mut waiting, length).await?;
+                self.extents(&mut waiting, (length - 4) / 8).await?;
+            }
+            chunk::BLOCK_STATUS_EXT if waiting.command == command::BLOCK_STATUS && length % 16 == 8 => {
+                self.wide_extents(&mut waiting, (length - 8) / 16).await?;
             }
             _ if kind & 0x8000 != 0 && (6..=CHUNK_MAX).contains(&length) => {
                 let errno = self.reader.read_u32().await?;
@@ -268,19 +285,36 @@ impl Replies {
         Ok(())
     }
 
-    async fn extents(&mut self, waiting: &mut Waiting, length: usize) -> io::Result<()> {
-        let context = self.reader.read_u32().await?;
-        let count = (length - 4) / 8;
-        if Some(context) != self.allocation || count == 0 || count > EXTENTS_MAX {
-            return Err(violation("extents that were not asked for"));
+    async fn extents(&mut self, waiting: &mut Waiting, count: usize) -> io::Result<()> {
+        self.begin_extents(waiting, count).await?;
+        for _ in 0..count {
+            let length = self.reader.read_u32().await?.into();
+            let flags = self.reader.read_u32().await?;
+            push(waiting, length, flags)?;
+        }
+        Ok(())
+    }
+
+    /// Extents of 64 bits; flags beyond 32 are no server's yet, and refused.
+    async fn wide_extents(&mut self, waiting: &mut Waiting, count: usize) -> io::Result<()> {
+        self.begin_extents(waiting, count).await?;
+        if self.reader.read_u32().await? as usize != count {
+            return Err(violation("a count of extents that is not theirs"));
         }
         for _ in 0..count {
-            let length = self.reader.read_u32().await?;
-            let flags = self.reader.read_u32().await?;
-            if length == 0 {
-                return Err(violation("an extent of no length"));
-            }
-            waiting.answer.extents.push(StatusExtent { length: length.into(), flags });
+            let length = self.reader.read_u64().await?;
+            let flags = u32::try_from(self.reader.read_u64().await?);
+            push(waiting, length, flags.map_err(|_| violation("status flags that nobody has defined"))?)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the number of the context that extents are of.
+    async fn begin_extents(&mut self, waiting: &Waiting, count: usize) -> io::Result<()> {
+        let context = self.reader.read_u32().await?;
+        let known = waiting.answer.extents.len();
+        if Some(context) != self.allocation || count == 0 || count + known > EXTENTS_MAX {
+            return Err(violation("extents that were not asked for"));
         }
         Ok(())
     }
@@ -291,6 +325,14 @@ impl Replies {
     }
 }
 
+fn push(waiting: &mut Waiting, length: u64, flags: u32) -> io::Result<()> {
+    if length == 0 {
+        return Err(violation("an extent of no length"));
+    }
+    waiting.answer.extents.push(StatusExtent { length, flags });
+    Ok(())
+}
+
 /// The part of a read's buffer that a chunk is for. Counts its bytes: each must come once.
 fn part(waiting: &mut Waiting, at: u64, length: u64) -> io::Result<&mut [u8]> {
     let start = at.checked_sub(waiting.offset);
@@ -298,7 +340,7 @@ fn part(waiting: &mut Waiting, at: u64, length: u64) -> io::Result<&mut [u8]> {
     waiting.filled = waiting.filled.saturating_add(length);
     match (start, end) {
         (Some(start), Some(end))
-            if length > 0 && end <= waiting.length.into() && waiting.filled <= waiting.length.into() =>
+            if length > 0 && end <= waiting.length && waiting.filled <= waiting.length =>
         {
             let index = |at: u64| usize::try_from(at).expect("it lies within the buffer");
             Ok(&mut waiting.answer.data[index(start)..index(end)])
@@ -311,7 +353,7 @@ fn finish(waiting: Waiting) {
     let Waiting { command, length, answer, filled, error, done, .. } = waiting;
     let result = match error {
         Some(error) => Err(error),
-        None if command == command::READ && filled != u64::from(length) => {
+        None if command == command::READ && filled != length => {
             Err(violation("a read that ended before all its bytes had come"))
         }
         None => Ok(answer),

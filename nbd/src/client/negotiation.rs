@@ -4,6 +4,8 @@ use std::io;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::Security;
+use crate::chunk::Style;
 use crate::consts::{IHAVEOPT, NBDMAGIC, OPTION_REPLY_MAGIC, STRING_MAX, flag, info, option, reply};
 use crate::disk::BASE_ALLOCATION;
 use crate::negotiate::Stream;
@@ -24,8 +26,8 @@ pub struct ExportDescription {
     pub flags: u16,
     /// Smallest, preferred and largest request in bytes.
     pub block_sizes: (u32, u32, u32),
-    /// Replies are structured.
-    pub structured: bool,
+    /// How the server replies.
+    pub style: Style,
     /// The number of `base:allocation`, if it was selected.
     pub allocation: Option<u32>,
 }
@@ -37,8 +39,13 @@ impl ExportDescription {
     }
 }
 
-/// Opens `export` on a fresh connection.
-pub(super) async fn client(stream: &mut Box<dyn Stream>, export: &str) -> io::Result<ExportDescription> {
+/// Opens `export` on a fresh connection, with replies in at most `style`.
+pub(super) async fn client(
+    mut stream: Box<dyn Stream>,
+    export: &str,
+    style: Style,
+    security: &Security,
+) -> io::Result<(Box<dyn Stream>, ExportDescription)> {
     if export.len() > STRING_MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the export's name is too long"));
     }
@@ -51,19 +58,28 @@ pub(super) async fn client(stream: &mut Box<dyn Stream>, export: &str) -> io::Re
         return Err(broken("it does not speak fixed newstyle"));
     }
     stream.write_u32(u32::from(handshake_flags & 3)).await?;
+    stream = secure(stream, security).await?;
+    let description = open(&mut stream, export, style).await?;
+    Ok((stream, description))
+}
 
-    let structured = {
-        let mut replies = ask(stream, option::STRUCTURED_REPLY, &[]).await?;
-        replies.pop().is_some_and(|(kind, _)| kind == reply::ACK)
+/// What comes behind STARTTLS, or takes its place.
+async fn open(stream: &mut Box<dyn Stream>, export: &str, wanted: Style) -> io::Result<ExportDescription> {
+    let style = if wanted == Style::Extended && agrees(stream, option::EXTENDED_HEADERS).await? {
+        Style::Extended
+    } else if wanted != Style::Simple && agrees(stream, option::STRUCTURED_REPLY).await? {
+        Style::Structured
+    } else {
+        Style::Simple
     };
-    let allocation = if structured { select_allocation(stream, export).await? } else { None };
+    let allocation = if style == Style::Simple { None } else { select_allocation(stream, export).await? };
     let mut data = length(export.len()).to_be_bytes().to_vec();
     data.extend_from_slice(export.as_bytes());
     data.extend_from_slice(&[0, 1]);
     data.extend_from_slice(&info::BLOCK_SIZE.to_be_bytes());
     let replies = ask(stream, option::GO, &data).await?;
     let mut description =
-        ExportDescription { size: 0, flags: 0, block_sizes: (1, 4096, PAYLOAD_MAX), structured, allocation };
+        ExportDescription { size: 0, flags: 0, block_sizes: (1, 4096, PAYLOAD_MAX), style, allocation };
     let mut told = false;
     for (kind, data) in &replies {
         if *kind != reply::INFO {
@@ -86,6 +102,28 @@ pub(super) async fn client(stream: &mut Box<dyn Stream>, export: &str) -> io::Re
         return Err(broken("it does not say how large the export is"));
     }
     Ok(description)
+}
+
+/// Whether the server takes an option that has no data.
+async fn agrees(stream: &mut Box<dyn Stream>, code: u32) -> io::Result<bool> {
+    Ok(ask(stream, code, &[]).await?.pop().is_some_and(|(kind, _)| kind == reply::ACK))
+}
+
+#[cfg(feature = "tls")]
+async fn secure(mut stream: Box<dyn Stream>, security: &Security) -> io::Result<Box<dyn Stream>> {
+    let Security::Tls(config, name) = security else { return Ok(stream) };
+    if !agrees(&mut stream, option::STARTTLS).await? {
+        return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the server offers no TLS"));
+    }
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::clone(config));
+    Ok(Box::new(connector.connect(name.clone(), stream).await?))
+}
+
+#[cfg(not(feature = "tls"))]
+#[allow(clippy::unused_async, reason = "its other form waits")]
+async fn secure(stream: Box<dyn Stream>, security: &Security) -> io::Result<Box<dyn Stream>> {
+    let Security::Plain = security;
+    Ok(stream)
 }
 
 async fn select_allocation(stream: &mut Box<dyn Stream>, export: &str) -> io::Result<Option<u32>> {
