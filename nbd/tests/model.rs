@@ -94,7 +94,7 @@ async fn hammer(client: Client, base: u32, size: u32, seed: u64, until: Instant)
 
 async fn two_clients(disk: SharedDisk) {
     let seconds =
-        std::env::var("BOOTCACHE_MODEL_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
+        std::env::var("BOOTCACHE_MODEL_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nbd.sock");
