@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::name::HostName;
 
+mod cpu;
+pub mod docker;
 pub mod domain;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;

@@ -3,6 +3,7 @@
 //! An image is immutable. Its identity is the root of its digest tree ([`tree`]), which binds its size and every
 //! block to its place; names are only labels that a [`crate::store::Store`] keeps.
 
+pub mod archive;
 pub mod export;
 pub mod extents;
 pub mod format;

@@ -32,6 +32,11 @@ impl Host {
         script("docker", &self.folder, &[])
     }
 
+    /// The address of its dockerd's API, once that was started.
+    pub fn docker_address(&self) -> String {
+        format!("unix://{}", self.folder.join("docker/docker.sock").display())
+    }
+
     /// A command that will run inside: its processes, network and libvirt folders.
     pub fn command<S: AsRef<std::ffi::OsStr>>(&self, command: impl IntoIterator<Item = S>) -> Command {
         let mut inside = Command::new(super::checkout("scripts/host"));

@@ -49,6 +49,22 @@ impl Net {
         net
     }
 
+    /// Gives every host a second card, `eth1`, without an address, on a switch of its own: an uplink for networks of
+    /// instances, since a card with the host's address cannot be in a bridge.
+    #[track_caller]
+    pub fn add_uplinks(&self) {
+        let switch = self.switch();
+        ip(&["-n", &switch, "link", "add", "uplinks", "type", "bridge"]);
+        ip(&["-n", &switch, "link", "set", "uplinks", "up"]);
+        for host in 0..self.hosts {
+            let (name, port) = (self.namespace(host), format!("uplink{host}"));
+            ip(&[
+                "-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth1", "netns", &name,
+            ]);
+            ip(&["-n", &switch, "link", "set", &port, "master", "uplinks", "up"]);
+        }
+    }
+
     /// Changes a host's link, both directions.
     #[track_caller]
     pub fn shape(&self, host: usize, rate: Rate) {

@@ -1,0 +1,252 @@
+//! Images of containers: a tar archive goes into the engine as it arrives, and is known there by a name of ours.
+//!
+//! An archive is what `docker save` or an OCI tool wrote, or a root file system; `crate::image::archive` tells which by
+//! its first entry. Names inside an archive are not taken over: a `busybox:latest` that the host has stays what it is.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bollard::query_parameters::{
+    CreateImageOptions, ImportImageOptions, ListImagesOptions, RemoveImageOptions, TagImageOptions,
+};
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
+
+use super::{Docker, status};
+use crate::digest::Digest;
+use crate::hypervisor::HypervisorError;
+use crate::image::archive::{ArchiveKind, HEAD_BYTES};
+use crate::name::ImageName;
+
+/// How long an image may make no progress: neither do bytes come, nor does the engine take or unpack any.
+const STALL: Duration = Duration::from_secs(900);
+/// How many bytes go to the engine at a time.
+const PIECE: usize = 256 << 10;
+
+/// Why an image was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The archive cannot be read, or is none.
+    #[error("image {name}: {reason}")]
+    Archive {
+        /// The image.
+        name: ImageName,
+        /// What is wrong with its bytes.
+        reason: String,
+    },
+    /// The engine did not do it.
+    #[error(transparent)]
+    Engine(#[from] HypervisorError),
+}
+
+impl Docker {
+    /// The name that an image has in the engine: `bootcache/NAME:` and the first 12 digits of its root.
+    pub fn reference(name: &ImageName, root: Digest) -> String {
+        // A repository's name may not end in a separator nor have two, as ours may.
+        let words = name.as_str().split(['.', '_', '-']).filter(|word| !word.is_empty());
+        format!("bootcache/{}:{}", words.collect::<Vec<_>>().join("-"), &root.to_string()[..12])
+    }
+
+    /// Whether the engine has an image of that name.
+    pub async fn has_image(&self, reference: &str) -> Result<bool, HypervisorError> {
+        match self.client().await?.inspect_image(reference).await {
+            Err(error) if status(&error) == Some(404) => Ok(false),
+            other => other.map(|_| true).map_err(|error| self.failed("inspect an image", error)),
+        }
+    }
+
+    /// Takes a name, and with an image's last name the image, out of the engine. What is not there is no error.
+    pub async fn remove_image(&self, reference: &str) -> Result<(), HypervisorError> {
+        let removed = self.client().await?.remove_image(reference, None::<RemoveImageOptions>, None).await;
+        match removed {
+            Err(error) if status(&error) == Some(404) => Ok(()),
+            other => other.map(drop).map_err(|error| self.failed(&format!("remove {reference}"), error)),
+        }
+    }
+
+    /// Loads the image `name`, whose archive `bytes` are, and returns its name in the engine. Bytes are taken as they
+    /// arrive. Dropping the future leaves either nothing or the whole image there.
+    pub async fn load(
+        &self,
+        name: &ImageName,
+        root: Digest,
+        mut bytes: impl AsyncRead + Send + Unpin + 'static,
+    ) -> Result<String, LoadError> {
+        let reference = Self::reference(name, root);
+        if self.has_image(&reference).await? {
+            return Ok(reference);
+        }
+        let archive = |reason: String| LoadError::Archive { name: name.clone(), reason };
+        let mut head = Vec::new();
+        let read = (&mut bytes).take(HEAD_BYTES as u64).read_to_end(&mut head).await;
+        read.map_err(|error| archive(format!("cannot be read: {error}")))?;
+        let kind = ArchiveKind::of_head(&head).map_err(|error| archive(error.to_string()))?;
+
+        // The client's own deadline is one for the whole request, however slowly the image comes: here it is on progress.
+        let client = self.client().await?.clone().with_timeout(Duration::from_secs(7 * 24 * 3600));
+        let moved = Arc::new(AtomicU64::new(0));
+        let body = pieces(std::io::Cursor::new(head).chain(bytes), Arc::clone(&moved));
+        let work = async {
+            match kind {
+                ArchiveKind::RootFs => self.import(&client, &reference, body).await,
+                ArchiveKind::Saved => self.load_saved(&client, name, &reference, body).await,
+            }
+        };
+        tokio::select! {
+            result = work => result.map(|()| reference),
+            () = stalled(&moved) => Err(HypervisorError::TimedOut(format!(
+                "image {name}: nothing of it came or was unpacked for {STALL:?}"
+            )).into()),
+        }
+    }
+
+    /// A root file system.
+    async fn import(
+        &self,
+        client: &bollard::Docker,
+        reference: &str,
+        body: impl Stream<Item = std::io::Result<bytes::Bytes>> + Send + 'static,
+    ) -> Result<(), LoadError> {
+        let (repo, tag) = split(reference);
+        let options = CreateImageOptions {
+            from_src: Some("-".to_owned()),
+            repo: Some(repo),
+            tag: Some(tag),
+            ..CreateImageOptions::default()
+        };
+        let told = client.create_image(Some(options), Some(bollard::body_try_stream(body)), None);
+        let told: Result<Vec<_>, _> = told.try_collect().await;
+        told.map(drop).map_err(|error| self.failed(&format!("import {reference}"), error).into())
+    }
+
+    /// What `docker save` or an OCI tool wrote.
+    async fn load_saved(
+        &self,
+        client: &bollard::Docker,
+        name: &ImageName,
+        reference: &str,
+        body: impl Stream<Item = std::io::Result<bytes::Bytes>> + Send + 'static,
+    ) -> Result<(), LoadError> {
+        let before = self.tags().await?;
+        let told = client.import_image_stream(ImportImageOptions::default(), body, None);
+        let told: Vec<_> =
+            told.try_collect().await.map_err(|error| self.failed(&format!("load {reference}"), error))?;
+        let lines = told.iter().filter_map(|line| line.stream.as_deref());
+        let loaded: Vec<String> = lines.flat_map(str::lines).filter_map(loaded_image).collect();
+        let result = match loaded.as_slice() {
+            [] => {
+                Err(LoadError::Archive { name: name.clone(), reason: "there is no image in it".to_owned() })
+            }
+            // One image may have several names.
+            [first, ..] => self.tag(first, reference).await.map_err(LoadError::from),
+        };
+        for other in loaded.iter().filter(|other| !other.starts_with("sha256:")) {
+            match before.get(other) {
+                Some(id) => self.tag(id, other).await?,
+                None => self.remove_image(other).await?,
+            }
+        }
+        result
+    }
+
+    /// The images that the engine's names mean.
+    async fn tags(&self) -> Result<HashMap<String, String>, HypervisorError> {
+        let images = self.client().await?.list_images(None::<ListImagesOptions>).await;
+        let images = images.map_err(|error| self.failed("list images", error))?;
+        let tags = images.into_iter().flat_map(|image| {
+            let id = image.id;
+            image.repo_tags.into_iter().map(move |tag| (tag, id.clone()))
+        });
+        Ok(tags.collect())
+    }
+
+    async fn tag(&self, image: &str, reference: &str) -> Result<(), HypervisorError> {
+        let (repo, tag) = split(reference);
+        let options = TagImageOptions { repo: Some(repo), tag: Some(tag) };
+        let tagged = self.client().await?.tag_image(image, Some(options)).await;
+        tagged.map_err(|error| self.failed(&format!("name {image} {reference}"), error))
+    }
+}
+
+/// The image in a line such as `Loaded image: busybox:latest` or `Loaded image ID: sha256:…`.
+fn loaded_image(line: &str) -> Option<String> {
+    let (_, image) = line.strip_prefix("Loaded image")?.split_once(": ")?;
+    Some(image.trim().to_owned())
+}
+
+/// A reference's repository and tag.
+fn split(reference: &str) -> (String, String) {
+    let (repo, tag) = reference.rsplit_once(':').unwrap_or((reference, "latest"));
+    (repo.to_owned(), tag.to_owned())
+}
+
+/// Resolves when `moved` has not changed for [`STALL`].
+async fn stalled(moved: &AtomicU64) {
+    let mut before = moved.load(Ordering::Relaxed);
+    loop {
+        tokio::time::sleep(STALL).await;
+        let now = moved.load(Ordering::Relaxed);
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
+/// What `bytes` gives, in pieces, counted.
+fn pieces(
+    bytes: impl AsyncRead + Send + Unpin + 'static,
+    moved: Arc<AtomicU64>,
+) -> impl Stream<Item = std::io::Result<bytes::Bytes>> + Send + 'static {
+    Pieces { bytes, moved, buffer: vec![0; PIECE] }.fuse()
+}
+
+struct Pieces<R> {
+    bytes: R,
+    moved: Arc<AtomicU64>,
+    buffer: Vec<u8>,
+}
+
+impl<R: AsyncRead + Unpin> Stream for Pieces<R> {
+    type Item = std::io::Result<bytes::Bytes>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        let mut buffer = ReadBuf::new(&mut this.buffer);
+        match Pin::new(&mut this.bytes).poll_read(context, &mut buffer) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Err(error)) => Poll::Ready(Some(Err(error))),
+            Poll::Ready(Ok(())) if buffer.filled().is_empty() => Poll::Ready(None),
+            Poll::Ready(Ok(())) => {
+                let piece = bytes::Bytes::copy_from_slice(buffer.filled());
+                this.moved.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                Poll::Ready(Some(Ok(piece)))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reference_is_one_that_docker_takes() {
+        let root = Digest::of(b"x");
+        let reference = |name: &str| Docker::reference(&name.parse().unwrap(), root);
+        let tag = &root.to_string()[..12];
+        assert_eq!(reference("busy"), format!("bootcache/busy:{tag}"));
+        assert_eq!(reference("a-.b__c-"), format!("bootcache/a-b-c:{tag}"));
+    }
+
+    #[test]
+    fn the_name_of_what_was_loaded_is_found_in_what_the_engine_says() {
+        assert_eq!(loaded_image("Loaded image: a/b:1").as_deref(), Some("a/b:1"));
+        assert_eq!(loaded_image("Loaded image ID: sha256:00").as_deref(), Some("sha256:00"));
+        assert_eq!(loaded_image("something else: x"), None);
+    }
+}

@@ -1,0 +1,261 @@
+//! Containers by a real dockerd, one for each (namespaced) host.
+
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use bootcache::digest::Digest;
+use bootcache::hypervisor::docker::Docker;
+use bootcache::hypervisor::{Hypervisor, HypervisorError, Launch, Nic, Root, Running};
+use bootcache::network::{NetworkSpec, Networks};
+use support::container;
+use support::host::Host;
+use support::net::{Net, Rate};
+
+const NEEDS: [&str; 7] = ["libvirtd", "dockerd", "unshare", "curl", "busybox", "ip", "tar"];
+
+fn launch(name: &str, image: &str) -> Launch {
+    Launch {
+        name: name.parse().unwrap(),
+        root: Root::Image(image.to_owned()),
+        cpus: 1,
+        memory_mib: 64,
+        nics: Vec::new(),
+        env: BTreeMap::from([("GREETING".to_owned(), "hello there".to_owned())]),
+        command: container::reporting(),
+        privileged: false,
+        facts: vec![("instance".to_owned(), name.to_owned())],
+        serial: PathBuf::new(),
+        template: None,
+    }
+}
+
+fn nic(host: u8) -> Nic {
+    Nic {
+        network: "lab".parse().unwrap(),
+        bridge: "br-lab".to_owned(),
+        mac: format!("52:54:00:55:00:{host:02x}"),
+        address: Some((format!("10.55.0.{host}").parse().unwrap(), 24)),
+        gateway: None,
+        vlan: None,
+    }
+}
+
+/// `docker CMD…` on an engine; its stdout.
+#[track_caller]
+fn docker(address: &str, arguments: &[&str]) -> String {
+    support::run(Command::new("docker").args(["-H", address]).args(arguments)).trim_end().to_owned()
+}
+
+async fn load(docker: &Docker, name: &str, archive: &std::path::Path) -> String {
+    let bytes = std::fs::read(archive).unwrap();
+    let root = Digest::of(&bytes);
+    docker.load(&name.parse().unwrap(), root, std::io::Cursor::new(bytes)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_is_started_once_limited_watched_and_forgotten() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up(folder.path(), &net, 0);
+    let address = host.docker();
+    let engine = Docker::new(&address, "node-a".parse().unwrap());
+    Hypervisor::check(&engine).await.unwrap();
+
+    let archive = folder.path().join("box.tar");
+    container::root_fs(&archive, 1 << 20);
+    let image = load(&engine, "box", &archive).await;
+    assert!(engine.has_image(&image).await.unwrap());
+
+    let one = launch("one", &image);
+    engine.launch(&one).await.unwrap();
+    let id = docker(&address, &["inspect", "-f", "{{.Id}}", "one"]);
+    engine.launch(&one).await.unwrap();
+    assert_eq!(docker(&address, &["inspect", "-f", "{{.Id}}", "one"]), id, "the same container");
+    let limits = docker(
+        &address,
+        &[
+            "inspect",
+            "-f",
+            "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.Privileged}}",
+            "one",
+        ],
+    );
+    assert_eq!(limits, "67108864 1000000000 false");
+    let told = docker(&address, &["exec", "one", "sh", "-c", "echo $BOOTCACHE_INSTANCE $GREETING; hostname"]);
+    assert_eq!(told, "one hello there\none");
+
+    assert_eq!(engine.info(&one.name).await.unwrap().unwrap().state, Running::Running);
+    docker(&address, &["exec", "-d", "one", "sh", "-c", "while :; do :; done"]);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let info = engine.info(&one.name).await.unwrap().unwrap();
+    assert!(info.cpu > 0.05 && info.memory_bytes > 0, "{info:?}");
+
+    // Somebody else's container of a name that is asked for: refused, and left alone.
+    docker(&address, &["run", "-d", "--network", "none", "--name", "other", &image, "sleep", "100"]);
+    let error = engine.launch(&launch("other", &image)).await.unwrap_err();
+    assert!(matches!(&error, HypervisorError::Refused(_)) && error.to_string().contains("/other"), "{error}");
+    let other = "other".parse().unwrap();
+    engine.stop(&other, Duration::ZERO).await.unwrap();
+    engine.delete(&other).await.unwrap();
+    assert_eq!(docker(&address, &["inspect", "-f", "{{.State.Running}}", "other"]), "true");
+    assert_eq!(engine.list().await.unwrap(), std::slice::from_ref(&one.name));
+
+    let error = engine.launch(&launch("two", "bootcache/none:1")).await.unwrap_err().to_string();
+    assert!(error.contains("No such image"), "{error}");
+    let error =
+        engine.launch(&Launch { command: vec!["/nothing".to_owned()], ..launch("two", &image) }).await;
+    assert!(error.unwrap_err().to_string().contains("/nothing"));
+    assert_eq!(engine.list().await.unwrap().len(), 1, "what did not start is not left behind");
+
+    engine.stop(&one.name, Duration::from_secs(5)).await.unwrap();
+    engine.stop(&one.name, Duration::from_secs(5)).await.unwrap();
+    assert_eq!(engine.info(&one.name).await.unwrap().unwrap().state, Running::Stopped);
+    engine.launch(&one).await.unwrap();
+    assert_eq!(engine.info(&one.name).await.unwrap().unwrap().state, Running::Running);
+
+    // The engine dies with the host; a later one is talked to by the same owner.
+    host.power_loss();
+    let error = engine.info(&one.name).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Unreachable(_)), "{error}");
+    host.power_on(&net, 0);
+    host.docker();
+    assert_eq!(engine.info(&one.name).await.unwrap().unwrap().state, Running::Stopped);
+    engine.delete(&one.name).await.unwrap();
+    engine.delete(&one.name).await.unwrap();
+    assert_eq!(engine.info(&one.name).await.unwrap(), None);
+    assert!(engine.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_loads_from_what_docker_saved_and_the_host_s_own_names_stay() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up(folder.path(), &net, 0);
+    let address = host.docker();
+    let engine = Docker::new(&address, "node-a".parse().unwrap());
+
+    let (root_fs, saved) = (folder.path().join("box.tar"), folder.path().join("saved.tar"));
+    container::root_fs(&root_fs, 1 << 20);
+    docker(&address, &["import", "-c", "CMD [\"/bin/report\"]", root_fs.to_str().unwrap(), "box:latest"]);
+    docker(&address, &["save", "-o", saved.to_str().unwrap(), "box:latest"]);
+    docker(&address, &["rmi", "box:latest"]);
+    // The host has another image of the name that is in the archive.
+    docker(&address, &["import", root_fs.to_str().unwrap(), "box:latest"]);
+    let before = docker(&address, &["inspect", "-f", "{{.Id}}", "box:latest"]);
+
+    let image = load(&engine, "saved", &saved).await;
+    assert_eq!(docker(&address, &["inspect", "-f", "{{.Id}}", "box:latest"]), before);
+    assert_ne!(docker(&address, &["inspect", "-f", "{{.Id}}", &image]), before);
+    engine.launch(&Launch { command: Vec::new(), ..launch("one", &image) }).await.unwrap();
+    engine.delete(&"one".parse().unwrap()).await.unwrap();
+
+    // Compressed, by bytes that come slowly: the engine takes them as they come, and waits.
+    docker(&address, &["rmi", &image]);
+    support::run(Command::new("gzip").args(["-k", "-1"]).arg(&saved));
+    let bytes = std::fs::read(folder.path().join("saved.tar.gz")).unwrap();
+    let (mut feed, slow) = tokio::io::duplex(64 << 10);
+    let pieces: Vec<Vec<u8>> = bytes.chunks(200_000).map(<[u8]>::to_vec).collect();
+    let feeder = tokio::spawn(async move {
+        for piece in pieces {
+            tokio::io::AsyncWriteExt::write_all(&mut feed, &piece).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let again = engine.load(&"saved".parse().unwrap(), Digest::of(&bytes), slow).await.unwrap();
+    feeder.await.unwrap();
+    assert!(engine.has_image(&again).await.unwrap());
+    engine.remove_image(&again).await.unwrap();
+    engine.remove_image(&again).await.unwrap();
+
+    // One that breaks off half-way leaves nothing.
+    let broken = std::io::Cursor::new(bytes[..bytes.len() / 2].to_vec());
+    let root = Digest::of(b"broken");
+    engine.load(&"broken".parse().unwrap(), root, broken).await.unwrap_err();
+    assert!(!engine.has_image(&Docker::reference(&"broken".parse().unwrap(), root)).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_of_two_hosts_are_on_one_network_and_report() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(2, Rate::Unlimited);
+    net.add_uplinks();
+    let hosts = [Host::up(folder.path(), &net, 0), Host::up(folder.path(), &net, 1)];
+    let archive = folder.path().join("box.tar");
+    container::root_fs(&archive, 0);
+    let listener = net.within(1, || std::net::TcpListener::bind("0.0.0.0:7777").unwrap());
+
+    let mut engines = Vec::new();
+    for (index, host) in hosts.iter().enumerate() {
+        let node: bootcache::name::HostName = format!("node-{index}").parse().unwrap();
+        let spec = NetworkSpec {
+            name: "lab".parse().unwrap(),
+            bridge: "br-lab".to_owned(),
+            subnet: ("10.55.0.0".parse().unwrap(), 24),
+            gateway: Some("10.55.0.1".parse().unwrap()),
+            node_address: Some(format!("10.55.0.25{index}").parse().unwrap()),
+            uplink: Some("eth1".to_owned()),
+            vlan: None,
+            mtu: None,
+        };
+        let engine = Docker::new(host.docker(), node.clone());
+        net.within(index, || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(Networks::new(node).ensure(&spec)).unwrap();
+        });
+        engine.ensure_network(&spec).await.unwrap();
+        engine.ensure_network(&spec).await.unwrap();
+        assert_eq!(engine.networks().await.unwrap(), ["br-lab"]);
+        let image = load(&engine, "box", &archive).await;
+        let number = u8::try_from(index + 11).unwrap();
+        let mut instance = Launch { nics: vec![nic(number)], ..launch(&format!("c-{index}"), &image) };
+        instance.facts.push(("report".to_owned(), "10.55.0.251:7777".to_owned()));
+        engine.launch(&instance).await.unwrap();
+        engines.push((engine, host.docker_address()));
+    }
+
+    let mut reports: Vec<String> = (0..2)
+        .map(|_| {
+            let mut text = String::new();
+            listener.accept().unwrap().0.read_to_string(&mut text).unwrap();
+            text
+        })
+        .collect();
+    reports.sort();
+    assert_eq!(reports, ["c-0\n", "c-1\n"]);
+    docker(&engines[0].1, &["exec", "c-0", "ping", "-c", "1", "-W", "5", "10.55.0.12"]);
+    let card = docker(&engines[0].1, &["exec", "c-0", "ip", "addr", "show", "eth0"]);
+    assert!(card.contains("52:54:00:55:00:0b") && card.contains("10.55.0.11/24"), "{card}");
+    let route = docker(&engines[0].1, &["exec", "c-0", "ip", "route"]);
+    assert!(route.contains("default via 10.55.0.1"), "{route}");
+    assert!(engines[0].0.info(&"c-0".parse().unwrap()).await.unwrap().unwrap().network_bytes[0] > 0);
+
+    for (index, (engine, _)) in engines.iter().enumerate() {
+        for name in engine.list().await.unwrap() {
+            engine.delete(&name).await.unwrap();
+        }
+        engine.remove_network("br-lab").await.unwrap();
+        net.within(index, || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let networks = Networks::new(format!("node-{index}").parse().unwrap());
+            runtime.block_on(networks.remove("br-lab")).unwrap();
+        });
+        let links = support::run(&mut net.on(index, Command::new("ip").args(["-o", "link"])));
+        assert_eq!(links.lines().count(), 3, "lo, eth0 and eth1: {links}");
+    }
+}
