@@ -168,6 +168,7 @@ pub fn issue(
 pub struct Identity {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    nbd: Arc<ServerConfig>,
 }
 
 impl Identity {
@@ -187,24 +188,34 @@ impl Identity {
             .map_err(|error| unusable(rustls::Error::General(error.to_string())))?;
         let [(server_certificate, server_key), (client_certificate, client_key)] =
             MEMBER_FILES.map(|(certificate, key)| (dir.join(certificate), dir.join(key)));
-        let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(tls13)
-            .map_err(unusable)?
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(certificates(&server_certificate)?, private_key(&server_key)?)
-            .map_err(unusable)?;
-        let client = ClientConfig::builder_with_provider(provider)
+        let server = |versions: &[&'static rustls::SupportedProtocolVersion]| {
+            let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
+                .with_protocol_versions(versions)
+                .map_err(unusable)?
+                .with_client_cert_verifier(Arc::clone(&verifier))
+                .with_single_cert(certificates(&server_certificate)?, private_key(&server_key)?)
+                .map_err(unusable)?;
+            Ok::<_, TlsError>(Arc::new(config))
+        };
+        let nbd = server(rustls::ALL_VERSIONS)?;
+        let server = server(tls13)?;
+        let client = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(tls13)
             .map_err(unusable)?
             .with_root_certificates(roots)
             .with_client_auth_cert(certificates(&client_certificate)?, private_key(&client_key)?)
             .map_err(unusable)?;
-        Ok(Self { server: Arc::new(server), client: Arc::new(client) })
+        Ok(Self { server, client: Arc::new(client), nbd })
     }
 
     /// Takes connections from members of the cluster, and from nobody else.
     pub fn acceptor(&self) -> tokio_rustls::TlsAcceptor {
         tokio_rustls::TlsAcceptor::from(Arc::clone(&self.server))
+    }
+
+    /// For NBD's STARTTLS: members of the cluster only, whose foreign clients may still speak TLS 1.2.
+    pub fn nbd(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.nbd)
     }
 
     /// Connects `stream` to a member of the cluster that has `role`.

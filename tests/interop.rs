@@ -266,3 +266,68 @@ for offset, length in [(size, 1), (size - 1, 2), (2**63, 512)]:
         store.run(["image", "verify", name]);
     }
 }
+
+/// The port that a daemon which was told `:0` says it has.
+fn port_of(said: &str, scheme: &str) -> u16 {
+    let after = said.split(scheme).nth(1).unwrap_or_else(|| panic!("{scheme} is not in: {said}"));
+    after.split_whitespace().next().unwrap().rsplit(':').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn tcp_beyond_loopback_is_served_over_tls_with_the_cluster_s_certificates_and_not_otherwise() {
+    if !support::require(&["nbdinfo", "qemu-img"]) {
+        return;
+    }
+    let store = Store::new();
+    let raw = store.beside("disk.raw");
+    test_disk(&raw);
+    store.run(["image", "add", "disk", raw.to_str().unwrap()]);
+    let refused = store.refused(["serve", "--listen", "0.0.0.0:0"]);
+    assert!(refused.contains("--tls-dir"), "{refused}");
+
+    let folder = |name: &str| store.beside(name).to_str().unwrap().to_owned();
+    let (authority, node, user) = (folder("ca"), folder("node"), folder("user"));
+    store.run(["ca", "--ca-dir", &authority, "init"]);
+    let issue = |name: &str, role: &str, out: &str| {
+        let address = ["--address", "localhost", "--address", "127.0.0.1"];
+        let command = ["ca", "--ca-dir", &authority, "issue", name, "--role", role, "--out", out];
+        store.run(command.into_iter().chain(address));
+    };
+    issue("n1", "node", &node);
+    issue("person", "user", &user);
+    let mut serve = store.serve(["--tls-dir", &node, "--listen", "0.0.0.0:0", "--listen", "127.0.0.1:0"]);
+    let said = serve.said();
+    let (secure, loopback) = (port_of(&said, "nbds://"), port_of(&said, "nbd://127"));
+
+    let uri = |port| format!("nbds://localhost:{port}/disk?tls-certificates={user}");
+    for port in [secure, loopback] {
+        assert_eq!(
+            support::run(Command::new("nbdinfo").args(["--size", &uri(port)])).trim(),
+            SIZE.to_string()
+        );
+    }
+    let object = format!("tls-creds-x509,id=tls0,endpoint=client,dir={user}");
+    let image = format!(
+        "driver=nbd,server.type=inet,server.host=127.0.0.1,server.port={secure},export=disk,tls-creds=tls0"
+    );
+    let reference = format!("driver=raw,file.driver=file,file.filename={}", raw.display());
+    support::run(Command::new("qemu-img").args([
+        "compare",
+        "--object",
+        &object,
+        "--image-opts",
+        &image,
+        &reference,
+    ]));
+
+    let plain =
+        |port| Command::new("nbdinfo").args(["--size", &format!("nbd://localhost:{port}/disk")]).output();
+    assert!(plain(loopback).unwrap().status.success(), "on loopback TLS is offered only");
+    assert!(!plain(secure).unwrap().status.success(), "a client without TLS was served beyond loopback");
+    let stranger = folder("stranger");
+    store.run(["ca", "--ca-dir", &folder("other"), "init"]);
+    store.run(["ca", "--ca-dir", &folder("other"), "issue", "n1", "--out", &stranger]);
+    let theirs = format!("nbds://localhost:{secure}/disk?tls-certificates={stranger}");
+    assert!(!Command::new("nbdinfo").args(["--size", &theirs]).output().unwrap().status.success());
+    assert!(serve.terminate(std::time::Duration::from_secs(10)).success(), "{}", serve.said());
+}

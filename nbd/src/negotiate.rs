@@ -36,6 +36,7 @@ pub(crate) struct Agreed {
 pub(crate) async fn server(
     mut stream: Box<dyn Stream>,
     shared: &Shared,
+    tls: &Tls,
 ) -> io::Result<Option<(Box<dyn Stream>, Agreed)>> {
     stream.write_all(&greeting()).await?;
     let client_flags = stream.read_u32().await?;
@@ -46,6 +47,7 @@ pub(crate) async fn server(
     let mut session = Session {
         stream,
         shared,
+        tls,
         no_zeroes: client_flags & u32::from(FLAG_NO_ZEROES) != 0,
         encrypted: false,
         style: Style::Simple,
@@ -71,6 +73,7 @@ enum Step {
 struct Session<'a> {
     stream: Box<dyn Stream>,
     shared: &'a Shared,
+    tls: &'a Tls,
     no_zeroes: bool,
     encrypted: bool,
     style: Style,
@@ -145,7 +148,7 @@ impl Session<'_> {
     }
 
     fn needs_tls(&self) -> bool {
-        match &self.shared.tls {
+        match self.tls {
             #[cfg(feature = "tls")]
             Tls::Required(_) => !self.encrypted,
             _ => false,
@@ -249,7 +252,7 @@ impl Session<'_> {
     #[cfg(feature = "tls")]
     async fn start_tls(&mut self) -> io::Result<Step> {
         let code = option::STARTTLS;
-        let config = match &self.shared.tls {
+        let config = match self.tls {
             _ if self.encrypted => {
                 self.say(code, reply::ERR_INVALID, b"the connection is encrypted already");
                 return self.send().await;
@@ -273,7 +276,7 @@ impl Session<'_> {
 
     #[cfg(not(feature = "tls"))]
     async fn start_tls(&mut self) -> io::Result<Step> {
-        let Tls::Off = &self.shared.tls;
+        let Tls::Off = self.tls;
         let _ = self.encrypted;
         self.say(option::STARTTLS, reply::ERR_POLICY, b"this server has no TLS");
         self.send().await

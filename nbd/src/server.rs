@@ -108,13 +108,13 @@ pub enum Tls {
 /// An NBD server. Cheap to clone; clones share exports and limits.
 #[derive(Clone)]
 pub struct Server {
-    pub(crate) shared: Arc<Shared>,
+    shared: Arc<Shared>,
+    tls: Tls,
 }
 
 pub(crate) struct Shared {
     pub(crate) exports: Arc<dyn Exports>,
     pub(crate) limits: Limits,
-    pub(crate) tls: Tls,
     /// What all connections together may have in flight, in bytes.
     pub(crate) bytes: Arc<Semaphore>,
     pub(crate) pieces: connection::Pieces,
@@ -136,7 +136,6 @@ impl Server {
         let shared = Shared {
             exports,
             limits,
-            tls,
             bytes: Arc::new(Semaphore::new(limits.bytes)),
             pieces: connection::Pieces::default(),
             connections: Arc::new(Semaphore::new(limits.connections)),
@@ -144,7 +143,13 @@ impl Server {
             handshakes: Mutex::default(),
             accepted: AtomicU64::new(0),
         };
-        Self { shared: Arc::new(shared) }
+        Self { shared: Arc::new(shared), tls }
+    }
+
+    /// The same server for sockets that are protected otherwise; exports and limits are shared.
+    #[must_use]
+    pub fn with_tls(&self, tls: Tls) -> Self {
+        Self { shared: Arc::clone(&self.shared), tls }
     }
 
     /// Serves a Unix socket until `cancel`; returns when its connections have ended.
@@ -219,7 +224,7 @@ impl Server {
             () = evicted.cancelled() => Err(io::Error::other("newer connections needed the place")),
             result = tokio::time::timeout(
                 self.shared.limits.handshake_timeout,
-                negotiate::server(stream, &self.shared),
+                negotiate::server(stream, &self.shared, &self.tls),
             ) => result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         };
         self.leave_handshake(number);

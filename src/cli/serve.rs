@@ -16,7 +16,7 @@ pub(crate) struct Args {
     /// Unix socket for NBD clients [default: nbd.sock in the store]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Also listen for NBD clients on TCP; may be given several times
+    /// Also listen for NBD clients on TCP, beyond loopback with TLS; may be given several times
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Vec<SocketAddr>,
     /// Export this image or overlay only, and list no others
@@ -38,6 +38,7 @@ pub(crate) struct Args {
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
     super::block_on(async {
         let transfer = args.peers.options(&globals.store_dir(), args.peer_listen)?;
+        let identity = transfer.security.identity.clone();
         let server = ServerOptions {
             security: transfer.security.clone(),
             node: transfer.node.clone(),
@@ -51,6 +52,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             listen: args.listen,
             export: args.export,
             insecure: args.insecure,
+            identity,
         };
         let cancel = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::peer;
+use crate::tls::Identity;
 
 use super::exports::NodeExports;
 use super::node::{Node, NodeError};
@@ -27,6 +28,8 @@ pub struct Options {
     pub export: Option<String>,
     /// Allow plain TCP beyond loopback.
     pub insecure: bool,
+    /// For TLS on TCP: required beyond loopback unless `insecure`, offered elsewhere.
+    pub identity: Option<Identity>,
     /// Serve images to other nodes there, and how.
     pub peers: Option<(SocketAddr, peer::server::ServerOptions)>,
 }
@@ -48,7 +51,7 @@ pub enum ServeError {
     /// Plain TCP beyond loopback was not asked for.
     #[error(
         "{0} is beyond loopback and NBD on it would be neither encrypted nor authenticated: \
-         listen on 127.0.0.1, use the Unix socket, or say --insecure"
+         give --tls-dir (see `bootcache ca`), listen on 127.0.0.1, use the Unix socket, or say --insecure"
     )]
     Insecure(SocketAddr),
     /// The one export that was asked for is not there.
@@ -76,11 +79,15 @@ pub async fn run(
     let control_listener = bind_unix(&control)?;
     let mut tcp = Vec::new();
     for address in options.listen {
-        if !address.ip().is_loopback() && !options.insecure {
-            return Err(ServeError::Insecure(address));
-        }
+        let plain = address.ip().to_canonical().is_loopback() || options.insecure;
+        let tls = match &options.identity {
+            None if plain => Tls::Off,
+            None => return Err(ServeError::Insecure(address)),
+            Some(identity) if plain => Tls::Allowed(identity.nbd()),
+            Some(identity) => Tls::Required(identity.nbd()),
+        };
         let bind = |source| ServeError::Bind { address: address.to_string(), source };
-        tcp.push(TcpListener::bind(address).await.map_err(bind)?);
+        tcp.push((TcpListener::bind(address).await.map_err(bind)?, tls));
     }
     let tasks = TaskTracker::new();
     let mut places = vec![format!("nbd+unix:///?socket={}", socket.display())];
@@ -95,11 +102,12 @@ pub async fn run(
     node.reopen_vms().await?;
 
     let server = Server::new(exports, Limits::default(), Tls::Off);
-    for listener in tcp {
+    for (listener, tls) in tcp {
         if let Ok(address) = listener.local_addr() {
-            places.push(format!("nbd://{address}"));
+            let scheme = if matches!(tls, Tls::Required(_)) { "nbds" } else { "nbd" };
+            places.push(format!("{scheme}://{address}"));
         }
-        let (server, cancel) = (server.clone(), cancel.clone());
+        let (server, cancel) = (server.with_tls(tls), cancel.clone());
         tasks.spawn(async move { server.serve_tcp(listener, cancel).await });
     }
     {
