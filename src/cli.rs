@@ -6,6 +6,7 @@
 mod analyze;
 mod attach;
 mod boot;
+mod boot_report;
 mod ca;
 mod completions;
 mod controller;

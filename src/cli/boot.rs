@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use bootcache::control::{Reply, Request};
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
 use bootcache::qemu::{Accelerator, Until};
@@ -12,6 +13,7 @@ use bootcache::store::Store;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use super::boot_report::{self, BootReport};
 use super::guest::{Guest, Plan, undo};
 
 /// Most VMs that one command starts.
@@ -68,6 +70,8 @@ struct Outcome {
     name: HostName,
     /// Seconds from the start of its QEMU to its report; none if nobody waited.
     seconds: Option<f64>,
+    /// Where the time of its reads went; none when its image was all here, or nobody waited.
+    report: Option<BootReport>,
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
@@ -112,6 +116,7 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
     let plan = Plan {
         store: store.clone(),
         image: args.image.clone(),
+        root: entry.root,
         memory_mib: args.memory,
         cpus: args.cpus,
         accelerator,
@@ -176,7 +181,7 @@ async fn boot_all(
                     failed.push(name);
                 }
                 Ok(_) if until.is_none() => {
-                    outcomes.push(Outcome { name, seconds: None });
+                    outcomes.push(Outcome { name, seconds: None, report: None });
                     bar.inc(1);
                 }
                 Ok(mut guest) => {
@@ -204,8 +209,13 @@ async fn boot_all(
         bar.inc(1);
         match result {
             Ok(time) => {
-                bar.suspend(|| eprintln!("{name} booted in {:.2} s", time.as_secs_f64()));
-                outcomes.push(Outcome { name, seconds: Some(time.as_secs_f64()) });
+                let report = report(client, &name).await;
+                let misses = plan.misses();
+                bar.suspend(|| {
+                    eprintln!("{name} booted in {:.2} s", time.as_secs_f64());
+                    report.iter().flat_map(|report| report.lines(&misses)).for_each(|l| eprintln!("  {l}"));
+                });
+                outcomes.push(Outcome { name, seconds: Some(time.as_secs_f64()), report });
             }
             Err(error) => {
                 bar.suspend(|| eprintln!("bootcache: {name}: {error:#}"));
@@ -230,6 +240,14 @@ async fn boot_all(
     }
     let code = if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     (code, outcomes)
+}
+
+/// Where the time of a boot went. Without an answer the boot is none the worse.
+async fn report(client: &mut bootcache::control::Client, vm: &HostName) -> Option<BootReport> {
+    match client.call(&Request::Status).await {
+        Ok(Reply::Status(status)) => boot_report::of(&status, vm),
+        _ => None,
+    }
 }
 
 fn progress(total: usize) -> ProgressBar {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use bootcache::control::{Client, Owner, Reply, Request, VmInfo};
+use bootcache::digest::Digest;
 use bootcache::hypervisor::domain::{Domain, DomainDisk, reconnecting_emulator};
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
@@ -27,6 +28,7 @@ const TICK: Duration = Duration::from_millis(10);
 pub(super) struct Plan {
     pub(super) store: Store,
     pub(super) image: ImageName,
+    pub(super) root: Digest,
     pub(super) memory_mib: u32,
     pub(super) cpus: u32,
     pub(super) accelerator: Accelerator,
@@ -36,6 +38,13 @@ pub(super) struct Plan {
     /// Who QEMU runs as, when that is somebody else.
     pub(super) owner: Option<Owner>,
     pub(super) qemu_arguments: Vec<std::ffi::OsString>,
+}
+
+impl Plan {
+    /// Where what the boot cache did not foresee is kept.
+    pub(super) fn misses(&self) -> PathBuf {
+        self.store.image_dir(self.root).join(bootcache::transfer::missed::FILE)
+    }
 }
 
 /// A guest that was started.

@@ -3,9 +3,11 @@
 use std::process::ExitCode;
 
 use anyhow::bail;
-use bootcache::control::{Client, Reply, Request, Status};
+use bootcache::control::{Client, ImageStatus, Reply, Request, Status};
 use bootcache::serve::CONTROL_SOCKET;
 use indicatif::HumanBytes;
+
+use super::boot_report;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}
@@ -60,5 +62,49 @@ fn show(status: &Status) {
             ]);
         }
         println!("\n{}", overlays.trim_fmt());
+    }
+    status.images.iter().filter(|image| image.transfer.is_some()).for_each(show_transfer);
+    for overlay in &status.overlays {
+        if let Some(waits) = &overlay.waits {
+            let image = status.images.iter().find(|image| image.root == overlay.base);
+            let bound = image.and_then(|image| image.transfer.as_ref()?.waiting_min_ms);
+            println!("\n{}: waited {}", overlay.name, boot_report::waited(waits, bound));
+        }
+    }
+}
+
+/// How an image that is on its way is doing.
+fn show_transfer(image: &ImageStatus) {
+    let Some(transfer) = &image.transfer else { return };
+    let [stream, demand, fill, tree] = transfer.bytes;
+    println!(
+        "\n{}: boot frames {}/{}, {} of {} here; came: stream {}, demand {}, fill {}, digests {}",
+        image.name,
+        transfer.frames,
+        transfer.frames_total,
+        HumanBytes(transfer.present),
+        HumanBytes(image.size),
+        HumanBytes(stream),
+        HumanBytes(demand),
+        HumanBytes(fill),
+        HumanBytes(tree),
+    );
+    println!(
+        "  {} hedges, {} failovers, {} lies, {} bans; {} copied from other images; {} reads wait",
+        transfer.hedges,
+        transfer.failovers,
+        transfer.lies,
+        transfer.bans,
+        HumanBytes(transfer.similar_bytes),
+        transfer.waits.waiting,
+    );
+    for source in &transfer.sources {
+        let state = match (source.banned, source.up, source.complete) {
+            (true, _, _) => "banned",
+            (_, false, _) => "does not answer",
+            (_, _, true) => "has everything",
+            (_, _, false) => "has a part",
+        };
+        println!("  {} {}: {state}, sent {}", source.address, source.node, HumanBytes(source.bytes));
     }
 }

@@ -140,6 +140,8 @@ pub(super) struct Shared {
     pub(super) missed: Missed,
     pub(super) fill_rate: AtomicU64,
     pub(super) similar: OnceLock<Similar>,
+    /// It is not known yet whether boot frames should be looked for in other images.
+    pub(super) probing: AtomicBool,
     /// Boot frames are first looked for in other images.
     pub(super) copies_boot: AtomicBool,
     /// Cancelled once everything is wanted.
@@ -182,6 +184,7 @@ impl Engine {
             fill_rate: AtomicU64::new(options.fill_rate),
             fill: CancellationToken::new(),
             similar: OnceLock::new(),
+            probing: AtomicBool::new(options.similar.is_some()),
             copies_boot: AtomicBool::new(false),
             stop,
             holding,

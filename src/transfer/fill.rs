@@ -32,7 +32,7 @@ const UNDER_WAY_MAX: f64 = 4096.0;
 const REQUESTS_MAX: usize = 16;
 /// Pages whose digests are asked for at once.
 const PAGES_AHEAD: u64 = 32;
-/// Pause after a guest's miss.
+/// Pause while others fetch, or a guest waits.
 const YIELD: Duration = Duration::from_millis(5);
 
 /// How many blocks may be under way, from how long answers take.
@@ -75,6 +75,8 @@ pub(super) async fn run(shared: &Arc<Shared>) {
     while !(shared.cache.is_complete() && shared.holding.tree.is_complete()) {
         let pages = order(shared, &mut draw);
         pass(shared, &pages, &mut window, &mut allowance).await;
+        // What is left is being fetched for guests: without a pause this would be a loop that lets nobody else run.
+        tokio::time::sleep(YIELD).await;
     }
 }
 

@@ -130,20 +130,30 @@ impl Shared {
     }
 }
 
-/// Builds the index, and finds out whether the boot set should be copied. Ends when that is decided.
+/// Builds the index, and finds out whether the boot set should be copied. Ends when what that takes is here.
 pub(super) async fn prepare(shared: &Arc<Shared>) {
-    let Some(store) = shared.options.similar.clone() else { return };
+    let pages = probe(shared).await;
+    shared.copies_boot.store(!pages.is_empty(), Ordering::Release);
+    shared.probing.store(false, Ordering::Release);
+    for pages in pages.chunks(PAGES_AT_ONCE) {
+        fill::fetch_pages(shared, pages).await;
+    }
+}
+
+/// The pages of the boot set, if other images have most of it.
+async fn probe(shared: &Arc<Shared>) -> Vec<u64> {
+    let Some(store) = shared.options.similar.clone() else { return Vec::new() };
     let (root, base) = (shared.holding.root(), shared.holding.manifest.base);
     let built = tokio::task::spawn_blocking(move || Similar::build(&store, root, base)).await;
-    let Ok(Some(similar)) = built else { return };
+    let Ok(Some(similar)) = built else { return Vec::new() };
     let similar = shared.similar.get_or_init(|| similar);
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
         if shared.stream.is_over() {
-            return;
+            return Vec::new();
         }
         shared.sources.changed().await;
     }
-    let Some(frames) = shared.holding.frames() else { return };
+    let Some(frames) = shared.holding.frames() else { return Vec::new() };
     let lacking = frames.heads().extents().into_iter().flat_map(|extent| shared.cache.absent(extent));
     let mut pages: Vec<u64> = Vec::new();
     for page in lacking.flat_map(|extent| extent.start / PAGE_BLOCKS..=(extent.end() - 1) / PAGE_BLOCKS) {
@@ -157,11 +167,6 @@ pub(super) async fn prepare(shared: &Arc<Shared>) {
     let known = probe.iter().flat_map(|page| page * PAGE_BLOCKS..(page + 1) * PAGE_BLOCKS);
     let digests: Vec<Digest> = known.filter_map(|block| shared.holding.tree.block_digest(block)).collect();
     let found = digests.iter().filter(|digest| similar.knows(**digest)).count();
-    if found * 2 < digests.len() || digests.is_empty() {
-        return;
-    }
-    shared.copies_boot.store(true, Ordering::Release);
-    for pages in pages.chunks(PAGES_AT_ONCE) {
-        fill::fetch_pages(shared, pages).await;
-    }
+    let pays = !digests.is_empty() && found * 2 >= digests.len();
+    if pays { pages } else { Vec::new() }
 }

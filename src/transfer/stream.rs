@@ -13,17 +13,20 @@ use tokio::time::Instant;
 
 use crate::block::Extent;
 use crate::boot_cache::BootCache;
-use crate::choose::PeerKey;
+use crate::choose::{PeerKey, relay};
 use crate::peer::holding::Frames;
 use crate::peer::message::{Answer, Ask};
 
 use super::counters::Kind;
+use super::demand::fetch;
 use super::engine::Shared;
 use super::receive::{self, Wrong};
 use super::request::Terms;
 
-/// Compressed bytes asked for ahead: enough for a long fast link, and for the hops of a relay.
-const WINDOW: u64 = 2 << 20;
+/// Compressed bytes asked for ahead while it is not known whether other images here have the blocks.
+const PROBE_WINDOW: u64 = 256 << 10;
+/// How long that may take to be found out.
+const PROBE_PATIENCE: Duration = Duration::from_millis(300);
 /// How long a relay may take to have a frame that it was asked for before it has it.
 const RELAY_PATIENCE: Duration = Duration::from_millis(600);
 /// How long a node that the origin points to may take to be reached, before the origin is asked again.
@@ -140,7 +143,8 @@ pub(super) async fn run(shared: &Arc<Shared>) {
     let mut running = FuturesUnordered::new();
     let mut ahead = 0;
     loop {
-        while let Some(index) = missing.next_if(|_| running.is_empty() || ahead < WINDOW) {
+        let window = window(shared);
+        while let Some(index) = missing.next_if(|_| running.is_empty() || ahead < window) {
             ahead += lengths[index];
             let length = lengths[index];
             running.push(async move {
@@ -152,6 +156,14 @@ pub(super) async fn run(shared: &Arc<Shared>) {
         ahead -= lengths[index];
         shared.stream.progress();
     }
+}
+
+/// Compressed bytes to ask for ahead.
+fn window(shared: &Shared) -> u64 {
+    if shared.probing.load(Ordering::Acquire) && shared.stream.epoch.elapsed() < PROBE_PATIENCE {
+        return PROBE_WINDOW;
+    }
+    relay::window(shared.stream.goodput().unwrap_or(0))
 }
 
 /// Fetches the heads of the boot cache; returns without them when no source could give them.
@@ -197,6 +209,13 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
         let shared = Arc::clone(shared);
         // A panic there leaves the blocks absent, and they are fetched.
         let _ = tokio::task::spawn_blocking(move || shared.copy_similar(&extents)).await;
+    }
+    let runs = frames.heads().frame_runs(index).iter().filter(|run| !run.zero);
+    let lacking: Vec<Extent> = runs.flat_map(|run| shared.cache.absent(run.extent)).collect();
+    let blocks: u64 = lacking.iter().map(|extent| extent.count).sum();
+    // A frame that is here for the most part costs less without it. Others cannot have it from this node then.
+    if blocks > 0 && blocks * 4 < frames.heads().frame_data_blocks(index) * 3 {
+        return fetch(shared, &lacking, Kind::Stream).await;
     }
     let here = |extent: Extent| shared.cache.has(extent);
     if bytes == 0 || frames.heads().frame_runs(index).iter().all(|run| here(run.extent)) {
