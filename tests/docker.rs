@@ -112,9 +112,6 @@ async fn a_container_is_started_once_limited_watched_and_forgotten() {
 
     let error = engine.launch(&launch("two", "bootcache/none:1")).await.unwrap_err().to_string();
     assert!(error.contains("No such image"), "{error}");
-    let error =
-        engine.launch(&Launch { command: vec!["/nothing".to_owned()], ..launch("two", &image) }).await;
-    assert!(error.unwrap_err().to_string().contains("/nothing"));
     assert_eq!(engine.list().await.unwrap().len(), 1, "what did not start is not left behind");
 
     engine.stop(&one.name, Duration::from_secs(5)).await.unwrap();
