@@ -1,7 +1,7 @@
 //! Hypervisors: who runs instances, VMs and containers alike (thesis, section 3.5).
 //!
-//! [`Hypervisor`] is the four verbs of the thesis and a list. [`libvirt`] runs VMs, [`docker`] containers, and
-//! [`memory`] pretends to, with faults, for tests. A plain QEMU is `crate::qemu`'s.
+//! [`Hypervisor`] is the four verbs of the thesis and a list. [`domains`] runs VMs by libvirt, [`docker`] containers,
+//! and [`memory`] pretends to, with faults, for tests. A plain QEMU is `crate::qemu`'s.
 //!
 //! Every verb is idempotent by the instance's name, and returns when the hypervisor has accepted the request, not when
 //! the guest is up. Not here: images, overlays and networks. Those are ready when [`Hypervisor::launch`] is called.
@@ -19,9 +19,11 @@ use crate::name::HostName;
 mod cpu;
 pub mod docker;
 pub mod domain;
-#[cfg(feature = "libvirt")]
+pub mod domains;
+#[cfg_attr(not(feature = "libvirt"), path = "hypervisor/without_libvirt.rs")]
 pub mod libvirt;
 pub mod memory;
+pub mod template;
 
 /// What kind of thing an instance is; also what kind of image it starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -134,6 +136,51 @@ pub enum HypervisorError {
     /// It did not answer in time; the request may have been carried out.
     #[error("{0}")]
     TimedOut(String),
+}
+
+/// What libvirt did not do, and why.
+#[derive(Debug, thiserror::Error)]
+pub enum LibvirtError {
+    /// It cannot be reached.
+    #[error("libvirt at {uri} cannot be reached ({reason}): start libvirtd")]
+    Unreachable {
+        /// Where.
+        uri: String,
+        /// What libvirt says.
+        reason: String,
+    },
+    /// The connection broke while it worked.
+    #[error("libvirt: {0}")]
+    Interrupted(String),
+    /// It refused.
+    #[error("libvirt: {0}")]
+    Refused(String),
+    /// It does not answer.
+    #[error("libvirt at {uri} did not answer within {after:?}: see whether libvirtd hangs")]
+    TimedOut {
+        /// Where.
+        uri: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// This program cannot talk to it.
+    #[error("this bootcache was built without libvirt: build it with the feature `libvirt`, or use --qemu")]
+    NotBuilt,
+}
+
+/// A guest as libvirt sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LibvirtGuest {
+    /// Its UUID.
+    pub uuid: String,
+    /// Whether it runs.
+    pub state: Running,
+    /// Processor time so far.
+    pub cpu_ns: u64,
+    /// Memory of the host that it takes.
+    pub memory_bytes: u64,
+    /// Bytes that it received and sent.
+    pub network_bytes: [u64; 2],
 }
 
 /// Runs instances of one type. Calls for different instances may come at once, those for one instance come one by one.

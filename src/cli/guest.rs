@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use bootcache::control::{Client, Owner, Reply, Request, VmInfo};
 use bootcache::digest::Digest;
-use bootcache::hypervisor::domain::{Domain, DomainDisk, reconnecting_emulator};
+use bootcache::hypervisor::domain::{Card, Domain, DomainDisk, RECONNECT_SECONDS, install_emulator};
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
 use bootcache::qemu::until::{Condition, Until};
@@ -19,8 +19,6 @@ use bootcache::store::Store;
 use bootcache::vm::{Runner, VmRecord, qemu_log_path, serial_path};
 use tokio::io::AsyncWriteExt;
 
-/// How long QEMU waits for a daemon that went away.
-const RECONNECT_SECONDS: u32 = 3600;
 /// How often the serial log is looked at.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -227,15 +225,8 @@ async fn end_process(pid: u32, dir: &Path) -> anyhow::Result<()> {
 }
 
 fn domain_xml(plan: &Plan, name: &HostName, vm: &VmInfo, serial: PathBuf) -> anyhow::Result<String> {
-    use std::os::unix::fs::PermissionsExt;
-    let emulator = plan.store.dir().join("qemu-reconnect");
-    let program = which(qemu::PROGRAM).with_context(|| format!("{} is not installed", qemu::PROGRAM))?;
-    let script = reconnecting_emulator(&program, RECONNECT_SECONDS);
-    // Written only when it changes: libvirt probes an emulator anew when its time of change is another.
-    if std::fs::read_to_string(&emulator).ok().as_deref() != Some(script.as_str()) {
-        bootcache::store::write_atomic(&emulator, script.as_bytes())?;
-        std::fs::set_permissions(&emulator, std::fs::Permissions::from_mode(0o755))?;
-    }
+    let emulator = install_emulator(plan.store.dir())?;
+    let card = |bridge: &String| Card { bridge: bridge.clone(), mac: None, tap: None };
     let domain = Domain {
         name: name.clone(),
         memory_mib: plan.memory_mib,
@@ -243,14 +234,12 @@ fn domain_xml(plan: &Plan, name: &HostName, vm: &VmInfo, serial: PathBuf) -> any
         accelerator: plan.accelerator,
         emulator,
         disk: DomainDisk::Nbd { socket: vm.socket.clone(), export: vm.export.clone() },
-        bridges: plan.bridges.clone(),
+        cards: plan.bridges.iter().map(card).collect(),
         serial,
+        facts: Vec::new(),
+        guest_agent: false,
     };
     Ok(domain.to_xml(plan.store.dir()))
-}
-
-fn which(program: &str) -> Option<PathBuf> {
-    std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
 /// Starts a plain QEMU that outlives this process.

@@ -40,17 +40,33 @@ pub struct Domain {
     pub emulator: PathBuf,
     /// Its disk, the first virtio one.
     pub disk: DomainDisk,
-    /// Bridges of the host that it has a network card on.
-    pub bridges: Vec<String>,
+    /// Network cards.
+    pub cards: Vec<Card>,
     /// File for its first serial line.
     pub serial: PathBuf,
+    /// Facts that the guest finds among the OEM strings of its SMBIOS, each as `bootcache:KEY=VALUE`.
+    pub facts: Vec<(String, String)>,
+    /// Whether it has a channel for QEMU's guest agent.
+    pub guest_agent: bool,
+}
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Card {
+    /// The bridge of the host that it is on.
+    pub bridge: String,
+    /// Its hardware address; libvirt makes one up otherwise.
+    pub mac: Option<String>,
+    /// The name of the host's end, at most 15 bytes; libvirt counts them otherwise.
+    pub tap: Option<String>,
 }
 
 impl Domain {
-    /// The domain's UUID: always the same for one name in one store, so that defining it again replaces it.
-    pub fn uuid(store: &Path, name: &HostName) -> String {
+    /// The domain's UUID: always the same for one name of one owner (a store's folder, or what cannot be a folder), so
+    /// that defining it again replaces it, and that the owner knows it by that.
+    pub fn uuid(owner: &Path, name: &HostName) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("bootcache domain uuid v1");
-        hasher.update(store.as_os_str().as_encoded_bytes());
+        hasher.update(owner.as_os_str().as_encoded_bytes());
         hasher.update(b"\0");
         hasher.update(name.as_str().as_bytes());
         let mut bytes = [0; 16];
@@ -62,29 +78,51 @@ impl Domain {
         format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
     }
 
-    /// The XML, for the store in `store`.
-    pub fn to_xml(&self, store: &Path) -> String {
-        let mut writer = Writer::new_with_indent(Cursor::new(Vec::new()), b' ', 2);
-        self.write(&mut writer, store).expect("writing to memory does not fail");
-        String::from_utf8(writer.into_inner().into_inner()).expect("only UTF-8 was written")
+    /// The XML, for the owner's domain of that name.
+    pub fn to_xml(&self, owner: &Path) -> String {
+        written(|xml| self.write(xml, owner))
     }
 
-    fn write(&self, xml: &mut Writer<Cursor<Vec<u8>>>, store: &Path) -> std::io::Result<()> {
-        let kind = match self.accelerator {
+    /// The value of the domain's `type`.
+    pub(super) fn kind(&self) -> &'static str {
+        match self.accelerator {
             Accelerator::Kvm => "kvm",
             Accelerator::Tcg => "qemu",
-        };
+        }
+    }
+
+    /// The elements of its cards alone, for a template.
+    pub(super) fn cards_xml(&self) -> String {
+        written(|xml| self.cards(xml))
+    }
+
+    /// The element of its disk alone, for a template.
+    pub(super) fn disk_xml(&self) -> String {
+        written(|xml| self.disk(xml))
+    }
+
+    /// The element of its facts alone, for a template.
+    pub(super) fn facts_xml(&self) -> String {
+        written(|xml| self.sysinfo(xml))
+    }
+
+    fn write(&self, xml: &mut Xml, owner: &Path) -> std::io::Result<()> {
+        let kind = self.kind();
         xml.write_event(Event::Decl(BytesDecl::new("1.0", Some("UTF-8"), None)))?;
         xml.create_element("domain").with_attribute(("type", kind)).write_inner_content(|xml| {
             text(xml, "name", self.name.as_str())?;
-            text(xml, "uuid", &Self::uuid(store, &self.name))?;
+            text(xml, "uuid", &Self::uuid(owner, &self.name))?;
             text_with(xml, "memory", ("unit", "MiB"), &self.memory_mib.to_string())?;
             text(xml, "vcpu", &self.cpus.to_string())?;
+            self.sysinfo(xml)?;
             xml.create_element("os").write_inner_content(|xml| {
                 let kind = xml.create_element("type");
                 kind.with_attributes([("arch", "x86_64"), ("machine", "pc")])
                     .write_text_content(BytesText::new("hvm"))?;
                 xml.create_element("boot").with_attribute(("dev", "hd")).write_empty()?;
+                if !self.facts.is_empty() {
+                    xml.create_element("smbios").with_attribute(("mode", "sysinfo")).write_empty()?;
+                }
                 Ok(())
             })?;
             xml.create_element("features").write_inner_content(|xml| {
@@ -103,23 +141,23 @@ impl Domain {
         Ok(())
     }
 
-    fn devices(&self, xml: &mut Writer<Cursor<Vec<u8>>>) -> std::io::Result<()> {
+    fn devices(&self, xml: &mut Xml) -> std::io::Result<()> {
         text(xml, "emulator", &self.emulator.to_string_lossy())?;
         self.disk(xml)?;
-        for bridge in &self.bridges {
-            xml.create_element("interface").with_attribute(("type", "bridge")).write_inner_content(
-                |xml| {
-                    xml.create_element("source").with_attribute(("bridge", bridge.as_str())).write_empty()?;
-                    xml.create_element("model").with_attribute(("type", "virtio")).write_empty()?;
-                    Ok(())
-                },
-            )?;
-        }
+        self.cards(xml)?;
         xml.create_element("serial").with_attribute(("type", "file")).write_inner_content(|xml| {
             let path = self.serial.to_string_lossy();
             xml.create_element("source").with_attribute(("path", path.as_ref())).write_empty()?;
             Ok(())
         })?;
+        if self.guest_agent {
+            xml.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|xml| {
+                xml.create_element("target")
+                    .with_attributes([("type", "virtio"), ("name", "org.qemu.guest_agent.0")])
+                    .write_empty()?;
+                Ok(())
+            })?;
+        }
         xml.create_element("controller")
             .with_attributes([("type", "usb"), ("model", "none")])
             .write_empty()?;
@@ -127,7 +165,42 @@ impl Domain {
         Ok(())
     }
 
-    fn disk(&self, xml: &mut Writer<Cursor<Vec<u8>>>) -> std::io::Result<()> {
+    fn cards(&self, xml: &mut Xml) -> std::io::Result<()> {
+        for card in &self.cards {
+            let interface = xml.create_element("interface").with_attribute(("type", "bridge"));
+            interface.write_inner_content(|xml| {
+                if let Some(mac) = &card.mac {
+                    xml.create_element("mac").with_attribute(("address", mac.as_str())).write_empty()?;
+                }
+                let source = xml.create_element("source");
+                source.with_attribute(("bridge", card.bridge.as_str())).write_empty()?;
+                if let Some(tap) = &card.tap {
+                    xml.create_element("target").with_attribute(("dev", tap.as_str())).write_empty()?;
+                }
+                xml.create_element("model").with_attribute(("type", "virtio")).write_empty()?;
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn sysinfo(&self, xml: &mut Xml) -> std::io::Result<()> {
+        if self.facts.is_empty() {
+            return Ok(());
+        }
+        xml.create_element("sysinfo").with_attribute(("type", "smbios")).write_inner_content(|xml| {
+            xml.create_element("oemStrings").write_inner_content(|xml| {
+                for (key, value) in &self.facts {
+                    text(xml, "entry", &format!("bootcache:{key}={value}"))?;
+                }
+                Ok(())
+            })?;
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn disk(&self, xml: &mut Xml) -> std::io::Result<()> {
         let kind = match &self.disk {
             DomainDisk::Nbd { .. } => "network",
             DomainDisk::Block(_) => "block",
@@ -172,19 +245,44 @@ impl Domain {
     }
 }
 
-fn text(xml: &mut Writer<Cursor<Vec<u8>>>, name: &str, content: &str) -> std::io::Result<()> {
+/// What is written to.
+type Xml = Writer<Cursor<Vec<u8>>>;
+
+fn written(write: impl FnOnce(&mut Xml) -> std::io::Result<()>) -> String {
+    let mut writer = Writer::new_with_indent(Cursor::new(Vec::new()), b' ', 2);
+    write(&mut writer).expect("writing to memory does not fail");
+    String::from_utf8(writer.into_inner().into_inner()).expect("only UTF-8 was written")
+}
+
+fn text(xml: &mut Xml, name: &str, content: &str) -> std::io::Result<()> {
     xml.create_element(name).write_text_content(BytesText::new(content))?;
     Ok(())
 }
 
-fn text_with(
-    xml: &mut Writer<Cursor<Vec<u8>>>,
-    name: &str,
-    attribute: (&str, &str),
-    content: &str,
-) -> std::io::Result<()> {
+fn text_with(xml: &mut Xml, name: &str, attribute: (&str, &str), content: &str) -> std::io::Result<()> {
     xml.create_element(name).with_attribute(attribute).write_text_content(BytesText::new(content))?;
     Ok(())
+}
+
+/// How long QEMU waits for a data plane that went away, in seconds.
+pub const RECONNECT_SECONDS: u32 = 3600;
+
+/// Writes [`reconnecting_emulator`] for the QEMU of this host to a file in `folder`, and returns the file.
+pub fn install_emulator(folder: &Path) -> std::io::Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let program = std::env::split_paths(&path)
+        .map(|dir| dir.join(crate::qemu::PROGRAM))
+        .find(|file| file.is_file())
+        .ok_or_else(|| std::io::Error::other(format!("{} is not installed", crate::qemu::PROGRAM)))?;
+    let script = reconnecting_emulator(&program, RECONNECT_SECONDS);
+    let emulator = folder.join("qemu-reconnect");
+    // Written only when it changes: libvirt probes an emulator anew when its time of change is another.
+    if std::fs::read_to_string(&emulator).ok().as_deref() != Some(script.as_str()) {
+        crate::store::write_atomic(&emulator, script.as_bytes())?;
+        std::fs::set_permissions(&emulator, std::fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(emulator)
 }
 
 /// An emulator that gives every NBD disk a delay to reconnect, as a shell script.
@@ -224,8 +322,10 @@ mod tests {
             accelerator: Accelerator::Tcg,
             emulator: "/usr/bin/qemu-system-x86_64".into(),
             disk: DomainDisk::Nbd { socket: "/s/'<&>\".sock".into(), export: "vm-1".into() },
-            bridges: vec!["br0\"/><evil/>".into()],
+            cards: vec![Card { bridge: "br0\"/><evil/>".into(), mac: None, tap: None }],
             serial: "/s/serial.log".into(),
+            facts: vec![("address".into(), "</entry><evil/>".into())],
+            guest_agent: true,
         }
     }
 

@@ -1,51 +1,39 @@
-//! Guests by libvirt.
+//! A libvirt daemon: the few calls that guests need.
 //!
 //! Every call of libvirt's C library blocks, some without limit when its daemon hangs: each runs on a thread of its
-//! own, with a deadline, on a connection of its own. A thread whose call never ends is left behind.
+//! own, with a deadline, on a connection of its own, which also survives restarts of the daemon. A thread whose call
+//! never ends is left behind, and there is a limit to those.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::{Error, clear_error_callback};
 use virt::sys;
 
+use super::{LibvirtError, LibvirtGuest, Running};
 use crate::control::Owner;
 use crate::name::HostName;
 
 /// Longest wait for a call. Destroying a guest that hangs takes libvirt 10 s.
 const DEADLINE: Duration = Duration::from_secs(60);
-
-/// What libvirt did not do, and why.
-#[derive(Debug, thiserror::Error)]
-pub enum LibvirtError {
-    /// It cannot be reached.
-    #[error("libvirt at {uri} cannot be reached ({reason}): start libvirtd, or do without it (--qemu)")]
-    Unreachable {
-        /// Where.
-        uri: String,
-        /// What libvirt says.
-        reason: String,
-    },
-    /// It refused.
-    #[error("libvirt: {0}")]
-    Refused(String),
-    /// It does not answer.
-    #[error("libvirt at {0} did not answer within {DEADLINE:?}: see whether libvirtd hangs")]
-    TimedOut(String),
-}
+/// How many calls may be under way, those that hang among them.
+const CALLS_MAX: usize = 32;
 
 /// A libvirt daemon.
 #[derive(Debug, Clone)]
 pub struct Libvirt {
     uri: String,
+    calls: Arc<Semaphore>,
 }
 
 impl Libvirt {
     /// The daemon at `uri`, such as `qemu:///system`. Nothing is connected yet.
     pub fn new(uri: impl Into<String>) -> Self {
         clear_error_callback();
-        Self { uri: uri.into() }
+        Self { uri: uri.into(), calls: Arc::new(Semaphore::new(CALLS_MAX)) }
     }
 
     /// Defines a domain from XML and starts it; returns when its QEMU runs. A domain that does not start is undefined.
@@ -70,6 +58,16 @@ impl Libvirt {
         .map(|found| found.unwrap_or(false))
     }
 
+    /// Ends the guest at once. What does not run is no error.
+    pub async fn destroy(&self, name: &HostName) -> Result<(), LibvirtError> {
+        self.with_domain(name, |domain| match domain.destroy() {
+            Err(error) if !is_gone(&error) => Err(refused(error)),
+            _ => Ok(()),
+        })
+        .await
+        .map(drop)
+    }
+
     /// Whether the guest runs.
     pub async fn is_running(&self, name: &HostName) -> Result<bool, LibvirtError> {
         let active = self.with_domain(name, |domain| domain.is_active().map_err(refused)).await?;
@@ -78,12 +76,10 @@ impl Libvirt {
 
     /// Ends the guest at once and forgets it. What is not there is no error.
     pub async fn delete(&self, name: &HostName) -> Result<(), LibvirtError> {
-        let gone =
-            |error: &Error| is(error, sys::VIR_ERR_OPERATION_INVALID) || is(error, sys::VIR_ERR_NO_DOMAIN);
         self.with_domain(name, move |domain| {
-            for result in [domain.destroy(), domain.undefine()] {
+            for result in [domain.destroy(), undefine(domain)] {
                 match result {
-                    Err(error) if !gone(&error) => return Err(refused(error)),
+                    Err(error) if !is_gone(&error) => return Err(refused(error)),
                     _ => {}
                 }
             }
@@ -91,6 +87,54 @@ impl Libvirt {
         })
         .await
         .map(drop)
+    }
+
+    /// What there is under this name, with the traffic of the taps of these names; `None` if nothing is.
+    pub async fn find(
+        &self,
+        name: &HostName,
+        taps: Vec<String>,
+    ) -> Result<Option<LibvirtGuest>, LibvirtError> {
+        self.with_domain(name, move |domain| {
+            let uuid = domain.uuid_string().map_err(refused)?;
+            let info = domain.info().map_err(refused)?;
+            // `Domain::state` would hide an error.
+            let state = match info.state.to_raw() {
+                sys::VIR_DOMAIN_RUNNING | sys::VIR_DOMAIN_BLOCKED | sys::VIR_DOMAIN_SHUTDOWN => {
+                    Running::Running
+                }
+                sys::VIR_DOMAIN_PAUSED | sys::VIR_DOMAIN_PMSUSPENDED => Running::Paused,
+                _ => Running::Stopped,
+            };
+            let mut guest =
+                LibvirtGuest { uuid, state, cpu_ns: info.cpu_time, memory_bytes: 0, network_bytes: [0; 2] };
+            if state == Running::Stopped {
+                return Ok(guest);
+            }
+            let statistics = domain.memory_stats(0).unwrap_or_default();
+            let resident = statistics.iter().find(|one| one.tag == sys::VIR_DOMAIN_MEMORY_STAT_RSS);
+            guest.memory_bytes = resident.map_or(info.memory, |one| one.val) * 1024;
+            for tap in taps {
+                // A guest of a template need not have it.
+                let Ok(traffic) = domain.interface_stats(&tap) else { continue };
+                // Seen from the host: what the tap receives, the guest sent.
+                guest.network_bytes[0] += u64::try_from(traffic.rx_bytes).unwrap_or(0);
+                guest.network_bytes[1] += u64::try_from(traffic.tx_bytes).unwrap_or(0);
+            }
+            Ok(guest)
+        })
+        .await
+    }
+
+    /// Names and UUIDs of all domains, in whatever state.
+    pub async fn all(&self) -> Result<Vec<(String, String)>, LibvirtError> {
+        self.call(|connect| {
+            let domains = connect.list_all_domains(0).map_err(refused)?;
+            // One that has gone meanwhile is none.
+            let known = |domain: Domain| Some((domain.name().ok()?, domain.uuid_string().ok()?));
+            Ok(domains.into_iter().filter_map(known).collect())
+        })
+        .await
     }
 
     /// The user that QEMU runs as, where libvirt tells.
@@ -118,29 +162,59 @@ impl Libvirt {
         F: FnOnce(&Connect) -> Result<T, LibvirtError> + Send + 'static,
     {
         let uri = self.uri.clone();
-        let (send, receive) = tokio::sync::oneshot::channel();
-        std::thread::spawn(move || {
-            let result = match Connect::open(Some(&uri)) {
-                Ok(connect) => work(&connect),
-                Err(error) => Err(LibvirtError::Unreachable { uri, reason: error.message().to_owned() }),
-            };
-            // Whoever asked may have given up.
-            let _ = send.send(result);
-        });
-        match tokio::time::timeout(DEADLINE, receive).await {
+        let calls = Arc::clone(&self.calls);
+        let called = async move {
+            // Kept by the thread until its call ends, however long this waits.
+            let turn = calls.acquire_owned().await;
+            let (send, receive) = tokio::sync::oneshot::channel();
+            std::thread::spawn(move || {
+                let _turn = turn;
+                let result = match Connect::open(Some(&uri)) {
+                    Ok(connect) => work(&connect),
+                    Err(error) => Err(LibvirtError::Unreachable { uri, reason: error.message().to_owned() }),
+                };
+                // Whoever asked may have given up.
+                let _ = send.send(result);
+            });
+            receive.await
+        };
+        match tokio::time::timeout(DEADLINE, called).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(LibvirtError::Refused("its client library failed".to_owned())),
-            Err(_) => Err(LibvirtError::TimedOut(self.uri.clone())),
+            Err(_) => Err(LibvirtError::TimedOut { uri: self.uri.clone(), after: DEADLINE }),
         }
     }
 }
 
+/// Undefines a domain with everything that libvirt keeps of it; what a UEFI template brings would keep it otherwise.
+fn undefine(domain: &Domain) -> Result<(), Error> {
+    let all = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+        | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+        | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+        | sys::VIR_DOMAIN_UNDEFINE_NVRAM;
+    match domain.undefine_flags(all) {
+        Err(error) if is(&error, sys::VIR_ERR_INVALID_ARG) => domain.undefine(), // a driver that knows fewer
+        other => other,
+    }
+}
+
 fn refused(error: Error) -> LibvirtError {
-    LibvirtError::Refused(error.message().to_owned())
+    match error.code().to_raw() {
+        // The daemon ended, or restarts, while the call was under way.
+        sys::VIR_ERR_RPC | sys::VIR_ERR_SYSTEM_ERROR | sys::VIR_ERR_NO_CONNECT => {
+            LibvirtError::Interrupted(error.message().to_owned())
+        }
+        _ => LibvirtError::Refused(error.message().to_owned()),
+    }
 }
 
 fn is(error: &Error, code: sys::virErrorNumber) -> bool {
     error.code().to_raw() == code
+}
+
+/// Whether a call had nothing to do.
+fn is_gone(error: &Error) -> bool {
+    is(error, sys::VIR_ERR_OPERATION_INVALID) || is(error, sys::VIR_ERR_NO_DOMAIN)
 }
 
 /// The DAC label of QEMU processes in libvirt's capabilities: `<baselabel type='qemu'>+64055:+107</baselabel>`.
@@ -166,6 +240,6 @@ mod tests {
     async fn a_daemon_that_is_not_there_is_named() {
         let libvirt = Libvirt::new("qemu+unix:///system?socket=/nowhere/sock");
         let error = libvirt.is_running(&"vm".parse().unwrap()).await.unwrap_err().to_string();
-        assert!(error.contains("cannot be reached") && error.contains("--qemu"), "{error}");
+        assert!(error.contains("cannot be reached") && error.contains("start libvirtd"), "{error}");
     }
 }

@@ -1,0 +1,216 @@
+//! VMs as domains of libvirt.
+//!
+//! A domain has the instance's name, and a UUID that comes of the node's and the instance's name: that is how the node
+//! knows its own again, from a template too. A domain of that name with another UUID is somebody else's and is never
+//! touched.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bootcache_nbd::BoxFuture;
+use tokio::sync::OnceCell;
+
+use super::cpu::CpuUse;
+use super::domain::{Card, Domain, install_emulator};
+use super::libvirt::Libvirt;
+use super::{
+    Hypervisor, HypervisorError, Info, InstanceType, Launch, LibvirtError, LibvirtGuest, Root, Running,
+    template,
+};
+use crate::name::HostName;
+use crate::qemu::Accelerator;
+
+/// How often a guest that was asked to end is looked at.
+const TICK: Duration = Duration::from_millis(200);
+
+/// The VMs of a node.
+#[derive(Debug)]
+pub struct Domains {
+    libvirt: Libvirt,
+    /// `node NAME`; not the folder of a store, whose guests are `bootcache boot`'s.
+    owner: PathBuf,
+    folder: PathBuf,
+    accelerator: OnceCell<Accelerator>,
+    cpu: CpuUse,
+}
+
+impl Domains {
+    /// The VMs of the node of that name, run by libvirt. `folder` is there, and QEMU's user can read what is in it.
+    pub fn new(libvirt: Libvirt, node: &HostName, folder: impl Into<PathBuf>) -> Self {
+        Self {
+            libvirt,
+            owner: PathBuf::from(format!("node {node}")),
+            folder: folder.into(),
+            accelerator: OnceCell::new(),
+            cpu: CpuUse::default(),
+        }
+    }
+
+    /// Has guests run on `accelerator`; without this, KVM is taken where it works.
+    pub fn with_accelerator(self, accelerator: Accelerator) -> Self {
+        Self { accelerator: OnceCell::new_with(Some(accelerator)), ..self }
+    }
+
+    /// The node's guest of that name.
+    async fn find(&self, name: &HostName) -> Result<Option<LibvirtGuest>, HypervisorError> {
+        let found = self.libvirt.find(name, taps(&self.owner, name)).await?;
+        Ok(found.filter(|guest| guest.uuid == Domain::uuid(&self.owner, name)))
+    }
+
+    async fn xml(&self, launch: &Launch) -> Result<String, HypervisorError> {
+        let refused = |reason: String| HypervisorError::Refused(format!("{}: {reason}", launch.name));
+        let Root::Disk(disk) = &launch.root else {
+            return Err(refused("a VM starts from a disk, not from an image".to_owned()));
+        };
+        let folder = self.folder.clone();
+        let emulator = tokio::task::spawn_blocking(move || install_emulator(&folder)).await;
+        let emulator = emulator.map_err(|error| refused(error.to_string()))?;
+        let names = taps(&self.owner, &launch.name);
+        let cards = launch.nics.iter().zip(names).map(|(nic, tap)| Card {
+            bridge: nic.bridge.clone(),
+            mac: Some(nic.mac.clone()),
+            tap: Some(tap),
+        });
+        if launch.nics.len() > CARDS_MAX {
+            return Err(refused(format!("a VM has at most {CARDS_MAX} network cards")));
+        }
+        let domain = Domain {
+            name: launch.name.clone(),
+            memory_mib: launch.memory_mib,
+            cpus: launch.cpus,
+            accelerator: *self.accelerator.get_or_init(Accelerator::detect).await,
+            emulator: emulator.map_err(|error| refused(error.to_string()))?,
+            disk: disk.clone(),
+            cards: cards.collect(),
+            serial: launch.serial.clone(),
+            facts: launch.facts.clone(),
+            guest_agent: true,
+        };
+        match &launch.template {
+            None => Ok(domain.to_xml(&self.owner)),
+            Some(text) => {
+                template::fill(text, &domain, &self.owner).map_err(|error| refused(error.to_string()))
+            }
+        }
+    }
+
+    async fn stop(&self, name: &HostName, patience: Duration) -> Result<(), HypervisorError> {
+        let is_up = |guest: &LibvirtGuest| guest.state != Running::Stopped;
+        if !self.find(name).await?.as_ref().is_some_and(is_up) {
+            return Ok(());
+        }
+        let deadline = Instant::now() + patience;
+        if !patience.is_zero() && self.libvirt.shut_down(name).await? {
+            while Instant::now() < deadline {
+                if !self.find(name).await?.as_ref().is_some_and(is_up) {
+                    return Ok(());
+                }
+                tokio::time::sleep(TICK).await;
+            }
+        }
+        Ok(self.libvirt.destroy(name).await?)
+    }
+}
+
+impl Hypervisor for Domains {
+    fn instance_type(&self) -> InstanceType {
+        InstanceType::Vm
+    }
+
+    fn launch<'a>(&'a self, instance: &'a Launch) -> BoxFuture<'a, Result<(), HypervisorError>> {
+        Box::pin(async move {
+            match self.find(&instance.name).await? {
+                Some(guest) if guest.state != Running::Stopped => Ok(()),
+                _ => {
+                    let xml = self.xml(instance).await?;
+                    Ok(self.libvirt.launch(xml).await?)
+                }
+            }
+        })
+    }
+
+    fn stop<'a>(
+        &'a self,
+        name: &'a HostName,
+        patience: Duration,
+    ) -> BoxFuture<'a, Result<(), HypervisorError>> {
+        Box::pin(self.stop(name, patience))
+    }
+
+    fn delete<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<(), HypervisorError>> {
+        Box::pin(async move {
+            self.cpu.forget(name);
+            match self.find(name).await? {
+                Some(_) => Ok(self.libvirt.delete(name).await?),
+                None => Ok(()),
+            }
+        })
+    }
+
+    fn info<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<Option<Info>, HypervisorError>> {
+        Box::pin(async move {
+            let found = self.find(name).await?;
+            Ok(found.map(|guest| Info {
+                state: guest.state,
+                cpu: match guest.state {
+                    Running::Stopped => 0.0,
+                    _ => self.cpu.since_last(name, Instant::now(), guest.cpu_ns),
+                },
+                memory_bytes: guest.memory_bytes,
+                network_bytes: guest.network_bytes,
+            }))
+        })
+    }
+
+    fn list(&self) -> BoxFuture<'_, Result<Vec<HostName>, HypervisorError>> {
+        Box::pin(async move {
+            let all = self.libvirt.all().await?;
+            let ours = all.into_iter().filter_map(|(name, uuid)| {
+                let name: HostName = name.parse().ok()?;
+                (Domain::uuid(&self.owner, &name) == uuid).then_some(name)
+            });
+            Ok(ours.collect())
+        })
+    }
+
+    fn check(&self) -> BoxFuture<'_, Result<(), HypervisorError>> {
+        Box::pin(async move { Ok(self.libvirt.all().await.map(drop)?) })
+    }
+}
+
+/// The most network cards of a VM.
+const CARDS_MAX: usize = 8;
+
+/// The names of the host's ends of a guest's cards: the same in every process, and at most 15 bytes.
+fn taps(owner: &Path, name: &HostName) -> Vec<String> {
+    let digest = blake3::hash(Domain::uuid(owner, name).as_bytes()).to_hex();
+    (0..CARDS_MAX).map(|index| format!("bt{}.{index}", &digest[..10])).collect()
+}
+
+impl From<LibvirtError> for HypervisorError {
+    fn from(error: LibvirtError) -> Self {
+        let text = error.to_string();
+        match error {
+            LibvirtError::Unreachable { .. } | LibvirtError::Interrupted(_) => Self::Unreachable(text),
+            LibvirtError::Refused(_) | LibvirtError::NotBuilt => Self::Refused(text),
+            LibvirtError::TimedOut { .. } => Self::TimedOut(text),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn taps_have_names_that_linux_can_hold_and_no_two_guests_share() {
+        let name = |text: &str| text.parse::<HostName>().unwrap();
+        let of = |node: &str, vm: &str| taps(Path::new(node), &name(vm));
+        let one = of("node a", "vm-1");
+        assert!(one.iter().all(|tap| tap.len() <= crate::network::DEVICE_NAME_MAX));
+        assert_eq!(one, of("node a", "vm-1"));
+        assert!(
+            one.iter().all(|tap| !of("node a", "vm-2").contains(tap) && !of("node b", "vm-1").contains(tap))
+        );
+    }
+}

@@ -1,0 +1,60 @@
+//! libvirt in a program that was built without it (`--no-default-features`): every call says so.
+
+use super::{LibvirtError, LibvirtGuest};
+use crate::control::Owner;
+use crate::name::HostName;
+
+/// A libvirt daemon that this program cannot talk to.
+#[derive(Debug, Clone)]
+pub struct Libvirt;
+
+impl Libvirt {
+    /// The daemon at some URI.
+    pub fn new(_uri: impl Into<String>) -> Self {
+        Self
+    }
+
+    /// Not built.
+    pub async fn launch(&self, _xml: String) -> Result<(), LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn shut_down(&self, _name: &HostName) -> Result<bool, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn destroy(&self, _name: &HostName) -> Result<(), LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn is_running(&self, _name: &HostName) -> Result<bool, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn delete(&self, _name: &HostName) -> Result<(), LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn find(
+        &self,
+        _name: &HostName,
+        _taps: Vec<String>,
+    ) -> Result<Option<LibvirtGuest>, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn all(&self) -> Result<Vec<(String, String)>, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn qemu_owner(&self) -> Result<Option<Owner>, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+}
