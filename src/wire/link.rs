@@ -265,6 +265,24 @@ mod tests {
         assert_eq!((reply.id, reply.error.unwrap().code), (0, FaultCode::Malformed));
     }
 
+    #[test]
+    fn the_bytes_of_the_documentation_are_those_that_are_sent() {
+        let text = include_str!("../../docs/protocol.md");
+        let documented = |bytes: &[u8]| {
+            let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            let squeezed = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(squeezed.contains(&hex[..17].join(" ")), "{}", hex.join(" "));
+        };
+        let end = Request { id: 1, version: Some(1), body: End { task: 7 } };
+        documented(&frame::encode(FrameType::END, &end).unwrap());
+        documented(
+            &frame::encode(FrameType::REPLY, &Reply { id: 1, ok: Some(Done {}), error: None }).unwrap(),
+        );
+        let fault = Fault::new(FaultCode::NotFound, "there is no task 7");
+        let reply = Reply::<Done> { id: 1, ok: None, error: Some(fault) };
+        documented(&frame::encode(FrameType::REPLY, &reply).unwrap());
+    }
+
     #[tokio::test]
     async fn an_answer_to_something_else_is_an_error() {
         let (near, mut far) = tokio::io::duplex(1 << 16);

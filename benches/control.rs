@@ -1,0 +1,114 @@
+//! The control plane's own cost: `cargo bench --bench control`.
+//!
+//! A heartbeat round over 1,000 nodes (their agents run in another process, over loopback), in CPU time of the controller;
+//! and a choice of a source among 1,000 nodes. Goals: 200 ms and 20 µs.
+#![allow(clippy::unwrap_used, reason = "a bench ends by panicking")]
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bootcache::agent::{self, Agent, MemoryDataPlane, Services};
+use bootcache::choose::{Candidate, Draw, Has, Item, Load, Need, PeerKey, Weights, by_name, eligible};
+use bootcache::controller::{Controller, Options, client::Target};
+use bootcache::image::manifest::ImageKind;
+use bootcache::wire::cluster::{Found, Query};
+
+const NODES: usize = 1000;
+const ROUNDS: u32 = 10;
+const POLL: Duration = Duration::from_secs(2);
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    match arguments.iter().position(|argument| argument == "--agents") {
+        Some(at) => runtime.block_on(agents(arguments[at + 1].parse().unwrap())),
+        None => {
+            choice();
+            runtime.block_on(rounds());
+        }
+    }
+}
+
+/// The other process: all the agents.
+async fn agents(controller: SocketAddr) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut running = Vec::new();
+    for number in 0..NODES {
+        let name = format!("n{number}");
+        let mut options = agent::Options::new(name.parse().unwrap(), dir.path().join(&name));
+        options.controller = Some(Target::Tcp(controller));
+        let image = MemoryDataPlane::with_image("debian".parse().unwrap(), ImageKind::Vm, 1 << 30);
+        let services = Services {
+            data_plane: Arc::new(image),
+            hypervisors: Vec::new(),
+            networks: None,
+            container_images: None,
+        };
+        running.push(Agent::start(options, services).await.unwrap());
+    }
+    println!("ready");
+    std::future::pending::<()>().await;
+}
+
+fn cpu() -> Duration {
+    let mut all = Duration::ZERO;
+    // The whole process: every thread's time on a processor, in nanoseconds.
+    for thread in std::fs::read_dir("/proc/self/task").unwrap() {
+        let text = std::fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap_or_default();
+        let nanoseconds = text.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
+        all += Duration::from_nanos(nanoseconds);
+    }
+    all
+}
+
+async fn rounds() {
+    let dir = tempfile::tempdir().unwrap();
+    let listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
+    let options = Options { listen, poll: POLL, ..Options::new(dir.path().join("controller")) };
+    let controller = Controller::start(options).await.unwrap();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--agents", &controller.addresses()[0].to_string()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap());
+    assert_eq!(lines.lines().next().unwrap().unwrap(), "ready");
+    loop {
+        let Found::Nodes(nodes) = controller.query(Query::Nodes).await.unwrap() else { unreachable!() };
+        if nodes.len() == NODES {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    tokio::time::sleep(POLL * 2).await;
+    let before = cpu();
+    tokio::time::sleep(POLL * ROUNDS).await;
+    let each = (cpu() - before) / ROUNDS;
+    println!("heartbeat of {NODES} nodes: {:.1} ms of CPU a round (goal 200)", each.as_secs_f64() * 1e3);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    controller.stop().await;
+}
+
+fn choice() {
+    let candidates: Vec<_> = (0..NODES)
+        .map(|number| {
+            let load = Load::new((0..4).map(|item| (Item(item), (number % 97) as f32 / 97.0)));
+            let peer = PeerKey::of(&number.to_string());
+            Candidate { load, ..Candidate::new(peer, Has::Complete, number == 0) }
+        })
+        .collect();
+    let chooser = by_name("least-load", &Weights::default()).unwrap();
+    let mut draw = Draw::new(1);
+    let times = 10_000;
+    let began = Instant::now();
+    for _ in 0..times {
+        let offered = eligible(Need::Frame(0), &candidates, 0, chooser.as_ref());
+        std::hint::black_box(chooser.choose(Need::Frame(0), &offered, &mut draw));
+    }
+    let each = began.elapsed() / times;
+    println!("choice of a source among {NODES} nodes: {:.2} us (goal 20)", each.as_secs_f64() * 1e6);
+}
