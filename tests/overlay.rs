@@ -5,35 +5,13 @@ mod support;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Once;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use support::example;
 use support::process::Process;
 
 const START: Duration = Duration::from_secs(20);
-
-/// An example's program; `cargo test` builds them, `cargo test --test overlay` does not.
-fn example(name: &str) -> PathBuf {
-    static BUILT: Once = Once::new();
-    let profile = Path::new(env!("CARGO_BIN_EXE_bootcache")).parent().expect("in a folder");
-    BUILT.call_once(|| {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut build = Command::new(cargo);
-        // What cargo tells this test of its package would make build scripts run anew.
-        for (name, _) in std::env::vars_os() {
-            if name
-                .to_str()
-                .is_some_and(|name| name.starts_with("CARGO_PKG") || name.starts_with("CARGO_MANIFEST"))
-            {
-                build.env_remove(name);
-            }
-        }
-        build.args(["build", "--quiet", "--locked", "--examples"]).current_dir(support::checkout("."));
-        support::run(build.args(profile.ends_with("release").then_some("--release")));
-    });
-    profile.join("examples").join(name)
-}
 
 fn uri(socket: &Path) -> String {
     format!("nbd+unix:///?socket={}", socket.display())

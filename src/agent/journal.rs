@@ -87,7 +87,15 @@ impl Journal {
     pub(super) fn open(dir: &Path) -> Result<Self, JournalError> {
         let journal = Self { dir: dir.to_owned() };
         let tasks = journal.tasks_dir();
-        std::fs::create_dir_all(&tasks).map_err(|source| JournalError::Io { path: tasks, source })?;
+        let at = |source| JournalError::Io { path: tasks.clone(), source };
+        std::fs::create_dir_all(&tasks).map_err(at)?;
+        for entry in std::fs::read_dir(&tasks).map_err(at)? {
+            let path = entry.map_err(at)?.path();
+            // What a kill has left of a file that was about to replace another.
+            if path.extension().is_some_and(|extension| extension == "new") {
+                std::fs::remove_file(&path).map_err(at)?;
+            }
+        }
         Ok(journal)
     }
 
@@ -180,6 +188,17 @@ mod tests {
         again.forget(1).unwrap();
         again.forget(1).unwrap();
         assert_eq!(again.records().unwrap(), [record(2)]);
+    }
+
+    #[test]
+    fn a_file_that_was_half_written_at_a_kill_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        journal.save(&record(1)).unwrap();
+        std::fs::write(dir.path().join("tasks/.1.json.77.0.new"), "{").unwrap();
+        let again = Journal::open(dir.path()).unwrap();
+        assert_eq!(again.records().unwrap(), [record(1)]);
+        assert_eq!(std::fs::read_dir(dir.path().join("tasks")).unwrap().count(), 1);
     }
 
     #[test]

@@ -177,7 +177,31 @@ pub(super) fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
             begin_end(shared, &mut inner, task);
         }
     }
+    let owner = Arc::clone(shared);
+    shared.parts.ends.spawn(async move { sweep(&owner).await });
     Ok(())
+}
+
+/// Ends instances that carry this node's mark and belong to no task: what was left when the journal was lost.
+async fn sweep(shared: &Shared) {
+    for hypervisor in &shared.services.hypervisors {
+        let names = match hypervisor.list().await {
+            Ok(names) => names,
+            Err(error) => {
+                warn!("what is left of earlier tasks cannot be found: {error}");
+                continue;
+            }
+        };
+        for name in names {
+            let known = shared.parts.inner().parts.values().any(|part| part.record.steps.contains_key(&name));
+            if !known {
+                warn!("{name} belongs to no task: it is ended");
+                if let Err(error) = remove(shared, &name, hypervisor.instance_type()).await {
+                    warn!("{error}");
+                }
+            }
+        }
+    }
 }
 
 fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {

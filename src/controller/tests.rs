@@ -252,6 +252,20 @@ async fn what_was_ended_while_its_node_was_away_is_ended_when_it_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_of_no_task_are_ended_when_the_agent_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(2, "started")).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 2).await;
+    let address = controller.addresses()[0];
+    controller.stop().await;
+    members[0].stop_agent().await;
+    std::fs::remove_file(members[0].dir.path().join("tasks/1.json")).unwrap();
+    members[0].start_agent(address).await;
+    eventually("nothing is left", async || members[0].instances().await.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_controllers_never_share_a_folder_and_a_node_serves_one_cluster() {
     let (dir, other_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (controller, mut members) = cluster(dir.path(), &["n1"]).await;

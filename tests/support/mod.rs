@@ -45,6 +45,39 @@ pub fn skip(reason: &str) -> bool {
     false
 }
 
+/// An example's program; `cargo test` builds them, `cargo test --test NAME` does not.
+pub fn example(name: &str) -> PathBuf {
+    static BUILT: std::sync::Once = std::sync::Once::new();
+    let profile = Path::new(env!("CARGO_BIN_EXE_bootcache")).parent().expect("in a folder");
+    BUILT.call_once(|| {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut build = Command::new(cargo);
+        // What cargo tells this test of its package would make build scripts run anew.
+        for (name, _) in std::env::vars_os() {
+            if name
+                .to_str()
+                .is_some_and(|name| name.starts_with("CARGO_PKG") || name.starts_with("CARGO_MANIFEST"))
+            {
+                build.env_remove(name);
+            }
+        }
+        build.args(["build", "--quiet", "--locked", "--examples"]).current_dir(checkout("."));
+        run(build.args(profile.ends_with("release").then_some("--release")));
+    });
+    profile.join("examples").join(name)
+}
+
+/// How many rounds a test of random moments makes: `BOOTCACHE_ROUNDS`, or `few` in CI.
+pub fn rounds(few: u32) -> u32 {
+    std::env::var("BOOTCACHE_ROUNDS").map_or(few, |text| text.parse().expect("BOOTCACHE_ROUNDS is a number"))
+}
+
+/// A TCP port of loopback that nobody listens on now.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
+    listener.local_addr().expect("it is bound").port()
+}
+
 /// A file of the checkout, such as `scripts/guest`.
 pub fn checkout(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)

@@ -1,0 +1,303 @@
+//! The control plane as processes: the examples, a client in another language, kills at random moments, bad bytes,
+//! certificates. Instances are in memory here; `tests/cluster.rs` has real ones.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use support::example;
+use support::process::Process;
+
+const START: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(40);
+
+fn bootcache(store: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bootcache"));
+    command.arg("--store").arg(store).env_remove("BOOTCACHE_CONTROLLER");
+    command
+}
+
+/// A controller whose address is what its line says last.
+fn controller(store: &Path, more: &[&str]) -> (Process, SocketAddr) {
+    let mut command = bootcache(store);
+    command.args(["controller", "--listen", "127.0.0.1:0", "--report", "127.0.0.1:0"]);
+    command.args(["--poll", "0.2", "--offline-after", "2"]).args(more);
+    let process = Process::start(&mut command);
+    let line = process.wait_for("ready", START);
+    let address = line.split(", ").nth(1).expect("the line has the address").parse().expect("an address");
+    (process, address)
+}
+
+fn agent(name: &str, dir: &Path, controller: SocketAddr) -> Process {
+    let mut command = Command::new(example("embed_agent"));
+    let process = Process::start(command.arg(name).arg(dir.join(name)).arg(controller.to_string()));
+    process.wait_for("ready", START);
+    process
+}
+
+fn json(store: &Path, arguments: &[&str]) -> Value {
+    let text = support::run(bootcache(store).arg("--json").args(arguments));
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+fn refused(command: &mut Command) -> String {
+    let output = command.output().expect("it starts");
+    assert!(!output.status.success(), "{command:?} did not fail");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[track_caller]
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !condition() {
+        assert!(Instant::now() < deadline, "did not come true: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn plan(dir: &Path, count: u32) -> PathBuf {
+    let path = dir.join(format!("plan{count}.toml"));
+    let text = format!(
+        "name = \"lab\"\n[[groups]]\nname = \"g\"\ntype = \"vm\"\nimage = \"debian\"\nmemory = 16\ncount = {count}\n"
+    );
+    fs::write(&path, text).expect("a plan");
+    path
+}
+
+fn has_image(store: &Path) -> bool {
+    json(store, &["images"]).as_array().is_some_and(|images| !images.is_empty())
+}
+
+#[test]
+fn the_embedded_controller_and_agent_meet() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let controller = Process::start(Command::new(example("embed_controller")).arg(dir.path().join("c")));
+    let line = controller.wait_for("ready on", START);
+    let address = line.rsplit(' ').next().expect("a word").parse().expect("an address");
+    let agent = agent("n1", dir.path(), address);
+    agent.wait_for("demo-1-web-3 starts with 16 MiB", SOON);
+    controller.wait_for("task 1 is gone", SOON);
+}
+
+#[test]
+fn a_client_in_python_deploys_and_ends() {
+    let python = "/usr/bin/python3";
+    let has_msgpack = Command::new(python).args(["-c", "import msgpack"]).status().is_ok_and(|s| s.success());
+    if !has_msgpack && !support::skip("python3-msgpack is not installed; run scripts/setup") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_controller, address) = controller(dir.path(), &[]);
+    let _agent = agent("n1", dir.path(), address);
+    eventually("the node has an image", || has_image(dir.path()));
+    let client = |target: &str, arguments: &[&str]| {
+        let mut command = Command::new(python);
+        support::run(command.arg(support::checkout("examples/mfd_client.py")).arg(target).args(arguments))
+    };
+    assert!(client(&address.to_string(), &["nodes"]).starts_with("n1 online 127.0.0.1:"));
+    let plan = dir.path().join("plan.json");
+    let groups = r#"[{"name":"g","type":"vm","image":"debian","memory":16,"count":2}]"#;
+    fs::write(&plan, format!(r#"{{"name":"lab","groups":{groups}}}"#)).expect("a plan");
+    let socket = dir.path().join("controller/controller.sock");
+    let said = client(socket.to_str().expect("UTF-8"), &["deploy", plan.to_str().expect("UTF-8")]);
+    assert!(said.starts_with("task 1 running"), "{said}");
+    client(&address.to_string(), &["end", "1"]);
+    eventually("the task has gone", || json(dir.path(), &["tasks"]) == Value::Array(Vec::new()));
+}
+
+#[test]
+fn kills_of_controller_and_agents_leave_no_duplicate_and_no_orphan() {
+    let rounds = support::rounds(6);
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut seed = support::noise(rounds.into(), 64).into_iter().cycle();
+    let mut random = move |below: u64| u64::from(seed.next().expect("it is endless")) * below / 256;
+    let port = support::free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let start = || {
+        let mut command = bootcache(dir.path());
+        command.args(["controller", "--listen", &listen, "--poll", "0.2", "--offline-after", "2"]);
+        let process = Process::start(&mut command);
+        process.wait_for("ready", START);
+        process
+    };
+    let address: SocketAddr = listen.parse().expect("an address");
+    let mut controller = start();
+    let names = ["n1", "n2"];
+    let mut agents = names.map(|name| Some(agent(name, dir.path(), address)));
+    eventually("the nodes have an image", || {
+        has_image(dir.path()) && json(dir.path(), &["nodes"]).as_array().map(Vec::len) == Some(2)
+    });
+    for round in 0..rounds {
+        let path = plan(dir.path(), 4);
+        let task =
+            json(dir.path(), &["deploy", path.to_str().expect("UTF-8")])["task"].as_i64().expect("a number");
+        std::thread::sleep(Duration::from_millis(random(400)));
+        if round % 2 == 0 {
+            drop(controller);
+            controller = start();
+        } else {
+            let which = usize::try_from(random(2)).expect("0 or 1");
+            // Its instances, which are in its memory, go with it: they are started again, or seen to have ended.
+            drop(agents[which].take());
+            agents[which] = Some(agent(names[which], dir.path(), address));
+        }
+        let settled = |instance: &Value| matches!(instance["status"].as_str(), Some("running" | "stopped"));
+        eventually("every instance runs or has ended", || {
+            let rows = json(dir.path(), &["instances", &task.to_string()]);
+            let rows = rows.as_array().expect("a list");
+            rows.len() == 4 && rows.iter().all(settled)
+        });
+        support::run(bootcache(dir.path()).args(["end", "--background", &task.to_string()]));
+        std::thread::sleep(Duration::from_millis(random(200)));
+        if round % 3 == 0 {
+            drop(controller);
+            controller = start();
+        }
+        eventually("the task has gone", || json(dir.path(), &["tasks"]) == Value::Array(Vec::new()));
+        eventually("no node has a file of it", || {
+            names
+                .iter()
+                .all(|name| fs::read_dir(dir.path().join(name).join("tasks")).is_ok_and(|d| d.count() == 0))
+        });
+        assert_eq!(json(dir.path(), &["instances"]), Value::Array(Vec::new()));
+    }
+    drop(controller);
+    // It checks the whole database when it starts.
+    drop(start());
+}
+
+/// Sends bytes and returns what comes back until the connection ends, or two seconds have passed.
+fn say(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    stream.set_read_timeout(Some(Duration::from_secs(2))).expect("a socket");
+    // It may close before all has been sent.
+    let _ = stream.write_all(bytes);
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    answer
+}
+
+fn resident_kib(process: &Process) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id())).expect("it runs");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
+    line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
+}
+
+#[test]
+fn bad_bytes_change_nothing_and_cost_nothing() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (controller, address) = controller(dir.path(), &[]);
+    let agent = agent("n1", dir.path(), address);
+    eventually("the node has an image", || has_image(dir.path()));
+    let agent_address: SocketAddr = json(dir.path(), &["nodes"])[0]["address"]
+        .as_str()
+        .and_then(|text| text.parse().ok())
+        .expect("an address");
+    let before = resident_kib(&controller);
+    let frame = |kind: u8, payload: &[u8]| {
+        let mut bytes = vec![b'M', b'F', b'D', kind];
+        bytes.extend(u32::try_from(payload.len()).expect("short").to_be_bytes());
+        bytes.extend(payload);
+        bytes
+    };
+    // {"id":1,"version":1,"body":{"task":1}} and the like, as recorded from the Python client.
+    let end = b"\x83\xa2id\x01\xa7version\x01\xa4body\x81\xa4task\x01";
+    let other_version = b"\x83\xa2id\x01\xa7version\x02\xa4body\x81\xa4task\x01";
+    let unknown_field = b"\x83\xa2id\x01\xa7version\x01\xa4body\x82\xa4task\x01\xa1x\x01";
+    let corpus: Vec<(Vec<u8>, &str)> = vec![
+        (frame(4, end), "not_found"),
+        (frame(4, other_version), "version"),
+        (frame(4, unknown_field), "malformed"),
+        (frame(0x7f, end), "unknown_type"),
+        (frame(4, b"\xc1"), "malformed"),
+        (frame(4, &[0xdd; 100]), "malformed"),
+        (frame(4, &[0x91; 10_000]), "malformed"),
+        (frame(8, end), "unknown_type"),
+    ];
+    for (bytes, expected) in &corpus {
+        let answer = say(address, bytes);
+        let text = String::from_utf8_lossy(&answer);
+        assert!(text.contains(expected), "{expected}: {text}");
+        for end in 0..bytes.len().min(64) {
+            say(address, &bytes[..end]);
+        }
+    }
+    assert!(say(address, b"MFD\x04\xff\xff\xff\xff").is_empty(), "4 GiB were taken for a length");
+    assert!(say(address, b"GET / HTTP/1.1\r\n\r\n").is_empty());
+    for seed in 0..200 {
+        let mut bytes = support::noise(seed, 300);
+        if seed % 2 == 0 {
+            bytes = frame(u8::try_from(seed % 0x30).expect("small"), &bytes);
+        }
+        say(address, &bytes);
+        say(agent_address, &bytes);
+    }
+    // An order of another cluster.
+    let cluster = b"\x83\xa2id\x01\xa7version\x01\xa4body\x82\xa7cluster\xa1x\xa4task\x01";
+    assert!(String::from_utf8_lossy(&say(agent_address, &frame(9, cluster))).contains("another cluster"));
+    assert!(resident_kib(&controller) < before + (64 << 10), "bad bytes have cost memory");
+    assert!(json(dir.path(), &["tasks"]).as_array().is_some_and(Vec::is_empty));
+    drop(agent);
+}
+
+#[test]
+fn only_members_speak_and_only_in_their_role() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name);
+    let ca = |arguments: &[&str]| {
+        let mut command = bootcache(dir.path());
+        support::run(command.args(["ca", "--ca-dir"]).arg(path("ca")).args(arguments));
+    };
+    ca(&["init"]);
+    for (name, role) in [("control", "controller"), ("n1", "node"), ("alice", "user")] {
+        let out = path(name);
+        ca(&["issue", name, "--role", role, "--out", out.to_str().expect("UTF-8")]);
+    }
+    let tls = |name: &str| path(name).to_str().expect("UTF-8").to_owned();
+    let (_controller, address) = controller(dir.path(), &["--tls-dir", &tls("control")]);
+    let target = address.to_string();
+    let nodes = |member: Option<&str>| {
+        let mut command = bootcache(&path("nowhere"));
+        command.args(["nodes", "--controller", &target]);
+        if let Some(member) = member {
+            command.args(["--tls-dir", &tls(member)]);
+        }
+        command
+    };
+    support::run(&mut nodes(Some("alice")));
+    assert!(refused(&mut nodes(Some("n1"))).contains("not a user's"));
+    refused(&mut nodes(None));
+    let mut wrong = bootcache(&path("wrong"));
+    wrong.args(["nodes", "--controller", "10.255.255.1:1"]);
+    assert!(refused(&mut wrong).contains("--tls-dir"));
+}
+
+#[test]
+fn mistakes_are_one_clear_line() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let missing = refused(bootcache(dir.path()).arg("nodes"));
+    assert!(missing.contains("no controller runs here") && missing.lines().count() == 1, "{missing}");
+    let (_controller, address) = controller(dir.path(), &[]);
+    let second = refused(bootcache(dir.path()).arg("controller"));
+    assert!(second.contains("another controller runs") && second.lines().count() == 1, "{second}");
+    let mut taken = bootcache(&dir.path().join("other"));
+    taken.args(["controller", "--listen", &address.to_string()]);
+    assert!(refused(&mut taken).contains("cannot listen on"));
+    let file = plan(dir.path(), 0);
+    let checked = refused(bootcache(dir.path()).args(["plan", "check"]).arg(&file));
+    assert!(checked.contains("line 7: 0 instances"), "{checked}");
+    let deployed = refused(bootcache(dir.path()).arg("deploy").arg(plan(dir.path(), 1)));
+    assert!(deployed.contains("no image 'debian'") && deployed.lines().count() == 1, "{deployed}");
+    let ended = refused(bootcache(dir.path()).args(["end", "7"]));
+    assert!(ended.contains("no task 7"), "{ended}");
+    for weights in ["cpu=0.5", "cpu=1,disk=1", "soul=1"] {
+        refused(bootcache(&dir.path().join("third")).args(["controller", "--weight", weights]));
+    }
+}
