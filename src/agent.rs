@@ -28,6 +28,7 @@ use crate::peer::transport::{PlainRefused, Security};
 
 mod data_plane;
 mod facts;
+mod host;
 mod instance;
 mod journal;
 mod parts;
@@ -36,6 +37,7 @@ mod server;
 mod services;
 
 pub use data_plane::Serve;
+pub use host::{DockerImages, HostNetworks};
 pub use journal::JournalError;
 pub use services::{Bytes, ContainerImages, DataPlane, MemoryDataPlane, Networks, OpenDisk};
 

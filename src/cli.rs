@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 the command line is wrong (clap's), 3 a difference was found where none was
 //! expected (`image verify`), 130 interrupted.
 
+mod agent;
 mod analyze;
 mod attach;
 mod boot;
@@ -108,6 +109,8 @@ enum Command {
     Replay(replay::Args),
     /// Run the controller: knows the nodes, and has them carry out plans
     Controller(controller::Args),
+    /// Run this node's part of deployments: VMs, containers, networks
+    Agent(agent::Args),
     /// Check a plan
     Plan(plan::Args),
     /// Carry out a plan: VMs and containers on many nodes
@@ -148,6 +151,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Record(args) => record::run(&cli.globals, args),
         Command::Replay(args) => replay::run(&cli.globals, &args),
         Command::Controller(args) => controller::run(&cli.globals, args),
+        Command::Agent(args) => agent::run(&cli.globals, args),
         Command::Plan(args) => plan::run(&cli.globals, &args),
         Command::Deploy(args) => deploy::deploy(&cli.globals, &args),
         Command::End(args) => deploy::end(&cli.globals, &args),

@@ -16,18 +16,23 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Talks to the daemon of the store in `dir`, and starts one that outlives this process if there is none.
 pub(crate) async fn daemon(dir: &Path) -> anyhow::Result<Client> {
+    daemon_with(dir, &[]).await
+}
+
+/// As [`daemon`]; one that is started gets `more` arguments.
+pub(crate) async fn daemon_with(dir: &Path, more: &[String]) -> anyhow::Result<Client> {
     let socket = dir.join(CONTROL_SOCKET);
     match Client::connect(&socket).await {
         Err(ControlError::NoDaemon) => {}
         other => return Ok(other?),
     }
-    let log = start(dir).await?;
+    let log = start(dir, more).await?;
     eprintln!("started a daemon on {} (its log: {})", dir.display(), log.display());
     Ok(Client::connect(&socket).await?)
 }
 
 /// Starts `bootcache serve` in a session of its own and waits until it says that it is ready.
-async fn start(dir: &Path) -> anyhow::Result<PathBuf> {
+async fn start(dir: &Path, more: &[String]) -> anyhow::Result<PathBuf> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let path = dir.join("serve.log");
     let log = File::options()
@@ -36,7 +41,14 @@ async fn start(dir: &Path) -> anyhow::Result<PathBuf> {
         .open(&path)
         .with_context(|| format!("cannot write {}", path.display()))?;
     let mut command = std::process::Command::new(std::env::current_exe()?);
-    command.arg("--store").arg(dir).arg("serve").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    command
+        .arg("--store")
+        .arg(dir)
+        .arg("serve")
+        .args(more)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log);
     // A process group of its own: Ctrl-C in this terminal is not meant for the daemon.
     command.process_group(0);
     let mut child =

@@ -1,0 +1,153 @@
+//! `bootcache agent`: runs this node's part of deployments.
+
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bootcache::agent::{Agent, DockerImages, HostNetworks, Options, Serve, Services};
+use bootcache::controller::SOCKET;
+use bootcache::controller::client::Target;
+use bootcache::hypervisor::Hypervisor;
+use bootcache::hypervisor::docker::Docker;
+use bootcache::hypervisor::domains::Domains;
+use bootcache::hypervisor::libvirt::Libvirt;
+use bootcache::name::HostName;
+use bootcache::network::Networks;
+use bootcache::store::Store;
+
+use super::remote::{SecurityArgs, default_dir, target};
+
+/// How long a hypervisor may take to say that it is there.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The controller: HOST:PORT, or the path of its socket [default: the controller of this store]
+    #[arg(long, value_name = "TARGET", env = "BOOTCACHE_CONTROLLER")]
+    controller: Option<String>,
+    /// The node's name in the cluster [default: the host's name]
+    #[arg(long, value_name = "NAME")]
+    name: Option<HostName>,
+    /// Where the controller connects to this agent
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// The address of that as the controller sees it [default: the one this node connects from]
+    #[arg(long, value_name = "ADDR")]
+    advertise: Option<IpAddr>,
+    /// Where this node's daemon serves images to other nodes, when the agent starts the daemon or it was started so
+    #[arg(long, value_name = "ADDR:PORT")]
+    peer_listen: Option<SocketAddr>,
+    /// The libvirt daemon that runs VMs
+    #[arg(long, value_name = "URI", default_value = "qemu:///system")]
+    connect: String,
+    /// The Docker engine that runs containers
+    #[arg(long, value_name = "SOCKET", default_value = "/var/run/docker.sock")]
+    docker: PathBuf,
+    /// Run no VMs
+    #[arg(long)]
+    no_vms: bool,
+    /// Run no containers
+    #[arg(long)]
+    no_containers: bool,
+    /// Instances that are started at once
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
+    starts: u32,
+    #[command(flatten)]
+    security: SecurityArgs,
+}
+
+pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
+    super::block_on(async {
+        let dir = globals.store_dir();
+        let name = match args.name {
+            Some(name) => name,
+            None => host_name()?,
+        };
+        let security = args.security.load(&dir)?;
+        let mut ending = super::signals::Ending::listen()?;
+        let mut more = Vec::new();
+        if let Some(address) = args.peer_listen {
+            if address.port() == 0 {
+                bail!("--peer-listen needs a port: other nodes are told it");
+            }
+            more.extend([
+                "--peer-listen".to_owned(),
+                address.to_string(),
+                "--node-name".to_owned(),
+                name.to_string(),
+            ]);
+            more.extend(args.security.plain.then(|| "--plain".to_owned()));
+            if let Some(tls) = &args.security.tls_dir {
+                more.extend(["--tls-dir".to_owned(), tls.display().to_string()]);
+            }
+        }
+        super::daemon::daemon_with(&dir, &more).await?;
+        let store = Store::open(&dir)?;
+
+        let mut hypervisors: Vec<Arc<dyn Hypervisor>> = Vec::new();
+        let mut owner = None;
+        if !args.no_vms {
+            let libvirt = Libvirt::new(&args.connect);
+            match libvirt.qemu_owner().await {
+                Ok(user) => {
+                    let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+                    owner = user.filter(|user| (user.uid, user.gid) != us);
+                    hypervisors.push(Arc::new(Domains::new(libvirt, &name, store.dir())));
+                }
+                Err(error) => eprintln!("no VMs: {error} (--no-vms says so on purpose)"),
+            }
+        }
+        let mut docker = None;
+        if !args.no_containers {
+            let engine = Arc::new(Docker::new(args.docker.to_string_lossy(), name.clone()));
+            match tokio::time::timeout(CHECK_TIMEOUT, engine.check()).await {
+                Ok(Ok(())) => {
+                    hypervisors.push(Arc::clone(&engine) as _);
+                    docker = Some(engine);
+                }
+                Ok(Err(error)) => eprintln!("no containers: {error} (--no-containers says so on purpose)"),
+                Err(_) => {
+                    eprintln!("no containers: Docker does not answer (--no-containers says so on purpose)")
+                }
+            }
+        }
+        let networks = HostNetworks::new(Networks::new(name.clone()), docker.clone());
+        let services = Services {
+            data_plane: Arc::new(Serve::new(store, args.peer_listen, owner)),
+            hypervisors,
+            networks: Some(Arc::new(networks)),
+            container_images: docker.map(|docker| Arc::new(DockerImages::new(docker)) as _),
+        };
+        let controller = match &args.controller {
+            Some(text) => target(text).await?,
+            None => Target::Socket(default_dir(globals).join(SOCKET)),
+        };
+        let options = Options {
+            listen: args.listen,
+            advertise: args.advertise,
+            controller: Some(controller),
+            security,
+            starts: usize::try_from(args.starts).context("a small number")?,
+            ..Options::new(name.clone(), dir.join("agent"))
+        };
+        let agent = Agent::start(options, services).await?;
+        // Whoever started us may have gone away: that is no reason to end.
+        let _ = writeln!(std::io::stdout(), "ready: agent of node '{name}' on {}", agent.address());
+        ending.wait().await;
+        agent.stop().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// The host's name, where it can be a node's.
+fn host_name() -> anyhow::Result<HostName> {
+    let name = rustix::system::uname().nodename().to_string_lossy().to_ascii_lowercase();
+    let short = name.split('.').next().unwrap_or_default();
+    short
+        .parse()
+        .with_context(|| format!("the host's name '{name}' cannot be a node's: give one with --name"))
+}
