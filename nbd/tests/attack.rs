@@ -51,6 +51,47 @@ async fn good_client_is_served(address: SocketAddr) {
     tokio::time::timeout(deadline, served).await.expect("a good client was not served");
 }
 
+/// A good client that reads and writes for as long as an attack lasts, and others that connect meanwhile.
+struct Beside {
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<Vec<Duration>>,
+}
+
+impl Beside {
+    async fn start(address: SocketAddr) -> Self {
+        let client = Client::connect(Address::Tcp(address), "disk", Policy::default()).await.unwrap();
+        let stop = CancellationToken::new();
+        let until = stop.clone();
+        let task = tokio::spawn(async move {
+            let mut took = Vec::new();
+            while !until.is_cancelled() {
+                let began = Instant::now();
+                let read = tokio::time::timeout(Duration::from_secs(10), client.read(60 << 20, 4096));
+                assert_eq!(read.await.expect("a good client waits").unwrap(), [0; 4096]);
+                took.push(began.elapsed());
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            took
+        });
+        Self { stop, task }
+    }
+
+    /// The attack is over: every read was answered. How soon is printed; the bench has the figures.
+    async fn served(self, attack: &str) {
+        self.stop.cancel();
+        let mut took = self.task.await.expect("the good client was not served");
+        took.sort();
+        let p99 = took.len() * 99 / 100;
+        println!("{attack}: {} reads beside it, p99 {:?}", took.len(), took.get(p99).or_else(|| took.last()));
+        assert!(!took.is_empty());
+    }
+}
+
+/// How many: fewer in the tests, all that the reliability goals name with `BOOTCACHE_ATTACK=full`.
+fn many(few: usize, full: usize) -> usize {
+    if std::env::var_os("BOOTCACHE_ATTACK").is_some_and(|word| word == "full") { full } else { few }
+}
+
 /// Opens the export by hand and returns the raw connection, in transmission with simple replies.
 fn open(address: SocketAddr) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
@@ -78,8 +119,11 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_connections_shut_nobody_out_and_are_dropped() {
     let (address, _cancel) = server().await;
-    let mut silent =
-        blocking(move || (0..200).map(|_| TcpStream::connect(address).unwrap()).collect::<Vec<_>>()).await;
+    let beside = Beside::start(address).await;
+    let mut silent = blocking(move || {
+        (0..many(200, 1000)).map(|_| TcpStream::connect(address).unwrap()).collect::<Vec<_>>()
+    })
+    .await;
     good_client_is_served(address).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     let dropped = blocking(move || {
@@ -90,16 +134,19 @@ async fn silent_connections_shut_nobody_out_and_are_dropped() {
         })
     });
     assert!(dropped.await, "a silent connection is still open");
+    beside.served("silent connections").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_handshake_of_one_byte_a_second_is_dropped() {
+async fn handshakes_of_one_byte_a_second_are_dropped() {
     let (address, _cancel) = server().await;
+    let beside = Beside::start(address).await;
     let slow = blocking(move || {
-        let mut stream = TcpStream::connect(address).unwrap();
+        let mut streams: Vec<_> = (0..many(50, 200)).map(|_| TcpStream::connect(address).unwrap()).collect();
         let began = Instant::now();
         for byte in b"\0\0\0\x03IHAVEOPT\0\0\0\x03\0\0\0\0" {
-            if stream.write_all(&[*byte]).is_err() {
+            streams.retain_mut(|stream| stream.write_all(&[*byte]).is_ok());
+            if streams.is_empty() {
                 break;
             }
             std::thread::sleep(Duration::from_millis(500));
@@ -107,13 +154,15 @@ async fn a_handshake_of_one_byte_a_second_is_dropped() {
         began.elapsed()
     });
     good_client_is_served(address).await;
-    assert!(slow.await < Duration::from_secs(8), "it was served for as long as it liked");
+    assert!(slow.await < Duration::from_secs(8), "they were served for as long as they liked");
+    beside.served("slow handshakes").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_ask_for_everything_and_never_read_cost_little() {
     let (address, _cancel) = server().await;
     let before = resident();
+    let beside = Beside::start(address).await;
     let greedy = blocking(move || {
         let mut streams = Vec::new();
         for _ in 0..8 {
@@ -135,15 +184,17 @@ async fn clients_that_ask_for_everything_and_never_read_cost_little() {
     assert!(grown < 256 << 20, "grew by {} MiB", grown >> 20);
     drop(streams);
     good_client_is_served(address).await;
+    beside.served("clients that never read").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_sent_writes_and_resets_with_reads_pending_end_nothing_else() {
     let (address, _cancel) = server().await;
     let before = resident();
+    let beside = Beside::start(address).await;
     let half = blocking(move || {
         let mut streams = Vec::new();
-        for cookie in 0..50 {
+        for cookie in 0..many(50, 100) as u64 {
             let mut stream = open(address);
             stream.write_all(&request(1, cookie, 0, 32 << 20)).unwrap();
             stream.write_all(&[1; 1000]).unwrap();
@@ -154,7 +205,7 @@ async fn half_sent_writes_and_resets_with_reads_pending_end_nothing_else() {
     .await;
     good_client_is_served(address).await;
     blocking(move || {
-        for cookie in 0..100 {
+        for cookie in 0..many(100, 1000) as u64 {
             let mut stream = open(address);
             for number in 0..20 {
                 stream.write_all(&request(0, cookie + number, 0, 1 << 20)).unwrap();
@@ -168,13 +219,15 @@ async fn half_sent_writes_and_resets_with_reads_pending_end_nothing_else() {
     drop(half);
     let grown = resident().saturating_sub(before);
     assert!(grown < 256 << 20, "grew by {} MiB", grown >> 20);
+    beside.served("half-sent writes and resets").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_connects_and_floods_of_whole_disk_requests_are_survived() {
     let (address, _cancel) = server().await;
+    let beside = Beside::start(address).await;
     let floods = blocking(move || {
-        for _ in 0..1000 {
+        for _ in 0..many(1000, 10_000) {
             drop(TcpStream::connect(address).unwrap());
         }
         let mut stream = open(address);
@@ -196,8 +249,48 @@ async fn many_connects_and_floods_of_whole_disk_requests_are_survived() {
         drain.join().unwrap();
     });
     floods.await;
+    beside.served("connects, whole-disk trims and zeroes").await;
     let client = Client::connect(Address::Tcp(address), "disk", Policy::default()).await.unwrap();
     assert_eq!(client.read(0, 4).await.unwrap(), [0; 4]);
+}
+
+/// Status of the whole disk, asked for again and again by clients that do not read, costs what their budgets allow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn floods_of_block_status_are_survived() {
+    let (address, _cancel) = server().await;
+    let before = resident();
+    let beside = Beside::start(address).await;
+    let streams = blocking(move || {
+        let mut streams = Vec::new();
+        for _ in 0..many(4, 16) {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let query = b"\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";
+            let opening = [
+                b"\0\0\0\x03IHAVEOPT\0\0\0\x08\0\0\0\0IHAVEOPT\0\0\0\x0a\0\0\0\x1f".as_slice(),
+                query,
+                b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x04disk\0\0",
+            ];
+            stream.write_all(&opening.concat()).unwrap();
+            // Greeting; ACK; context and ACK; sizes, export and ACK.
+            stream.read_exact(&mut [0; 18 + 20 + (24 + 15 + 20) + (20 + 14) + (20 + 12) + 20]).unwrap();
+            stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+            for cookie in 0..many(20_000, 200_000) as u64 {
+                if stream.write_all(&request(7, cookie, 0, u32::try_from(SIZE).unwrap())).is_err() {
+                    break;
+                }
+            }
+            streams.push(stream);
+        }
+        streams
+    })
+    .await;
+    good_client_is_served(address).await;
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 256 << 20, "grew by {} MiB", grown >> 20);
+    beside.served("block status").await;
+    drop(streams);
+    good_client_is_served(address).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
