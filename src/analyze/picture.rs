@@ -41,6 +41,8 @@ const WIDTH: u32 = 920;
 const MARGIN: i32 = 40;
 const COLUMNS: usize = 210;
 const ROWS_MAX: u64 = 120;
+/// Steps of the colours of time.
+const SHADES: f64 = 24.0;
 
 struct Palette {
     background: RGBColor,
@@ -165,9 +167,15 @@ fn draw(
     });
     match form {
         Form::Svg => {
-            let area = SVGBackend::new(path, size).into_drawing_area();
-            paint(&Scaled { area: &area, scale: 1 })?;
-            area.present().map_err(failed)
+            let mut text = String::new();
+            {
+                let area = SVGBackend::with_string(&mut text, size).into_drawing_area();
+                paint(&Scaled { area: &area, scale: 1 })?;
+                area.present().map_err(failed)?;
+            }
+            // What is so anyway is half of the file.
+            let text = text.replace(" opacity=\"1\"", "").replace(" stroke=\"none\"", "");
+            std::fs::write(path, text).map_err(failed)
         }
         Form::Png => {
             let area = BitMapBackend::new(path, (size.0 * 2, size.1 * 2)).into_drawing_area();
@@ -227,15 +235,20 @@ impl Map {
         );
         canvas.text((MARGIN, 58), &what, 13, palette.faint, HPos::Left)?;
         for (y, row) in (0_i32..).zip(self.cells.chunks(COLUMNS)) {
-            // Cells that hold no read are drawn together: most of an image is such, and an SVG has a line for each.
+            let colours = row.iter().map(|cell| match cell {
+                Cell::Empty => palette.empty,
+                Cell::Unread => palette.unread,
+                Cell::Read(time_ms) => {
+                    let share = *time_ms as f64 / latest as f64;
+                    at_time(&palette.time, (share * SHADES).round() / SHADES)
+                }
+            });
+            // Neighbours of one colour are drawn together: an SVG has a line for each.
+            let colours: Vec<RGBColor> = colours.collect();
             let mut x = 0;
-            for cells in row.chunk_by(|a, b| a == b && !matches!(a, Cell::Read(_))) {
-                let colour = match cells[0] {
-                    Cell::Empty => palette.empty,
-                    Cell::Unread => palette.unread,
-                    Cell::Read(time_ms) => at_time(&palette.time, time_ms as f64 / latest as f64),
-                };
-                let count = i32::try_from(cells.len()).expect("a row is short");
+            for cells in colours.chunk_by(|a, b| a == b) {
+                let (colour, count) = (cells[0], cells.len());
+                let count = i32::try_from(count).expect("a row is short");
                 canvas.rect((MARGIN + x * 4, 80 + y * 4), (count * 4 - 1, 3), colour)?;
                 x += count;
             }
