@@ -46,9 +46,18 @@ check: setup ## formatting, lints, documentation, licences
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --locked check; \
 	else echo 'check: cargo-deny is not installed, licences not checked (cargo install cargo-deny)'; fi
 
-bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 Gbit/s, ten times each
-	$(CARGO) bench --locked --bench guests -- --rate 100
-	$(CARGO) bench --locked --bench guests -- --rate 1000
+bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 Gbit/s, and replay it on 1 to 32 nodes
+	$(CARGO) bench --locked --bench boot
+	for rate in 100 1000; do \
+		$(CARGO) bench --locked --bench boot -- --table --rate $$rate; \
+		$(CARGO) bench --locked --bench boot -- --table --rate $$rate --nodes 3 --rounds 3 --ways bootcache,off; \
+		$(CARGO) bench --locked --bench boot -- --table --rate $$rate --play replay; \
+		for nodes in 3 4 16 32; do \
+			$(CARGO) bench --locked --bench boot -- --table --rate $$rate --play replay --nodes $$nodes \
+				--rounds 3 --ways bootcache,off,qemu-nbd; \
+		done; \
+	done
+	$(CARGO) bench --locked --bench boot -- --table --ways present --rounds 10
 
 bench-nbd: setup ## bootcache, qemu-nbd and nbdkit side by side, with fio; the table also as target/bench-nbd.json
 	$(CARGO) bench --locked --bench nbd -- --json target/bench-nbd.json

@@ -6,7 +6,7 @@
 //! request stands beside the rates. Each figure is the median of the rounds.
 
 #[allow(dead_code, reason = "the other bench uses the rest of it")]
-#[path = "../guests/statistics.rs"]
+#[path = "../boot/statistics.rs"]
 mod statistics;
 #[path = "../../tests/support/mod.rs"]
 mod support;

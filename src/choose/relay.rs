@@ -218,10 +218,15 @@ impl Relay {
 
     /// The nodes whose candidates [`Relay::assign`] looks at for `frame` before it looks for anybody else: the places
     /// of the parent, its parent and so on. For who keeps the whole roster and tells a node only what it needs.
-    pub fn relevant(&self, roster: &Roster, me: PeerKey, frame: u32) -> Vec<PeerKey> {
+    pub fn relevant<'r>(
+        &'r self,
+        roster: &'r Roster,
+        me: PeerKey,
+        frame: u32,
+    ) -> impl Iterator<Item = PeerKey> + 'r {
         let (stripe, order) = roster.order_of(frame);
         let own = rank(stripe, order, me);
-        self.levels(own).flat_map(|level| self.level_ranks(level, own)).map(|at| order[at].1).collect()
+        self.levels(own).flat_map(move |level| self.level_ranks(level, own)).map(|at| order[at].1)
     }
 
     /// The eligible sources for `frame`: all at the nearest place above this node that has any.

@@ -208,7 +208,7 @@ fn what_is_relevant_is_enough_to_choose_a_parent() {
     let burst = Burst::of(300, 0);
     for me in burst.nodes.iter().take(40) {
         for frame in [0, 13, 63] {
-            let relevant = burst.relay.relevant(&burst.roster, *me, frame);
+            let relevant: Vec<PeerKey> = burst.relay.relevant(&burst.roster, *me, frame).collect();
             assert!(relevant.len() < 40 && !relevant.contains(me));
             let mut view = Burst::of(300, 0);
             view.candidates.retain(|peer, _| relevant.contains(peer) || *peer == ORIGIN);
