@@ -53,3 +53,31 @@ fn exports_become_block_devices_that_outlive_their_server() {
     println!("{said}");
     assert!(said.contains("ATTACH-OK") && said.contains("RUN-DONE rc=0"), "{said}");
 }
+
+/// Where there is no module the message says so and how to go on without, and nothing of the VM is left. The domain and
+/// command line with a device are tested where they are written; QEMU itself does not fit into the guest above.
+#[test]
+fn a_boot_from_a_kernel_device_needs_the_module_and_leaves_nothing_without_it() {
+    if !support::require(&["qemu-system-x86_64"]) {
+        return;
+    }
+    let store = support::store::Store::new();
+    let raw = store.beside("disk.raw");
+    std::fs::write(&raw, support::noise(1, 1 << 20)).expect("a file");
+    store.run(["image", "add", "disk", raw.to_str().expect("UTF-8")]);
+    let _serve = store.serve([""; 0]);
+    let boot = ["boot", "disk", "--name", "vm", "--disk", "kernel", "--qemu", "--no-wait", "--accel", "tcg"];
+    let with_module = Path::new("/sys/block/nbd0").exists();
+    if with_module && rustix::process::geteuid().is_root() {
+        store.run(boot);
+        assert!(store.run(["attached"]).contains("vm"));
+        store.run(["stop", "vm", "--force", "--remove"]);
+        assert!(!store.run(["attached"]).contains("vm"));
+    } else {
+        let refused = store.refused(boot);
+        assert!(refused.contains("NBD client") || refused.contains("root"), "{refused}");
+    }
+    let overlays = store.run(["overlay", "list", "--json"]);
+    assert_eq!(overlays.trim(), "[]", "the VM's overlay is left");
+    assert!(!store.path().join("vms/vm").exists());
+}

@@ -16,6 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::Globals;
 
+/// How long requests wait for a server that is gone, unless it is said otherwise.
+const PATIENCE_SECONDS: u64 = 3600;
+
 /// Attach a VM's disk or an image to this host as /dev/nbdX
 ///
 /// The device lives until `detach`, through restarts of `serve`: a process of its own stays behind and reconnects it.
@@ -30,7 +33,7 @@ pub(crate) struct AttachArgs {
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     connections: u8,
     /// Seconds that reads and writes wait for a server that is gone before they fail
-    #[arg(long, default_value_t = 3600, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    #[arg(long, default_value_t = PATIENCE_SECONDS, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     patience: u64,
     /// Attach by ioctl, as old kernels want it; the device then breaks when the server restarts
     #[arg(long)]
@@ -150,6 +153,30 @@ fn leave(store: &Path, table: &Table, args: &AttachArgs) -> anyhow::Result<Entry
         bail!("{}", reason.unwrap_or("the process that looks after the device ended; see its log"));
     }
     table.get(&args.name)?.context("the device went away at once")
+}
+
+/// Attaches a VM's disk through the VM's own socket, for a guest that is about to start.
+pub(super) fn attach_vm(store: &Path, vm: &HostName, socket: &Path) -> anyhow::Result<Device> {
+    let args = AttachArgs {
+        name: vm.to_string(),
+        device: None,
+        connections: 2,
+        patience: PATIENCE_SECONDS,
+        ioctl: false,
+        socket: Some(socket.to_owned()),
+        foreground: false,
+        keeper: false,
+    };
+    Ok(leave(store, &Table::open(store)?, &args)?.device)
+}
+
+/// Detaches a VM's disk, if it is attached; the VM has ended.
+pub(super) async fn detach_vm(store: &Path, vm: &HostName) -> anyhow::Result<()> {
+    let table = Table::open(store)?;
+    if let Some(entry) = table.get(vm.as_str())? {
+        attach::detach(&table, &entry).await?;
+    }
+    Ok(())
 }
 
 /// Runs `detach`.

@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::boot_report::{self, BootReport};
-use super::guest::{Guest, Plan, undo};
+use super::guest::{DiskWay, Guest, Plan, undo};
 
 /// Most VMs that one command starts.
 const COUNT_MAX: u32 = 10_000;
@@ -35,6 +35,9 @@ pub(crate) struct Args {
     /// libvirt to use
     #[arg(long, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", default_value = "qemu:///system")]
     connect: String,
+    /// How a VM reaches its disk: QEMU's NBD client (socket), or the kernel's (a /dev/nbdX each)
+    #[arg(long, value_enum, default_value = "socket", value_name = "WAY")]
+    disk: DiskWay,
     /// Memory of a VM in MiB
     #[arg(long, default_value = "512", value_parser = clap::value_parser!(u32).range(16..=1 << 22))]
     memory: u32,
@@ -117,6 +120,7 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         store: store.clone(),
         image: args.image.clone(),
         root: entry.root,
+        disk: args.disk,
         memory_mib: args.memory,
         cpus: args.cpus,
         accelerator,

@@ -22,11 +22,21 @@ use tokio::io::AsyncWriteExt;
 /// How often the serial log is looked at.
 const TICK: Duration = Duration::from_millis(10);
 
+/// How a guest reaches its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum DiskWay {
+    /// QEMU's own NBD client, on the VM's socket
+    Socket,
+    /// The kernel's: the disk is attached as /dev/nbdX
+    Kernel,
+}
+
 /// What all guests of one command have in common.
 pub(super) struct Plan {
     pub(super) store: Store,
     pub(super) image: ImageName,
     pub(super) root: Digest,
+    pub(super) disk: DiskWay,
     pub(super) memory_mib: u32,
     pub(super) cpus: u32,
     pub(super) accelerator: Accelerator,
@@ -76,17 +86,21 @@ impl Guest {
         if let Some(owner) = plan.owner {
             std::os::unix::fs::fchown(&log, Some(owner.uid), Some(owner.gid))?;
         }
+        let device = match plan.disk {
+            DiskWay::Socket => None,
+            DiskWay::Kernel => Some(attached(plan, name, &vm).await?),
+        };
         let started = Instant::now();
         let child = match &plan.libvirt {
             Some((libvirt, uri)) => {
                 let runner = Runner::Libvirt { uri: uri.clone() };
                 VmRecord::new(plan.image.clone(), runner).write(&dir)?;
-                let xml = domain_xml(plan, name, &vm, serial)?;
+                let xml = domain_xml(plan, name, &vm, device, serial)?;
                 std::fs::write(dir.join("domain.xml"), &xml)?;
                 libvirt.launch(xml).await?;
                 None
             }
-            None => Some(start_qemu(plan, &vm, &dir, serial)?),
+            None => Some(start_qemu(plan, &vm, device, &dir, serial)?),
         };
         Ok(Self { name: name.clone(), dir, started, child })
     }
@@ -174,6 +188,9 @@ pub(super) async fn undo(plan: &Plan, client: &mut Client, name: &HostName) {
     if let Err(error) = stop(&dir, name, Duration::ZERO).await {
         eprintln!("{name}: {error:#}");
     }
+    if let Err(error) = super::attach::detach_vm(plan.store.dir(), name).await {
+        eprintln!("{name}: {error:#}");
+    }
     let _ = client.call(&Request::VmClose { name: name.clone() }).await;
     let _ = std::fs::remove_dir_all(&dir);
     if let Err(error) = client.call(&Request::OverlayRemove { name: name.clone() }).await {
@@ -224,7 +241,21 @@ async fn end_process(pid: u32, dir: &Path) -> anyhow::Result<()> {
     bail!("QEMU (process {pid}) does not end")
 }
 
-fn domain_xml(plan: &Plan, name: &HostName, vm: &VmInfo, serial: PathBuf) -> anyhow::Result<String> {
+/// Attaches a guest's disk; gives the path of the device.
+async fn attached(plan: &Plan, name: &HostName, vm: &VmInfo) -> anyhow::Result<PathBuf> {
+    let (store, name, socket) = (plan.store.dir().to_owned(), name.clone(), vm.socket.clone());
+    let attach = move || super::attach::attach_vm(&store, &name, &socket);
+    let device = tokio::task::spawn_blocking(attach).await??;
+    Ok(device.path())
+}
+
+fn domain_xml(
+    plan: &Plan,
+    name: &HostName,
+    vm: &VmInfo,
+    device: Option<PathBuf>,
+    serial: PathBuf,
+) -> anyhow::Result<String> {
     let emulator = install_emulator(plan.store.dir())?;
     let card = |bridge: &String| Card { bridge: bridge.clone(), mac: None, tap: None };
     let domain = Domain {
@@ -233,7 +264,10 @@ fn domain_xml(plan: &Plan, name: &HostName, vm: &VmInfo, serial: PathBuf) -> any
         cpus: plan.cpus,
         accelerator: plan.accelerator,
         emulator,
-        disk: DomainDisk::Nbd { socket: vm.socket.clone(), export: vm.export.clone() },
+        disk: match device {
+            Some(path) => DomainDisk::Block(path),
+            None => DomainDisk::Nbd { socket: vm.socket.clone(), export: vm.export.clone() },
+        },
         cards: plan.bridges.iter().map(card).collect(),
         serial,
         facts: Vec::new(),
@@ -246,14 +280,18 @@ fn domain_xml(plan: &Plan, name: &HostName, vm: &VmInfo, serial: PathBuf) -> any
 fn start_qemu(
     plan: &Plan,
     vm: &VmInfo,
+    device: Option<PathBuf>,
     dir: &Path,
     serial: PathBuf,
 ) -> anyhow::Result<tokio::process::Child> {
     let machine = Machine {
-        disk: qemu::Disk::Nbd {
-            socket: vm.socket.clone(),
-            export: vm.export.clone(),
-            reconnect_s: RECONNECT_SECONDS,
+        disk: match device {
+            Some(path) => qemu::Disk::Block(path),
+            None => qemu::Disk::Nbd {
+                socket: vm.socket.clone(),
+                export: vm.export.clone(),
+                reconnect_s: RECONNECT_SECONDS,
+            },
         },
         aio: Aio::default(),
         memory_mib: plan.memory_mib,
