@@ -70,6 +70,32 @@ async fn many_readers_of_one_block_cause_one_fetch() {
     assert_eq!(engine.cache().counters().misses.load(Ordering::Relaxed), 64);
 }
 
+/// Two VMs of a deployment each had the daemon fetch their image: the second found the folder of the first in use.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_pulls_of_one_image_at_once_are_one_transfer() {
+    let sample = Sample::new(8 << 20, 3);
+    let origin = Node::origin(&sample, None).await;
+    let store = tempfile::tempdir().unwrap();
+    let store = bootcache::store::Store::open(store.path()).unwrap();
+    let node = Arc::new(bootcache::serve::Node::open(store).unwrap());
+    let mut pulls = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let request = bootcache::control::Request::Pull {
+            name: sample.name.clone(),
+            root: None,
+            sources: vec![origin.address],
+            fill: true,
+            fill_rate: 0,
+        };
+        let node = Arc::clone(&node);
+        pulls.spawn(async move { node.handle(request).await.map(drop) });
+    }
+    while let Some(pulled) = pulls.join_next().await {
+        pulled.unwrap().unwrap();
+    }
+    node.close().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_costs_the_origin_about_one_boot_set() {
     let sample = Sample::new(32 << 20, 3);

@@ -140,6 +140,7 @@ fn parts(
             name: node.name.clone(),
             online: node.online,
             kinds: node.kinds.clone(),
+            cpus: node.cpus,
             memory_mib: node.memory_bytes >> 20,
             free_mib: node.memory_free >> 20,
             score: shared.score(&node.load),

@@ -19,6 +19,8 @@ pub struct NodeFacts {
     pub online: bool,
     /// What it runs.
     pub kinds: Vec<InstanceType>,
+    /// Processors.
+    pub cpus: u32,
     /// MiB of memory.
     pub memory_mib: u64,
     /// MiB of memory that are free.
@@ -44,7 +46,8 @@ const CONTAINER_SHARE: u64 = 8;
 /// What is left of a node as instances are placed.
 struct Room {
     free_mib: u64,
-    placed: u32,
+    /// Virtual processors of what was placed, in eighths; containers count one eighth.
+    busy: u32,
 }
 
 /// Places all instances of `plan`, which has no mistakes by itself, on `nodes`.
@@ -62,7 +65,7 @@ pub fn place(plan: &Plan, nodes: &[NodeFacts]) -> Result<Vec<Placed>, Vec<Mistak
             wrong(vec![key("nodes"), Step::Index(index)], no_such_node(name));
         }
     }
-    let mut rooms: Vec<Room> = nodes.iter().map(|node| Room { free_mib: node.free_mib, placed: 0 }).collect();
+    let mut rooms: Vec<Room> = nodes.iter().map(|node| Room { free_mib: node.free_mib, busy: 0 }).collect();
     let mut placed = Vec::new();
     // What has its place goes first, so that the rest is put where there is still room.
     let mut order: Vec<usize> = (0..plan.groups.len()).collect();
@@ -139,7 +142,10 @@ fn put(
             group.name
         )
     })?;
-    room.placed += 1;
+    room.busy = room.busy.saturating_add(match group.kind {
+        InstanceType::Vm => group.cpus.saturating_mul(8),
+        InstanceType::Container => 1,
+    });
     placed.push(Placed { group: index, number, node });
     Ok(())
 }
@@ -189,10 +195,12 @@ fn anywhere(
     Ok(())
 }
 
-/// What one more instance on a node costs: memory that is gone, load, and what was put there already.
+/// What one more instance on a node costs: memory that is gone, processors that are promised, and load. A load is what it
+/// was a moment ago, so that it counts half: equal nodes are filled evenly however it wavers.
 fn cost(node: &NodeFacts, room: &Room) -> f32 {
     let gone = 1.0 - room.free_mib as f32 / node.memory_mib.max(1) as f32;
-    gone + node.score + room.placed as f32 * 0.02
+    let promised = room.busy as f32 / (8 * node.cpus.max(1)) as f32;
+    gone + promised + node.score / 2.0
 }
 
 #[cfg(test)]
@@ -205,6 +213,7 @@ mod tests {
             name: name.parse().unwrap(),
             online: true,
             kinds: vec![InstanceType::Vm, InstanceType::Container],
+            cpus: 4,
             memory_mib: 8192,
             free_mib,
             score,
@@ -229,6 +238,9 @@ mod tests {
     fn equal_nodes_get_equal_numbers_and_busy_ones_fewer() {
         let even = [node("a", 8000, 0.1), node("b", 8000, 0.1), node("c", 8000, 0.1), node("d", 8000, 0.1)];
         assert_eq!(per_node(&plan("count = 8"), &even), [2, 2, 2, 2]);
+        let wavering =
+            [node("a", 8000, 0.3), node("b", 7900, 0.1), node("c", 8000, 0.2), node("d", 7800, 0.0)];
+        assert_eq!(per_node(&plan("count = 4"), &wavering), [1, 1, 1, 1]);
         let uneven = [node("a", 8000, 0.9), node("b", 8000, 0.1), node("c", 1000, 0.1)];
         let counts = per_node(&plan("count = 8"), &uneven);
         assert!(counts[1] > counts[0] && counts[1] > counts[2], "{counts:?}");

@@ -47,6 +47,8 @@ pub struct Arrivals {
     catalogue: Arc<Catalogue>,
     options: Options,
     arrivals: Mutex<BTreeMap<Digest, Arrival>>,
+    /// Held by whoever begins to fetch an image of that name: two at once would each make its folder.
+    begins: Mutex<BTreeMap<ImageName, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl std::fmt::Debug for Arrivals {
@@ -58,7 +60,7 @@ impl std::fmt::Debug for Arrivals {
 impl Arrivals {
     /// Nothing on its way to `store` yet. `options` hold for every image; what is on its way goes to `catalogue`.
     pub fn new(store: Store, catalogue: Arc<Catalogue>, options: Options) -> Self {
-        Self { store, catalogue, options, arrivals: Mutex::default() }
+        Self { store, catalogue, options, arrivals: Mutex::default(), begins: Mutex::default() }
     }
 
     fn arrivals(&self) -> MutexGuard<'_, BTreeMap<Digest, Arrival>> {
@@ -77,6 +79,14 @@ impl Arrivals {
     /// [`PullError`].
     pub async fn pull(&self, target: &Target, plan: &Plan) -> Result<Digest, PullError> {
         let io_error = |source| PullError::Io { name: target.name.clone(), source };
+        let begin = Arc::clone(
+            self.begins
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .entry(target.name.clone())
+                .or_default(),
+        );
+        let _one = begin.lock().await;
         if let Some(root) = self.store.root_of(&target.name)?
             && target.root.is_none_or(|wanted| wanted == root)
             && let Some(engine) = self.get(root)
