@@ -1,15 +1,17 @@
-//! Disks to serve ([`file`], [`memory`]), and layers to put over any disk: [`delay`], [`error`], [`stats`].
+//! Disks to serve ([`mod@file`], [`memory`]), and layers to put over any disk: [`delay`], [`error`], [`stats`],
+//! and others behind a [`gate`].
 
 pub mod delay;
 pub mod error;
 pub mod file;
-mod gate;
+pub mod gate;
 pub mod memory;
 pub mod stats;
 
 pub use delay::{DelayDisk, Delays};
 pub use error::{ErrorDisk, Errors, Fault};
 pub use file::FileDisk;
+pub use gate::{Gate, Gated};
 pub use memory::MemoryDisk;
 pub use stats::StatsDisk;
 

@@ -1,4 +1,4 @@
-//! What the layers that hold requests up have in common.
+//! What the layers that hold requests up, or refuse them, have in common.
 
 use std::io;
 
