@@ -15,3 +15,4 @@ pub mod message;
 pub mod server;
 pub mod tracker;
 pub mod transport;
+pub mod uplink;

@@ -205,9 +205,10 @@ async fn a_sibling_of_an_image_that_is_here_costs_little_more_than_what_is_its_o
     let sample = Sample::new(64 << 20, 23);
     let sibling = sample.sibling();
     let origin = Node::origin(&sibling, None).await;
-    // The node has the first image, as if it had been published here, and the other comes over 100 Mbit/s.
+    // The node has the first image, as if it had been published here, and the other comes over a link that is slow enough
+    // for the answer whether copying pays to come before the boot set.
     let node = Node::origin(&sample, None).await;
-    let link = SlowLink::new(origin.address, 100_000_000 / 8).await;
+    let link = SlowLink::new(origin.address, 2 << 20).await;
     let store = node.store();
     let engine = node.pull_as(&sibling.name, &[link.address], |options| options.similar = Some(store)).await;
     assert!(engine.done().await);

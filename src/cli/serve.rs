@@ -43,6 +43,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             security: transfer.security.clone(),
             node: transfer.node.clone(),
             key: transfer.key,
+            uplink: std::sync::Arc::clone(&transfer.uplink),
             faults: None,
         };
         let node = Node::open_as(Store::open(&globals.store_dir())?, transfer)?;

@@ -219,6 +219,11 @@ impl Frames {
         self.here.len()
     }
 
+    /// Compressed bytes of frame `index`; 0 when there is none.
+    pub fn length(&self, index: usize) -> u64 {
+        self.heads().frames().get(index).map_or(0, |frame| u64::from(frame.length))
+    }
+
     /// Frames without a gap from the first.
     pub fn contiguous(&self) -> u32 {
         self.contiguous.load(Ordering::Acquire)

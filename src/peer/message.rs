@@ -112,6 +112,13 @@ pub enum Ask {
         /// The image.
         root: Digest,
     },
+    /// The asker, who serves too, is full, or no longer: nobody should be pointed to it until it says otherwise.
+    Full {
+        /// The image.
+        root: Digest,
+        /// Whether it is.
+        full: bool,
+    },
     /// The reply to request `id` is no longer wanted.
     Cancel {
         /// The request.

@@ -27,6 +27,7 @@ use super::holding::Holding;
 use super::message::{Load, Wanted};
 use super::tracker::Tracker;
 use super::transport::Security;
+use super::uplink::Uplink;
 
 const CONNECTIONS_MAX: usize = 1024;
 
@@ -50,6 +51,8 @@ pub struct ServerOptions {
     pub node: String,
     /// What stands for this node in the order of the relay.
     pub key: u64,
+    /// What this node has promised to send.
+    pub uplink: Arc<Uplink>,
     /// What is done to answers; for tests.
     pub faults: Option<Arc<Faults>>,
 }
@@ -154,6 +157,12 @@ impl Server {
         }
         tasks.close();
         tasks.wait().await;
+    }
+
+    /// This node's load, as it is told to peers.
+    fn load(&self) -> Load {
+        let load = self.provider.load();
+        Load { network: self.options.uplink.load(load.network), ..load }
     }
 
     async fn connection(&self, stream: TcpStream, address: SocketAddr) {

@@ -18,6 +18,7 @@ use crate::local_cache::LocalCache;
 use crate::peer::holding::{Frames, Holding};
 use crate::peer::message::{Hello, PROTOCOL_VERSION};
 use crate::peer::transport::Security;
+use crate::peer::uplink::Uplink;
 use crate::store::Store;
 
 use super::counters::{Counters, Kind};
@@ -45,6 +46,8 @@ pub struct Options {
     pub key: u64,
     /// The port on which this node serves what it has, if it does.
     pub listen: Option<u16>,
+    /// What this node has promised to send to others; its server's.
+    pub uplink: Arc<Uplink>,
     /// Fetch everything, not only what boots and what is read.
     pub fill: bool,
     /// Bytes a second that the fill may take; 0: as many as there are.
@@ -67,6 +70,7 @@ impl Default for Options {
             node: String::new(),
             key: 0,
             listen: None,
+            uplink: Arc::default(),
             fill: true,
             fill_rate: 0,
             ban: Duration::from_secs(60),
@@ -173,6 +177,7 @@ impl Engine {
                 options.hello(),
                 options.security.clone(),
                 Arc::clone(&options.chooser),
+                Arc::clone(&options.uplink),
                 stop.clone(),
             ),
             counters: Arc::new(Counters::default()),

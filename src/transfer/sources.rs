@@ -22,6 +22,7 @@ use crate::image::manifest::Manifest;
 use crate::peer::connection::{CallError, ConnectError, Connection};
 use crate::peer::message::{Answer, Ask, Hello, Peer, Wanted};
 use crate::peer::transport::Security;
+use crate::peer::uplink::Uplink;
 
 use super::source::{Link, Source};
 
@@ -46,6 +47,7 @@ pub(super) struct Sources {
     choice: Mutex<Choice>,
     changed: Notify,
     epoch: Instant,
+    uplink: Arc<Uplink>,
     stop: CancellationToken,
 }
 
@@ -84,6 +86,7 @@ impl Sources {
         hello: Hello,
         security: Security,
         chooser: Arc<dyn Chooser>,
+        uplink: Arc<Uplink>,
         stop: CancellationToken,
     ) -> Arc<Self> {
         let relay = Relay::default();
@@ -100,6 +103,7 @@ impl Sources {
             choice: Mutex::new(Choice { relay, roster, chooser, draw, seen: BTreeMap::new() }),
             changed: Notify::new(),
             epoch: Instant::now(),
+            uplink,
             stop,
         })
     }
@@ -246,6 +250,7 @@ impl Sources {
             Ok(have) => have,
             Err(error) => return error.into(),
         };
+        let mut told_full = false;
         let mut ping = tokio::time::interval(PING_INTERVAL);
         ping.tick().await;
         loop {
@@ -263,6 +268,15 @@ impl Sources {
                 _ = ping.tick() => {
                     if let Err(error) = self.describe(source, &link.urgent).await {
                         return error;
+                    }
+                    let full = self.uplink.is_full();
+                    if full != told_full && self.hello.listen.is_some() {
+                        let tell = link.urgent.call(Ask::Full { root: self.root, full });
+                        match tokio::time::timeout(PING_TIMEOUT, tell).await {
+                            Ok(Ok(_)) => told_full = full,
+                            Ok(Err(error)) => return error.into(),
+                            Err(_) => return SourceError::Silent,
+                        }
                     }
                     if link.bulk.silence() > SILENCE_MAX {
                         return SourceError::Silent;

@@ -26,7 +26,7 @@ use super::request::Terms;
 /// Compressed bytes asked for ahead while it is not known whether other images here have the blocks.
 const PROBE_WINDOW: u64 = 256 << 10;
 /// How long that may take to be found out.
-const PROBE_PATIENCE: Duration = Duration::from_millis(300);
+const PROBE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a relay may take to have a frame that it was asked for before it has it.
 const RELAY_PATIENCE: Duration = Duration::from_millis(600);
 /// How long a node that the origin points to may take to be reached, before the origin is asked again.

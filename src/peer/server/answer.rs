@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::block::{BLOCK_SIZE, Extent};
 use crate::choose::{Ledger, PeerKey, Relay, relay};
+use crate::digest::Digest;
 use crate::peer::fault::{self, Fate};
 use crate::peer::holding::Holding;
 use crate::peer::message::{Answer, Ask, HEARTBEAT, Have, Peer, Reply, Request, Wanted, from_wire, to_wire};
@@ -36,12 +37,16 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
         return watch(server, session, queues, id, &Wanted::Root(root)).await;
     }
     let class = class(&ask);
+    let uplink = &server.options.uplink;
+    let mut promise = None;
     if let Ask::Frame { root, index, wait: true } = ask
         && let Some(holding) = session.image(server, &Wanted::Root(root)).await
     {
         if let Some(other) = elsewhere(server, session, &holding, index) {
             return send(queues, class, id, (Answer::Elsewhere(other), Vec::new()), Fate::Send).await;
         }
+        promise =
+            holding.frames().map(|frames| frames.length(index as usize)).map(|bytes| uplink.promise(bytes));
         holding.wait_frame(index as usize).await;
     }
     // A place in the queue first, the data into memory after it.
@@ -56,11 +61,14 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
     if matches!(answer, Answer::Absent | Answer::Refused(_)) {
         server.counters.refused.fetch_add(1, Ordering::Relaxed);
     }
-    place.send(Outgoing { class, reply: Reply { id, answer }, bulk, fate });
+    // What was promised is now what is there.
+    let bytes = bulk.len() as u64;
+    promise = Some(uplink.promise(bytes)).filter(|_| bytes > 0).or(promise);
+    place.send(Outgoing { class, reply: Reply { id, answer }, bulk, fate, _promise: promise });
 }
 
 async fn send(queues: &Queues, class: Class, id: u32, (answer, bulk): Answered, fate: Fate) {
-    let outgoing = Outgoing { class, reply: Reply { id, answer }, bulk, fate };
+    let outgoing = Outgoing { class, reply: Reply { id, answer }, bulk, fate, _promise: None };
     // The writer is gone only when the connection is.
     let _ = queues.of(class).send(outgoing).await;
 }
@@ -80,13 +88,17 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
         Ask::Heads { root } | Ask::Top { root } | Ask::Frame { root, .. } | Ask::Blocks { root, .. } => {
             Wanted::Root(*root)
         }
+        Ask::Full { root, full } => {
+            note_full(server, session, *root, *full);
+            return (Answer::Data, Vec::new());
+        }
         Ask::Watch { .. } | Ask::Cancel { .. } => return ABSENT,
     };
     let Some(holding) = session.image(server, &wanted).await else { return ABSENT };
     match ask {
         Ask::Describe(_) => {
             let peers = server.tracker.come(holding.root(), session.id, session.peer);
-            let have = Have { load: server.provider.load(), ..holding.have() };
+            let have = Have { load: server.load(), ..holding.have() };
             (Answer::Described { have, peers }, holding.manifest.to_bytes())
         }
         Ask::Heads { .. } => {
@@ -103,7 +115,15 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
                 (Answer::Refused("it cannot be read".to_owned()), Vec::new())
             })
         }
-        Ask::Watch { .. } | Ask::Cancel { .. } => ABSENT,
+        Ask::Full { .. } | Ask::Watch { .. } | Ask::Cancel { .. } => ABSENT,
+    }
+}
+
+/// Notes what a node that serves image `root` says of itself.
+fn note_full(server: &Server, session: &Session, root: Digest, full: bool) {
+    let mut ledgers = server.ledgers.lock().unwrap_or_else(PoisonError::into_inner);
+    if let (Some(peer), Some(ledger)) = (session.peer, ledgers.get_mut(&root)) {
+        ledger.set_full(PeerKey(peer.key), full);
     }
 }
 
@@ -200,7 +220,7 @@ async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wan
     loop {
         let version = holding.version();
         let complete = holding.is_complete();
-        let have = Have { load: server.provider.load(), ..holding.have() };
+        let have = Have { load: server.load(), ..holding.have() };
         send(queues, Class::Other, id, (Answer::Have(have), Vec::new()), Fate::Send).await;
         let beat = tokio::time::Instant::now() + HEARTBEAT;
         loop {

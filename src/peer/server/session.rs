@@ -17,6 +17,7 @@ use crate::peer::fault::Fate;
 use crate::peer::holding::Holding;
 use crate::peer::message::{Ask, Hello, PROTOCOL_VERSION, Peer, Reply, Request, Wanted};
 use crate::peer::transport::Transport;
+use crate::peer::uplink::Promise;
 use crate::wire::frame::{self, FrameType};
 use crate::wire::io::{WireError, read_frame, write_message};
 
@@ -48,6 +49,8 @@ pub(super) struct Outgoing {
     pub(super) reply: Reply,
     pub(super) bulk: Vec<u8>,
     pub(super) fate: Fate,
+    /// Kept until it is sent.
+    pub(super) _promise: Option<Promise>,
 }
 
 /// The queues into the writer. Few places: who has data in memory waits for one first.
@@ -230,6 +233,7 @@ async fn write_replies(
             let began = Instant::now();
             write_piece(&mut writer, piece).await?;
             session.link.note(piece.len(), began.elapsed());
+            server.options.uplink.sent(piece.len() as u64);
             if !pieces.1.is_zero() {
                 writer.flush().await?;
                 tokio::time::sleep(pieces.1).await;
