@@ -12,6 +12,7 @@
 mod boot;
 mod child;
 mod export;
+mod misses;
 mod preload;
 mod save;
 
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+pub use misses::merge_misses;
 pub use preload::library as tracer_library;
 pub use save::Saved;
 
@@ -123,6 +125,9 @@ pub struct Recorded {
 /// Why nothing was recorded. The image and its boot cache, if it had one, are as before.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
+    /// There is nothing to make better.
+    #[error("the image has no boot cache yet: record it first")]
+    NoBootCache,
     /// The boot did not come to its end.
     #[error("the boot was not over ({until}) within {limit_s} s{said}: look at --until and --time-limit")]
     TimeLimit { until: String, limit_s: u64, said: Said },

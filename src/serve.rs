@@ -6,6 +6,7 @@
 mod daemon;
 mod exports;
 mod local;
+mod metrics;
 mod node;
 mod overlay_meta;
 mod report;

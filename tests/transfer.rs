@@ -220,3 +220,30 @@ async fn a_sibling_of_an_image_that_is_here_costs_little_more_than_what_is_its_o
     eprintln!("{} of {whole} bytes: {part:.1} %, {:?}", came.total(), engine.progress().bytes);
     assert!(came.total() * 4 <= whole, "{part:.1} % of the image came over the network");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_boot_missed_is_in_the_boot_cache_after_merging() {
+    let sample = Sample::new(8 << 20, 41);
+    let origin = Node::origin(&sample, None).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[origin.address], |options| options.fill = false).await;
+    engine.boot_complete().await;
+    let missed = sample.unforeseen_block();
+    engine.disk().read(missed * 4096, &mut [0; 4096]).await.unwrap();
+    engine.stop().await;
+    let file = node.store().resolve(&sample.name).unwrap().dir.join(bootcache::transfer::missed::FILE);
+    let (root, misses) = bootcache::boot_cache::kept::read(&file).unwrap();
+
+    let store = origin.store();
+    let entry = store.resolve(&sample.name).unwrap();
+    assert_eq!(root, entry.root);
+    let cancel = tokio_util::sync::CancellationToken::new();
+    let misses = [misses];
+    let merged = bootcache::record::merge_misses(&store, &entry, &misses, 3, &|_| (), &cancel);
+    let (_, new) = merged.await.unwrap();
+    assert_eq!(new, 1);
+    let boot = bootcache::boot_cache::BootCache::open(&entry.boot_path(), root).unwrap();
+    assert!(boot.heads().position(missed).is_some());
+    assert!(sample.boot_blocks.iter().all(|block| boot.heads().position(*block).is_some()));
+    assert_eq!(boot.heads().blocks(), sample.boot_blocks.len() as u64 + 1);
+}

@@ -2,12 +2,14 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bootcache::analyze::Summary;
 use bootcache::boot_cache::LEVEL_DEFAULT;
+use bootcache::boot_cache::kept;
 use bootcache::image::manifest::ImageKind;
 use bootcache::name::ImageName;
 use bootcache::qemu::{Accelerator, Aio, Until};
@@ -58,6 +60,10 @@ pub(crate) struct Args {
     /// zstd level of the boot cache
     #[arg(long, value_name = "1-22", default_value_t = LEVEL_DEFAULT, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
+    /// Boot nothing: make the boot cache better by what production boots missed, as nodes keep it in the file `misses` of
+    /// the image's folder; may be given several times
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["until", "runs", "via", "command"])]
+    merge_misses: Vec<PathBuf>,
     /// Run this instead of QEMU; {image} in it is a throw-away qcow2 overlay, {disk} the raw disk, only to be read
     #[arg(last = true, value_name = "COMMAND", conflicts_with_all = ["memory", "cpus", "accel", "aio", "qemu_arg"])]
     command: Vec<OsString>,
@@ -84,6 +90,9 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<ExitCode> {
         bail!("'{}' is a container archive: there is nothing in it to boot", args.image);
     }
     let name = args.image.clone();
+    if !args.merge_misses.is_empty() {
+        return merge(globals, &store, &entry, &args);
+    }
     let options = options(args, &entry)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let recorded = runtime.block_on(interruptible(&store, &entry, &options));
@@ -95,6 +104,30 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(INTERRUPTED));
         }
         Err(error) => return Err(error),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Merges what was missed into the boot cache.
+fn merge(globals: &Globals, store: &Store, entry: &ImageEntry, args: &Args) -> anyhow::Result<ExitCode> {
+    let mut misses = Vec::new();
+    for path in &args.merge_misses {
+        let (root, recording) =
+            kept::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        if root != entry.root {
+            bail!("{} is of image {}, not of '{}'", path.display(), root.short(), args.image);
+        }
+        misses.push(recording);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let cancel = CancellationToken::new();
+    let merged = record::merge_misses(store, entry, &misses, args.level, &|_| (), &cancel);
+    let (saved, new) = runtime.block_on(merged)?;
+    if globals.json {
+        println!("{}", json!({ "root": entry.root, "new_blocks": new, "frames": saved.written.frames }));
+    } else {
+        let length = HumanBytes(saved.written.file_length);
+        println!("{new} blocks are new: the boot cache is {length} in {} frames", saved.written.frames);
     }
     Ok(ExitCode::SUCCESS)
 }

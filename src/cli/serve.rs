@@ -25,6 +25,9 @@ pub(crate) struct Args {
     /// Serve images to other nodes here, those that are still arriving too
     #[arg(long, value_name = "ADDR:PORT")]
     peer_listen: Option<SocketAddr>,
+    /// Serve counters for Prometheus on http://ADDR:PORT/metrics, to whoever reaches it
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<SocketAddr>,
     #[command(flatten)]
     peers: super::pull::PeerArgs,
     /// Allow NBD on TCP beyond loopback without TLS: whoever reaches the port reads, and writes overlays
@@ -51,6 +54,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             peers: args.peer_listen.map(|address| (address, server)),
             socket: args.socket,
             listen: args.listen,
+            metrics: args.metrics,
             export: args.export,
             insecure: args.insecure,
             identity,

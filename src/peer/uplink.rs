@@ -13,8 +13,8 @@ use crate::choose::relay::{backlog_load, is_full_load};
 
 /// Bytes sent are made a rate over so long.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// A link that only carried little is not slow: the best rate lately counts, this much less of it each interval.
-const FADE: f64 = 0.98;
+/// A link that only carried little is not slow: the best rate lately counts, so many hundredths of it each interval.
+const FADE_PERCENT: u64 = 98;
 /// Where utilisation alone stops: a link in use is not yet one that is behind.
 const IN_USE_MAX: f32 = 0.98;
 
@@ -31,7 +31,7 @@ struct Pace {
     at: Instant,
     sent: u64,
     /// Bytes a second.
-    rate: f64,
+    rate: u64,
 }
 
 /// Bytes that were promised; off the account when dropped, sent or not.
@@ -43,7 +43,7 @@ pub(super) struct Promise {
 
 impl Default for Uplink {
     fn default() -> Self {
-        let pace = Pace { at: Instant::now(), sent: 0, rate: 0.0 };
+        let pace = Pace { at: Instant::now(), sent: 0, rate: 0 };
         Self { backlog: AtomicU64::new(0), sent: AtomicU64::new(0), pace: Mutex::new(pace) }
     }
 }
@@ -67,16 +67,17 @@ impl Uplink {
             let took = pace.at.elapsed();
             if took >= INTERVAL {
                 let sent = self.sent.load(Ordering::Relaxed);
-                let now = (sent - pace.sent) as f64 / took.as_secs_f64();
-                *pace = Pace { at: Instant::now(), sent, rate: now.max(pace.rate * FADE) };
+                let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+                let now = (sent - pace.sent).saturating_mul(1_000_000) / took_us;
+                *pace = Pace { at: Instant::now(), sent, rate: now.max(pace.rate / 100 * FADE_PERCENT) };
             }
             pace.rate
         };
         let in_use = in_use.min(IN_USE_MAX);
-        if rate == 0.0 {
+        if rate == 0 {
             return in_use;
         }
-        in_use.max(backlog_load(self.backlog.load(Ordering::Relaxed), rate as u64))
+        in_use.max(backlog_load(self.backlog.load(Ordering::Relaxed), rate))
     }
 }
 

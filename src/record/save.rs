@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{OnProgress, Options, Progress, RecordError};
 use crate::block::{BLOCK_BYTES, Extent, blocks_for};
-use crate::boot_cache::merge::first_touches;
+use crate::boot_cache::merge::{Touch, first_touches};
 use crate::boot_cache::recording::Recording;
 use crate::boot_cache::{Builder, Written, kept};
 use crate::image::manifest::Boot;
@@ -42,14 +42,43 @@ pub(super) async fn save(
     progress: OnProgress<'_>,
     cancel: &CancellationToken,
 ) -> Result<Saved, RecordError> {
-    let scratch = store.scratch("record")?;
-    let path = scratch.join("boot");
     let touches = first_touches(recordings, blocks_for(entry.manifest.size));
-    let total = touches.len() as u64;
     let end_ns =
         recordings.iter().map(|recording| recording.end_ns).sum::<u64>() / recordings.len().max(1) as u64;
+    let until = match &options.until {
+        Until::Exit => None,
+        until => Some(until.to_string()),
+    };
+    let order = Order { touches, end_ns, until, level: options.level };
+    write(store, entry, order, recordings, progress, cancel).await
+}
+
+/// What the boot cache is to have, in which order.
+pub(super) struct Order {
+    pub(super) touches: Vec<Touch>,
+    /// When the boot was over.
+    pub(super) end_ns: u64,
+    /// What told that it was.
+    pub(super) until: Option<String>,
+    /// zstd level.
+    pub(super) level: i32,
+}
+
+/// Gives the image the boot cache of `order`, and keeps `recordings` beside it.
+pub(super) async fn write(
+    store: &Store,
+    entry: &ImageEntry,
+    order: Order,
+    recordings: &[Recording],
+    progress: OnProgress<'_>,
+    cancel: &CancellationToken,
+) -> Result<Saved, RecordError> {
+    let Order { touches, end_ns, until, level } = order;
+    let scratch = store.scratch("record")?;
+    let path = scratch.join("boot");
+    let total = touches.len() as u64;
     let source = Source::open(store, entry)?;
-    let (level, root, size) = (options.level, entry.root, entry.manifest.size);
+    let (root, size) = (entry.root, entry.manifest.size);
     let done = std::sync::Arc::new(AtomicU64::new(0));
     let (counter, stop) = (done.clone(), cancel.clone());
     let mut packing = tokio::task::spawn_blocking(move || {
@@ -77,10 +106,6 @@ pub(super) async fn save(
         return Err(RecordError::Interrupted);
     }
     let written = written.map_err(|error| source.blame(error))?;
-    let until = match &options.until {
-        Until::Exit => None,
-        until => Some(until.to_string()),
-    };
     let boot = Boot {
         heads_digest: written.heads_digest,
         heads_length: written.heads_length,

@@ -15,7 +15,7 @@ use crate::tls::Identity;
 
 use super::exports::NodeExports;
 use super::node::{Node, NodeError};
-use super::{CONTROL_SOCKET, NBD_SOCKET, local, vm_socket};
+use super::{CONTROL_SOCKET, NBD_SOCKET, local, metrics, vm_socket};
 
 /// What a daemon listens on.
 #[derive(Debug, Default)]
@@ -30,6 +30,8 @@ pub struct Options {
     pub insecure: bool,
     /// For TLS on TCP: required beyond loopback unless `insecure`, offered elsewhere.
     pub identity: Option<Identity>,
+    /// Serve counters to Prometheus there.
+    pub metrics: Option<SocketAddr>,
     /// Serve images to other nodes there, and how.
     pub peers: Option<(SocketAddr, peer::server::ServerOptions)>,
 }
@@ -91,12 +93,23 @@ pub async fn run(
     }
     let tasks = TaskTracker::new();
     let mut places = vec![format!("nbd+unix:///?socket={}", socket.display())];
+    let mut served = None;
     if let Some((address, options)) = options.peers {
         let server = peer::server::Server::new(Arc::clone(node.catalogue()) as Arc<_>, options);
         let bind = |source| ServeError::Bind { address: address.to_string(), source };
         let (listener, address) = server.listen(address).await.map_err(bind)?;
         places.push(format!("peers={address}"));
+        served = Some(Arc::clone(server.counters()));
         tasks.spawn(server.run(listener, cancel.clone()));
+    }
+    if let Some(address) = options.metrics {
+        let bind = |source| ServeError::Bind { address: address.to_string(), source };
+        let listener = metrics::bind(address).await.map_err(bind)?;
+        if let Ok(address) = listener.local_addr() {
+            places.push(format!("http://{address}/metrics"));
+        }
+        let source = metrics::Source { node: Arc::clone(&node), served };
+        tasks.spawn(metrics::serve(source, listener, cancel.clone()));
     }
     node.arrivals().resume().await;
     node.reopen_vms().await?;
