@@ -100,6 +100,16 @@ fn have(program: &str) -> bool {
     found
 }
 
+/// What nbdinfo answers to a question by its status: 0 is yes, 2 is no.
+fn holds(question: &[&str]) -> bool {
+    let output = Command::new("timeout").args(["60", "nbdinfo"]).args(question).output().unwrap();
+    match output.status.code() {
+        Some(0) => true,
+        Some(2) => false,
+        _ => panic!("nbdinfo {question:?}: {}", String::from_utf8_lossy(&output.stderr)),
+    }
+}
+
 fn same_file(a: &Path, b: &[u8]) -> bool {
     std::fs::read(a).unwrap() == b
 }
@@ -125,13 +135,19 @@ fn nbdinfo_finds_everything_that_is_promised() {
         ] {
             run("nbdinfo", &["--can", question, &bench.uri()]);
         }
+        for (question, yes) in [("cache", kind == "file"), ("fast-zero", kind == "file")] {
+            assert_eq!(holds(&["--can", question, &bench.uri()]), yes, "{kind}: --can {question}");
+        }
+        for question in ["read-only", "rotational", "tls"] {
+            assert!(!holds(&["--is", question, &bench.uri()]), "{kind}: --is {question}");
+        }
+        let contexts = run("nbdinfo", &["--json", &bench.uri()]);
+        assert!(contexts.contains("base:allocation"), "{contexts}");
         assert_eq!(run("nbdinfo", &["--size", &bench.tcp()]).trim(), SIZE.to_string());
         let map = run("nbdinfo", &["--map", &bench.uri()]);
         let total: u64 =
             map.lines().map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()).sum();
         assert_eq!(total, SIZE as u64, "{map}");
-        let read_only = Command::new("nbdinfo").args(["--is", "read-only", &bench.uri()]).status().unwrap();
-        assert!(!read_only.success());
         // One export without a list: whoever does not know the name learns nothing.
         let list = run("nbdinfo", &["--list", &format!("nbd://127.0.0.1:{}", bench.port)]);
         assert!(!list.contains("export="), "{list}");
