@@ -361,6 +361,13 @@ fn container_archives_are_kept_byte_for_byte() {
     assert!(said.contains("container"), "{said}");
     assert_eq!(shown(&store, "alpine")["type"], "container");
     assert!(fs::read(stored(&store, "alpine")).unwrap() == fs::read(&tar).unwrap());
+    // It has a boot cache from the start: all of it, so that it can be loaded while it arrives.
+    let length = shown(&store, "alpine")["boot"]["file_length"].as_u64().unwrap();
+    assert!((100_000..150_000).contains(&length), "{length}");
+    store.run(["image", "verify", "alpine"]);
+    let cut = store.beside("cut.tar");
+    fs::write(&cut, &fs::read(&tar).unwrap()[..60_000]).unwrap();
+    assert!(store.refused(["image", "add", "cut", cut.to_str().unwrap()]).contains("ends in the middle"));
     support::run(Command::new("gzip").arg("-k").arg(&tar));
     let compressed = store.beside("rootfs.tar.gz");
     let said = store.refused(["image", "add", "gz", compressed.to_str().unwrap()]);

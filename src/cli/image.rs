@@ -295,7 +295,11 @@ fn show(store: &Store, name: &ImageName, json: bool) -> anyhow::Result<ExitCode>
     match boot {
         Some(boot) => {
             println!("boot cache  {} bytes ({})", boot.file_length, HumanBytes(boot.file_length));
-            println!("boot until  {}", boot.until.as_deref().unwrap_or("not stated"));
+            let until = match kind {
+                ImageKind::Vm => boot.until.as_deref().unwrap_or("not stated"),
+                ImageKind::Container => "the archive's end: all of it, in order",
+            };
+            println!("boot until  {until}");
         }
         None => println!("boot cache  none: `bootcache record {name}` makes one"),
     }

@@ -16,14 +16,17 @@ use std::thread;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
-use crate::block::{BLOCK_BYTES, BLOCK_SIZE};
+use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent, blocks_for};
+use crate::boot_cache::Builder;
+use crate::boot_cache::merge::Touch;
 use crate::digest::Digest;
 use crate::name::ImageName;
 use crate::store::{ImageEntry, Scratch, Store, StoreError};
 
+use super::archive::{self, ArchiveError};
 use super::format::{FormatError, Head, refuse_truncated, refuse_truncated_vdi};
 use super::increment::{IncrementError, import_increment};
-use super::manifest::{ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
+use super::manifest::{Boot, ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
 use super::page::{PAGE_SPAN, Page};
 use super::qcow2;
 use super::qemu_img::{self, QemuImgError};
@@ -31,6 +34,8 @@ use super::scan::{DiskSource, FileSource, PageView, ScanError, Watch, scan};
 use super::tree::{SIZE_MAX, TreeError};
 use super::tree_builder::TreeBuilder;
 
+/// zstd level of archives, all of which is compressed: 9 packs 5 % tighter than 3, at 70 MB/s a core.
+const ARCHIVE_LEVEL: i32 = 9;
 const TRUNCATED_QCOW2: &str = "it is truncated: its tables name clusters past its end";
 
 /// Why a file did not become an image. Nothing of it is left in the store then.
@@ -54,6 +59,9 @@ pub enum ImportError {
     /// It is said to be a container but is no archive.
     #[error("{}: it is not a tar archive, so not a container: leave --type out, or state --type vm", .0.display())]
     NotAnArchive(PathBuf),
+    /// It is a container's archive that could not be loaded.
+    #[error("{}: {error}", path.display())]
+    Archive { path: PathBuf, error: ArchiveError },
     /// It is an incremental image that cannot be taken.
     #[error("{}: {error}", path.display())]
     Increment { path: PathBuf, error: IncrementError },
@@ -120,6 +128,10 @@ pub fn import(
     let source = opened.inspect(file, options, watch)?;
     let scratch = store.scratch("import")?;
     let disk = make_disk(&source, &scratch, watch)?;
+    let boot = match source.kind {
+        ImageKind::Container => Some(whole_in_order(&scratch, disk.root, source.size, watch)?),
+        ImageKind::Vm => None,
+    };
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         size: source.size,
@@ -129,7 +141,7 @@ pub fn import(
         source_format: source.format,
         base: None,
         allocated: disk.allocated,
-        boot: None,
+        boot,
     };
     let path = scratch.join("manifest");
     crate::store::write_atomic(&path, &manifest.to_bytes()).map_err(|error| target_error(&path, error))?;
@@ -173,7 +185,11 @@ impl Opened {
             ImageKind::Container if !head.is_archive() => {
                 return Err(ImportError::NotAnArchive(given.to_owned()));
             }
-            ImageKind::Container => SourceFormat::Raw,
+            ImageKind::Container => {
+                archive::check(&file)
+                    .map_err(|error| ImportError::Archive { path: given.to_owned(), error })?;
+                SourceFormat::Raw
+            }
             ImageKind::Vm => head.choose(given, options.format).map_err(format_error)?,
         };
         let size = if format == SourceFormat::Raw {
@@ -265,6 +281,39 @@ fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digest
     let copied = digest(&from, &tree, watch, |view, page| copy_data(&disk, view, page))
         .and_then(|digests| disk.sync_all().map(|()| digests).map_err(ScanError::Io));
     copied.map_err(|error| scan_error(&path, error))
+}
+
+/// Makes the boot cache of a container's archive: all of it from the first byte to the last, as a hypervisor reads it,
+/// so that it can be loaded while it arrives.
+fn whole_in_order(scratch: &Scratch, root: Digest, size: u64, watch: &Watch) -> Result<Boot, ImportError> {
+    let (path, boot) = (scratch.join("disk"), scratch.join("boot"));
+    let disk = File::open(&path).map_err(|error| target_error(&path, error))?;
+    let touches: Vec<Touch> = (0..blocks_for(size)).map(|block| Touch { block, time_ns: 0 }).collect();
+    watch.start("compressing", size);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let builder = Builder { root, size, touches: &touches, end_ns: 0, level: ARCHIVE_LEVEL, threads };
+    let read = |extent: Extent, to: &mut [u8]| {
+        if watch.is_cancelled() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let inside = usize::try_from(size.saturating_sub(extent.offset())).unwrap_or(usize::MAX);
+        let (inside, outside) = to.split_at_mut(inside.min(to.len()));
+        outside.fill(0);
+        disk.read_exact_at(inside, extent.offset())
+    };
+    let written = builder.write(&boot, &read, &|blocks| {
+        watch.done.fetch_add(blocks * BLOCK_SIZE, Ordering::Relaxed);
+    });
+    if watch.is_cancelled() {
+        return Err(ImportError::Cancelled);
+    }
+    let written = written.map_err(|error| target_error(&boot, error))?;
+    Ok(Boot {
+        heads_digest: written.heads_digest,
+        heads_length: written.heads_length,
+        file_length: written.file_length,
+        until: None,
+    })
 }
 
 /// Digests a raw disk and makes holes of its zero blocks. Writing it out begins before the pass, beside it.
