@@ -1,0 +1,200 @@
+//! VMs of a node by a real libvirtd, one for each (namespaced) host, with containers on the same network.
+
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bootcache::digest::Digest;
+use bootcache::hypervisor::docker::Docker;
+use bootcache::hypervisor::domain::DomainDisk;
+use bootcache::hypervisor::domains::Domains;
+use bootcache::hypervisor::libvirt::Libvirt;
+use bootcache::hypervisor::{Hypervisor, HypervisorError, Launch, Nic, Root, Running};
+use bootcache::name::HostName;
+use bootcache::network::{NetworkSpec, Networks};
+use bootcache::qemu::Accelerator;
+use support::host::Host;
+use support::net::{Net, Rate};
+use support::store::Store;
+use support::{container, guest};
+
+const NEEDS: [&str; 6] = ["libvirtd", "virsh", "dockerd", "unshare", "busybox", "qemu-system-x86_64"];
+const GUEST: Duration = Duration::from_secs(100);
+
+fn spec(host: usize) -> NetworkSpec {
+    NetworkSpec {
+        name: "lab".parse().unwrap(),
+        bridge: "br-lab".to_owned(),
+        subnet: ("10.55.0.0".parse().unwrap(), 24),
+        gateway: None,
+        node_address: Some(format!("10.55.0.25{host}").parse().unwrap()),
+        uplink: Some("eth1".to_owned()),
+        vlan: None,
+        mtu: None,
+    }
+}
+
+fn launch(name: &str, root: Root, number: u8, serial: &Path) -> Launch {
+    Launch {
+        name: name.parse().unwrap(),
+        root,
+        cpus: 1,
+        memory_mib: 128,
+        nics: vec![Nic {
+            network: "lab".parse().unwrap(),
+            bridge: "br-lab".to_owned(),
+            mac: format!("52:54:00:55:00:{number:02x}"),
+            address: Some((format!("10.55.0.{number}").parse().unwrap(), 24)),
+            gateway: None,
+            vlan: None,
+        }],
+        env: BTreeMap::new(),
+        command: Vec::new(),
+        privileged: false,
+        facts: vec![
+            ("instance".to_owned(), name.to_owned()),
+            ("address".to_owned(), format!("10.55.0.{number}/24")),
+            ("report".to_owned(), "10.55.0.250:7777".to_owned()),
+        ],
+        serial: serial.to_owned(),
+        template: None,
+    }
+}
+
+/// Does something to the networks of a host, from inside it.
+fn with_networks(net: &Net, host: usize, node: &HostName, work: impl AsyncFnOnce(Networks) + Send) {
+    net.within(host, || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(work(Networks::new(node.clone())));
+    });
+}
+
+/// The names that so many instances report, sorted; fewer when the time is over.
+fn reports(listener: &TcpListener, count: usize) -> Vec<String> {
+    listener.set_nonblocking(true).unwrap();
+    let (deadline, mut names) = (Instant::now() + GUEST, Vec::new());
+    while names.len() < count && Instant::now() < deadline {
+        let Ok((stream, _)) = listener.accept() else {
+            std::thread::sleep(Duration::from_millis(20));
+            continue;
+        };
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        names.extend(BufReader::new(stream).lines().next().map(Result::unwrap));
+    }
+    names.sort();
+    names
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_hosts() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(2, Rate::Unlimited);
+    net.add_uplinks();
+    let hosts = [Host::up(folder.path(), &net, 0), Host::up(folder.path(), &net, 1)];
+    let nodes: [HostName; 2] = ["node-0".parse().unwrap(), "node-1".parse().unwrap()];
+    let listener = net.within(0, || TcpListener::bind("0.0.0.0:7777").unwrap());
+    let archive = folder.path().join("box.tar");
+    container::root_fs(&archive, 0);
+    let mut engines = Vec::new();
+    for (index, host) in hosts.iter().enumerate() {
+        let spec = spec(index);
+        with_networks(&net, index, &nodes[index], async move |networks| {
+            networks.ensure(&spec).await.unwrap();
+        });
+        engines.push(Docker::new(host.docker(), nodes[index].clone()));
+    }
+
+    // The VM's disk comes from a data plane of the host.
+    let store = Store::new();
+    store.run(["image", "add", "tiny", guest::disk("tiny").to_str().unwrap()]);
+    let _serve = store.serve::<&str>([]);
+    store.run(["overlay", "create", "tiny", "vm-1"]);
+    let disk = DomainDisk::Nbd { socket: store.path().join("nbd.sock"), export: "vm-1".to_owned() };
+    let vms = Domains::new(Libvirt::new(hosts[0].libvirt()), &nodes[0], folder.path())
+        .with_accelerator(Accelerator::Tcg);
+    vms.check().await.unwrap();
+    let serial = folder.path().join("serial.log");
+    let vm = launch("vm-1", Root::Disk(disk), 11, &serial);
+    vms.launch(&vm).await.unwrap();
+    vms.launch(&vm).await.unwrap();
+
+    for (index, engine) in engines.iter().enumerate() {
+        engine.ensure_network(&spec(index)).await.unwrap();
+        let bytes = std::fs::read(&archive).unwrap();
+        let (name, root) = ("box".parse().unwrap(), Digest::of(&bytes));
+        let image = engine.load(&name, root, std::io::Cursor::new(bytes)).await.unwrap();
+        let number = u8::try_from(index + 20).unwrap();
+        let mut instance = launch(&format!("c-{index}"), Root::Image(image), number, Path::new(""));
+        (instance.memory_mib, instance.command) = (64, container::reporting());
+        engine.launch(&instance).await.unwrap();
+    }
+    let reports = tokio::task::spawn_blocking(move || reports(&listener, 3)).await.unwrap();
+    let said = std::fs::read_to_string(&serial).unwrap_or_default();
+    assert_eq!(reports, ["c-0", "c-1", "vm-1"], "{said}");
+
+    for (host, name) in hosts.iter().zip(["c-0", "c-1"]) {
+        let mut ping = Command::new("docker");
+        ping.args(["-H", &host.docker_address(), "exec", name, "ping", "-c", "1", "-W", "20", "10.55.0.11"]);
+        support::run(&mut ping);
+    }
+    let info = vms.info(&vm.name).await.unwrap().unwrap();
+    assert_eq!(info.state, Running::Running);
+    assert!(
+        info.memory_bytes > 32 << 20 && info.network_bytes[0] > 0 && info.network_bytes[1] > 0,
+        "{info:?}"
+    );
+    assert_eq!(vms.list().await.unwrap(), std::slice::from_ref(&vm.name));
+    let domain = support::run(Command::new("virsh").args(["-c", hosts[0].libvirt(), "dumpxml", "vm-1"]));
+    assert!(domain.contains("org.qemu.guest_agent.0") && domain.contains("52:54:00:55:00:0b"), "{domain}");
+
+    // Another node's guests, and people's, are nobody's business here.
+    let other = Domains::new(Libvirt::new(hosts[0].libvirt()), &nodes[1], folder.path());
+    assert!(other.list().await.unwrap().is_empty());
+    other.delete(&vm.name).await.unwrap();
+    let error = other.with_accelerator(Accelerator::Tcg).launch(&vm).await.unwrap_err();
+    assert!(matches!(&error, HypervisorError::Refused(_)), "{error}");
+
+    // libvirtd ends and comes back; the guest does not notice, and the same owner goes on.
+    support::run(&mut hosts[0].command(["sh", "-c", "kill -9 $(cat /run/libvirt/libvirtd.pid)"]));
+    let error = vms.info(&vm.name).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Unreachable(_)), "{error}");
+    let restart = ["libvirtd", "-f", "/etc/libvirt/libvirtd.conf", "-p", "/run/libvirt/libvirtd.pid", "-d"];
+    let mut restart = hosts[0].command(restart);
+    restart.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+    assert!(restart.stderr(std::process::Stdio::null()).status().unwrap().success());
+    let mut state = Err(error);
+    for _ in 0..100 {
+        state = vms.info(&vm.name).await;
+        if state.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(state.unwrap().unwrap().state, Running::Running);
+
+    vms.stop(&vm.name, Duration::from_secs(60)).await.unwrap();
+    let said = std::fs::read_to_string(&serial).unwrap();
+    assert!(said.contains("ACPI-POWEROFF"), "it was asked, not killed: {said}");
+    vms.stop(&vm.name, Duration::ZERO).await.unwrap();
+    vms.delete(&vm.name).await.unwrap();
+    vms.delete(&vm.name).await.unwrap();
+    assert_eq!(vms.info(&vm.name).await.unwrap(), None);
+    for (index, engine) in engines.iter().enumerate() {
+        engine.delete(&format!("c-{index}").parse().unwrap()).await.unwrap();
+        engine.remove_network("br-lab").await.unwrap();
+        with_networks(&net, index, &nodes[index], async |networks| {
+            networks.remove("br-lab").await.unwrap();
+        });
+    }
+}
