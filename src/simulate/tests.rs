@@ -52,6 +52,17 @@ fn a_hundred_nodes_with_slow_and_dying_ones_among_them_all_boot() {
 }
 
 #[test]
+fn a_thousand_nodes_take_little_longer_than_one_and_cost_the_origin_about_one_copy() {
+    let profile = Profile::synthetic(40_000_000, 3000);
+    let report = run(&Scenario::default(), &profile, "least-load");
+    assert_eq!((report.booted, report.stuck), (1000, 0), "{report:?}");
+    assert!(report.last_ms < report.bound_ms * 1.3 && report.origin_copies < 2.0, "{report:?}");
+    let scenario = Scenario { slow: 0.05, ..Scenario::default() };
+    let report = run(&scenario, &profile, "least-load");
+    assert!(report.last_ms < report.bound_ms * 1.6 && report.origin_copies < 2.0, "{report:?}");
+}
+
+#[test]
 fn without_relay_the_origin_sends_a_copy_to_each() {
     let report = run(&at_100_megabits(4), &debian(), "origin-only");
     assert!(report.origin_copies >= 4.0 && report.last_ms > 1.3 * report.bound_ms, "{report:?}");
