@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer fuzz prove-checks check bench-boot bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer fuzz prove-checks check bench-quick bench-boot bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,6 +45,9 @@ check: setup ## formatting, lints, documentation, licences
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --locked check; \
 	else echo 'check: cargo-deny is not installed, licences not checked (cargo install cargo-deny)'; fi
+
+bench-quick: setup ## instructions of the hot paths, counted and compared with what is expected (a minute; in CI)
+	$(CARGO) bench --locked --profile dev --bench quick
 
 bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 Gbit/s, and replay it on 1 to 32 nodes
 	$(CARGO) bench --locked --bench boot
