@@ -42,6 +42,7 @@ fuzz: ## the NBD server, client and codecs against spoilt bytes, 20 minutes (BOO
 check: setup ## formatting, lints, documentation, licences
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) check --locked -p bootcache --lib --bins --no-default-features
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --locked check; \
 	else echo 'check: cargo-deny is not installed, licences not checked (cargo install cargo-deny)'; fi
