@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer fuzz prove-checks check bench-quick bench-boot bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer fuzz prove-checks check bench-quick bench-boot bench-transfer bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +62,10 @@ bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 
 		done; \
 	done
 	$(CARGO) bench --locked --bench boot -- --table --ways present --rounds 10
+
+bench-transfer: guests build ## replay a recorded boot over shaped links: one node, three, twice the image, misses under fill
+	scripts/bench-transfer --rate 100
+	scripts/bench-transfer --rate 1000
 
 bench-nbd: setup ## bootcache, qemu-nbd and nbdkit side by side, with fio; the table also as target/bench-nbd.json
 	$(CARGO) bench --locked --bench nbd -- --json target/bench-nbd.json
