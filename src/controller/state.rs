@@ -8,10 +8,14 @@ use crate::wire::cluster::{InstanceStatus, TaskStatus};
 /// reports that to the controller, so that its node may still think that it boots.
 pub(crate) const fn advance(old: InstanceStatus, said: InstanceStatus, was_up: bool) -> InstanceStatus {
     match (old, said) {
-        // Ended guests stay ended, whatever an answer says that was under way.
-        (InstanceStatus::Running | InstanceStatus::Lost, InstanceStatus::Booting) if was_up => {
-            InstanceStatus::Running
-        }
+        // An answer that was under way when the guest reported may even say that it is still being prepared.
+        (
+            InstanceStatus::Preparing
+            | InstanceStatus::Booting
+            | InstanceStatus::Running
+            | InstanceStatus::Lost,
+            InstanceStatus::Preparing | InstanceStatus::Booting,
+        ) if was_up => InstanceStatus::Running,
         // It has not reported in time, which its node does not watch.
         (InstanceStatus::Failed, InstanceStatus::Booting) => InstanceStatus::Failed,
         _ => said,
@@ -40,6 +44,7 @@ mod tests {
         use InstanceStatus::{Booting, Failed, Lost, Preparing, Running, Stopped};
         assert_eq!(advance(Preparing, Booting, false), Booting);
         assert_eq!(advance(Running, Booting, true), Running);
+        assert_eq!(advance(Running, Preparing, true), Running);
         assert_eq!(advance(Lost, Booting, true), Running);
         assert_eq!(advance(Lost, Booting, false), Booting);
         assert_eq!(advance(Running, Stopped, true), Stopped);
