@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer fuzz prove-checks check bench-quick bench-boot bench-transfer bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control fuzz prove-checks check bench-quick bench-boot bench-transfer bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,12 @@ soak: guests ## 200 rounds of kill -9 under a writing guest (an hour), two NBD c
 soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon, 30 deaths of the origin (half an hour)
 	BOOTCACHE_ROUNDS=500 $(CARGO) test --locked --test transfer_faults -- --nocapture
 	BOOTCACHE_ROUNDS=100 $(CARGO) test --locked --test transfer_kill -- --nocapture
+
+soak-control: ## 200 rounds of kill -9 of controllers and agents while plans come up and end (3 minutes)
+	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test control_plane kills -- --nocapture
+
+bench-control: ## CPU of a heartbeat of 1,000 nodes, and of a choice among them
+	$(CARGO) bench --locked --bench control
 
 prove-checks: ## a build that does not check what peers send must fail its test
 	@scripts/prove-checks

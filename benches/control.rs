@@ -53,15 +53,13 @@ async fn agents(controller: SocketAddr) {
     std::future::pending::<()>().await;
 }
 
+/// Processor time of this process, its threads that have ended too: fields 14 and 15 of `/proc/self/stat`, in 1/100 s.
 fn cpu() -> Duration {
-    let mut all = Duration::ZERO;
-    // The whole process: every thread's time on a processor, in nanoseconds.
-    for thread in std::fs::read_dir("/proc/self/task").unwrap() {
-        let text = std::fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap_or_default();
-        let nanoseconds = text.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
-        all += Duration::from_nanos(nanoseconds);
-    }
-    all
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let behind_name = stat.rsplit(')').next().unwrap();
+    let ticks: u64 =
+        behind_name.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
+    Duration::from_millis(ticks * 10)
 }
 
 async fn rounds() {
