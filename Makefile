@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control fuzz prove-checks check bench-quick bench-boot bench-transfer bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-transfer bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,6 +27,7 @@ test: guests ## all tests, the end-to-end ones with real QEMU, libvirt and Docke
 
 soak: guests ## 200 rounds of kill -9 under a writing guest (an hour), two NBD clients against a model (half an hour)
 	BOOTCACHE_MODEL_SECONDS=1800 $(CARGO) test --locked -p bootcache-nbd --test model -- --nocapture
+	BOOTCACHE_ATTACK=full $(CARGO) test --locked -p bootcache-nbd --test attack -- --nocapture
 	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test crash -- --nocapture
 
 soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon, 30 deaths of the origin (half an hour)
@@ -35,6 +36,9 @@ soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon,
 
 soak-control: ## 200 rounds of kill -9 of controllers and agents while plans come up and end (3 minutes)
 	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test control_plane kills -- --nocapture
+
+bench-cluster: guests ## 20 VMs and 80 containers on four nodes, as in the thesis (5 minutes)
+	$(CARGO) test --locked --test cluster -- --ignored --nocapture
 
 bench-control: ## CPU of a heartbeat of 1,000 nodes, and of a choice among them
 	$(CARGO) bench --locked --bench control

@@ -320,3 +320,52 @@ fn a_plan_of_vms_and_containers_comes_up_on_four_nodes_and_survives_its_daemons(
         cluster.assert_clean(node);
     }
 }
+
+/// Seconds of waiting for bytes that the disks of all VMs have seen, and bytes that the nodes have received.
+fn waited(cluster: &Cluster) -> (f64, f64, u64) {
+    let (mut stream, mut demand, mut received) = (0, 0, 0);
+    for node in 0..NODES {
+        let text = support::run(bootcache(&cluster.store(node)).args(["--json", "status"]));
+        let status: Value = serde_json::from_str(&text).unwrap();
+        for overlay in status["overlays"].as_array().unwrap() {
+            stream += overlay["waits"]["stream_wait_ms"].as_u64().unwrap_or(0);
+            demand += overlay["waits"]["demand_wait_ms"].as_u64().unwrap_or(0);
+        }
+        received += cluster.net.traffic(node).1;
+    }
+    (stream as f64 / 1e3, demand as f64 / 1e3, received)
+}
+
+#[test]
+#[ignore = "by hand: make bench-cluster"]
+fn the_thesis_hundred_instances() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    for (what, vms, containers) in [("20 VMs + 80 containers", 20, 80), ("containers only", 0, 100)] {
+        let cluster = Cluster::up();
+        let mut text = plan(vms, containers);
+        if vms == 0 {
+            let (head, rest) = text.split_once("[[groups]]").unwrap();
+            text = format!("{head}[[groups]]{}", rest.split_once("[[groups]]").unwrap().1);
+        }
+        let task = cluster.deploy(&text);
+        cluster.wait_until_up(task, usize::try_from(vms + containers).unwrap());
+        let rows = cluster.instances(task);
+        let last = |kind: &str| {
+            let times = rows.iter().filter(|i| i["kind"] == kind).filter_map(|i| i["up_ms"].as_u64());
+            times.max().unwrap_or(0) as f64 / 1e3
+        };
+        let all = last("vm").max(last("container"));
+        let (stream, demand, received) = waited(&cluster);
+        println!(
+            "{what}: all up after {all:.1} s ({:.2} instances/s; VMs {:.1} s, containers {:.1} s); all VMs together waited \
+             {stream:.2} s for the stream and {demand:.2} s for fetches; {:.1} MB came to the four nodes",
+            f64::from(vms + containers) / all,
+            last("vm"),
+            last("container"),
+            received as f64 / 1e6,
+        );
+        cluster.end(task);
+    }
+}
