@@ -304,6 +304,24 @@ async fn plans_that_cannot_be_are_refused_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_are_brought_ahead_to_nodes_that_are_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    let ask = async |image: &str, node: &str| {
+        let nodes = vec![node.parse().unwrap()];
+        let request = Prefetch::Image { image: image.parse().unwrap(), nodes, boot_only: true };
+        controller.prefetch(request).await.map_err(|error| error.to_string())
+    };
+    ask("debian", "n1").await.unwrap();
+    assert!(ask("nothing", "n1").await.unwrap_err().contains("no image 'nothing'"));
+    assert!(ask("debian", "n9").await.unwrap_err().contains("no node 'n9'"));
+    for on in [true, false] {
+        controller.prefetch(Prefetch::Standing { on }).await.unwrap();
+    }
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn users_speak_to_it_over_its_socket() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, _members) = cluster(dir.path(), &["n1"]).await;
