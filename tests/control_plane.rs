@@ -301,3 +301,68 @@ fn mistakes_are_one_clear_line() {
         refused(bootcache(&dir.path().join("third")).args(["controller", "--weight", weights]));
     }
 }
+
+/// A node with a real data plane, which runs no instances; its daemon is ended on drop too.
+struct DataNode {
+    store: PathBuf,
+    _agent: Process,
+}
+
+impl DataNode {
+    fn start(dir: &Path, name: &str, controller: SocketAddr) -> Self {
+        let store = dir.join(name);
+        let mut command = bootcache(&store);
+        command.args(["agent", "--no-vms", "--no-containers", "--name", name]);
+        command.args(["--controller", &controller.to_string()]);
+        command.args(["--peer-listen", &format!("127.0.0.1:{}", support::free_port())]);
+        let agent = Process::start(&mut command);
+        agent.wait_for("ready", START);
+        Self { store, _agent: agent }
+    }
+
+    fn has(&self, image: &str) -> bool {
+        let images = json(&self.store, &["image", "list"]);
+        images.to_string().contains(&format!("\"{image}\""))
+    }
+}
+
+impl Drop for DataNode {
+    fn drop(&mut self) {
+        let Ok(output) = bootcache(&self.store).args(["--json", "status"]).output() else { return };
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let pid = status["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+    }
+}
+
+#[test]
+fn images_are_brought_to_nodes_ahead_of_demand() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_controller, address) = controller(dir.path(), &[]);
+    let origin = DataNode::start(dir.path(), "n1", address);
+    for image in ["first", "second"] {
+        let content = dir.path().join(image);
+        fs::create_dir(&content).expect("a folder");
+        fs::write(content.join("data"), support::noise(1, 3 << 20)).expect("a file");
+        let archive = dir.path().join(format!("{image}.tar"));
+        fs::create_dir(content.join("bin")).expect("a folder");
+        support::run(Command::new("tar").arg("-C").arg(&content).arg("-cf").arg(&archive).arg("."));
+        support::run(
+            bootcache(&origin.store).args(["image", "add", "--type", "container", image]).arg(archive),
+        );
+    }
+    let other = DataNode::start(dir.path(), "n2", address);
+    eventually("both nodes and both images are known", || {
+        json(dir.path(), &["nodes"]).as_array().map(Vec::len) == Some(2)
+            && json(dir.path(), &["images"]).as_array().map(Vec::len) == Some(2)
+    });
+    support::run(bootcache(dir.path()).args(["prefetch", "first", "n2"]));
+    eventually("the image has come", || other.has("first"));
+    assert!(!other.has("second"), "nobody asked for it");
+    support::run(bootcache(dir.path()).args(["prefetch", "--standing", "on"]));
+    eventually("the other one comes by the standing order", || other.has("second"));
+    let unknown = refused(bootcache(dir.path()).args(["prefetch", "first", "n9"]));
+    assert!(unknown.contains("no node 'n9'"), "{unknown}");
+}
