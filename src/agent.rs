@@ -160,20 +160,19 @@ impl Agent {
     pub async fn start(options: Options, services: Services) -> Result<Self, AgentError> {
         options.security.check(options.listen)?;
         let dir = options.dir.clone();
-        let at = |source| AgentError::Io { path: dir.clone(), source };
-        create_private(&dir).map_err(at)?;
-        let lock = lock(&dir)?;
+        let opened = tokio::task::spawn_blocking(move || open(&dir)).await;
+        let at = |source| AgentError::Io { path: options.dir.clone(), source };
+        let (lock, journal) = opened.map_err(|error| at(error.into()))??;
         let address = options.listen;
         let listen = |source| AgentError::Listen { address, source };
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let journal = journal::Journal::open(&dir)?;
         let (changes, changed) = tokio::sync::mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             starts: tokio::sync::Semaphore::new(options.starts.max(1)),
             options,
             services,
-            parts: parts::Parts::new(journal),
+            parts: parts::Parts::new(journal)?,
             sampler: Sampler::default(),
             changes,
             cancel: CancellationToken::new(),
@@ -181,7 +180,7 @@ impl Agent {
             lock: std::sync::Mutex::new(Some(lock)),
         });
         let tasks = &shared.tasks;
-        parts::resume(&shared)?;
+        parts::resume(&shared).await?;
         tasks.spawn(server::serve(Arc::clone(&shared), listener));
         tasks.spawn(registrar::run(Arc::clone(&shared), address.port(), changed));
         tasks.close();
@@ -200,6 +199,12 @@ impl Agent {
         parts::join(&self.shared).await;
         self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
+}
+
+/// Makes and takes the folder.
+fn open(dir: &Path) -> Result<(std::fs::File, journal::Journal), AgentError> {
+    create_private(dir).map_err(|source| AgentError::Io { path: dir.to_owned(), source })?;
+    Ok((lock(dir)?, journal::Journal::open(dir)?))
 }
 
 fn create_private(dir: &Path) -> io::Result<()> {

@@ -65,8 +65,8 @@ pub(super) async fn run(job: Job, step: Step) {
 
 impl Job {
     /// Writes down that the instance has come to `step`, and has the controller told.
-    fn come_to(&self, step: Step) -> Result<(), String> {
-        let result = self.shared.parts.set_step(self.task, &self.order.name, step);
+    async fn come_to(&self, step: Step) -> Result<(), String> {
+        let result = parts::set_step(&self.shared, self.task, &self.order.name, step).await;
         // Whoever listened may have ended: the agent is ending then.
         let _ = self.shared.changes.send(self.order.name.clone());
         result.map_err(|error| error.to_string())
@@ -85,7 +85,7 @@ impl Job {
         if let Err(error) = parts::remove(&self.shared, &self.order.name, self.order.kind).await {
             warn!("what is left of it stays until its task ends: {error}");
         }
-        if let Err(error) = self.come_to(Step::Failed(reason)) {
+        if let Err(error) = self.come_to(Step::Failed(reason)).await {
             warn!("{}: {error}", self.order.name);
         }
     }
@@ -129,7 +129,7 @@ impl Job {
         let place = self.shared.starts.acquire().await.map_err(|error| error.to_string())?;
         self.launch(hypervisor, launch).await?;
         drop(place);
-        self.come_to(Step::Launched)
+        self.come_to(Step::Launched).await
     }
 
     async fn make_networks(&self) -> Result<(), String> {
@@ -189,14 +189,14 @@ impl Job {
         }
         let up_ms = u64::try_from(ordered.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.shared.parts.set_up(self.task, &self.order.name, up_ms);
-        self.come_to(Step::Up)
+        self.come_to(Step::Up).await
     }
 
     /// Watches the instance until it has ended.
     async fn watch(&self) {
         self.ended().await;
         info!("{}: has ended", self.order.name);
-        if let Err(error) = self.come_to(Step::Stopped) {
+        if let Err(error) = self.come_to(Step::Stopped).await {
             warn!("{}: {error}", self.order.name);
         }
     }

@@ -1,7 +1,10 @@
 //! The parts of deployments that this node has: accepted, carried out, ended. Owner of the journal and of what is known
 //! of each instance.
+//!
+//! Files are written on blocking threads, one after the other; what is known can be asked meanwhile, so that a slow disk
+//! makes no node look dead. What changes in the journal changes here once it is on disk.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,16 +21,25 @@ use crate::wire::cluster::{Fault, FaultCode, INSTANCES_MAX, InstanceState, Insta
 /// How long to wait before what could not be ended is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// Tasks that have ended here and are remembered: an order that comes late starts none of them again.
+const ENDED_MAX: usize = 1024;
+
 /// All parts.
 pub(super) struct Parts {
+    /// Held for moments, never while a file is written.
     inner: Mutex<Inner>,
+    /// Held while a file is written, by the thread that writes it.
+    journal: Arc<tokio::sync::Mutex<Journal>>,
     /// Parts that are being ended.
     ends: TaskTracker,
+    /// Cancelled once what belongs to no task has been ended: nothing is started before.
+    swept: CancellationToken,
 }
 
 struct Inner {
-    journal: Journal,
+    cluster: Option<String>,
     parts: BTreeMap<i64, Running>,
+    ended: BTreeSet<i64>,
 }
 
 /// A part that is being carried out, or ended.
@@ -49,8 +61,14 @@ struct Live {
 }
 
 impl Parts {
-    pub(super) fn new(journal: Journal) -> Self {
-        Self { inner: Mutex::new(Inner { journal, parts: BTreeMap::new() }), ends: TaskTracker::new() }
+    pub(super) fn new(journal: Journal) -> Result<Self, JournalError> {
+        let (parts, ended) = (BTreeMap::new(), BTreeSet::new());
+        Ok(Self {
+            inner: Mutex::new(Inner { cluster: journal.cluster()?, parts, ended }),
+            journal: Arc::new(tokio::sync::Mutex::new(journal)),
+            ends: TaskTracker::new(),
+            swept: CancellationToken::new(),
+        })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -64,22 +82,7 @@ impl Parts {
 
     /// The cluster whose orders are taken.
     pub(super) fn cluster(&self) -> Option<String> {
-        self.inner().journal.cluster().ok().flatten()
-    }
-
-    /// Takes the orders of `cluster`, unless those of another are taken already.
-    pub(super) fn join_cluster(&self, cluster: &str) -> Result<(), Fault> {
-        let inner = self.inner();
-        let known = inner.journal.cluster().map_err(failed)?;
-        match known {
-            Some(known) if known == cluster => Ok(()),
-            Some(_) => {
-                let message =
-                    "this node belongs to another cluster: remove the file `cluster` of its agent to move it";
-                Err(Fault::new(FaultCode::Forbidden, message))
-            }
-            None => inner.journal.set_cluster(cluster).map_err(failed),
-        }
+        self.inner().cluster.clone()
     }
 
     /// The state of every instance, or of those called `names`.
@@ -98,15 +101,6 @@ impl Parts {
             .collect()
     }
 
-    /// Writes down that an instance has come to `step`. Nothing when its part has gone meanwhile.
-    pub(super) fn set_step(&self, task: i64, name: &HostName, step: Step) -> Result<(), JournalError> {
-        let mut inner = self.inner();
-        let Inner { journal, parts } = &mut *inner;
-        let Some(part) = parts.get_mut(&task) else { return Ok(()) };
-        part.record.steps.insert(name.clone(), step);
-        journal.save(&part.record)
-    }
-
     /// Notes what the hypervisor says of an instance, and a word on it for people.
     pub(super) fn set_live(&self, task: i64, name: &HostName, info: Option<Info>, note: Option<String>) {
         if let Some(part) = self.inner().parts.get_mut(&task) {
@@ -121,6 +115,68 @@ impl Parts {
             part.live.entry(name.clone()).or_default().up_ms = Some(up_ms);
         }
     }
+}
+
+/// Has `work` use the journal on a blocking thread, after everybody who came before. It is done to its end even when the
+/// future is dropped.
+async fn with_journal<T: Send + 'static>(
+    shared: &Arc<Shared>,
+    work: impl FnOnce(&Arc<Shared>, &Journal) -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, JournalError> {
+    let journal = Arc::clone(&shared.parts.journal).lock_owned().await;
+    let (owner, dir) = (Arc::clone(shared), shared.options.dir.clone());
+    match tokio::task::spawn_blocking(move || work(&owner, &journal)).await {
+        Ok(result) => result,
+        Err(error) => Err(JournalError::Io { path: dir, source: error.into() }),
+    }
+}
+
+/// Takes the orders of `cluster`, unless those of another are taken already.
+pub(super) async fn join_cluster(shared: &Arc<Shared>, cluster: &str) -> Result<(), Fault> {
+    let check = |known: Option<String>| match known {
+        Some(known) if known == cluster => Ok(true),
+        Some(_) => {
+            let message =
+                "this node belongs to another cluster: remove the file `cluster` of its agent to move it";
+            Err(Fault::new(FaultCode::Forbidden, message))
+        }
+        None => Ok(false),
+    };
+    if check(shared.parts.cluster())? {
+        return Ok(());
+    }
+    let wanted = cluster.to_owned();
+    let joined = with_journal(shared, move |shared, journal| {
+        // Two may ask at once: the first is obeyed from then on.
+        if shared.parts.cluster().is_none() {
+            journal.set_cluster(&wanted)?;
+            shared.parts.inner().cluster = Some(wanted);
+        }
+        Ok(shared.parts.cluster())
+    });
+    check(joined.await.map_err(failed)?).map(drop)
+}
+
+/// Writes down that an instance has come to `step`. Nothing when its part has gone meanwhile.
+pub(super) async fn set_step(
+    shared: &Arc<Shared>,
+    task: i64,
+    name: &HostName,
+    step: Step,
+) -> Result<(), JournalError> {
+    let name = name.clone();
+    with_journal(shared, move |shared, journal| {
+        let known = shared.parts.inner().parts.get(&task).map(|part| part.record.clone());
+        let Some(mut record) = known else { return Ok(()) };
+        record.steps.insert(name, step);
+        let result = journal.save(&record);
+        // What is so is told, even when the disk is full.
+        if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
+            part.record = record;
+        }
+        result
+    })
+    .await
 }
 
 fn failed(error: JournalError) -> Fault {
@@ -149,36 +205,46 @@ fn state(task: i64, name: &HostName, step: &Step, live: Option<&Live>) -> Instan
 }
 
 /// Accepts a part: it is written down when this returns, and carried out from then on. The same part a second time, or
-/// one that is being ended, changes nothing.
-pub(super) fn accept(shared: &Arc<Shared>, task: i64, part: Part) -> Result<(), Fault> {
+/// one that is being ended, changes nothing, and gives false.
+pub(super) async fn accept(shared: &Arc<Shared>, task: i64, part: Part) -> Result<bool, Fault> {
     if part.instances.len() > INSTANCES_MAX {
         let message = format!("a part has at most {INSTANCES_MAX} instances");
         return Err(Fault::new(FaultCode::Invalid, message));
     }
-    let mut inner = shared.parts.inner();
-    if inner.parts.contains_key(&task) {
-        return Ok(());
+    if shared.parts.inner().ended.contains(&task) {
+        return Err(Fault::new(FaultCode::Invalid, format!("task {task} has ended on this node")));
     }
-    let record = Record::new(task, part);
-    inner.journal.save(&record).map_err(failed)?;
-    info!("task {task}: {} instances to run", record.part.instances.len());
-    begin(shared, &mut inner, record);
-    Ok(())
+    with_journal(shared, move |shared, journal| {
+        if shared.parts.inner().parts.contains_key(&task) {
+            return Ok(false);
+        }
+        let record = Record::new(task, part);
+        journal.save(&record)?;
+        info!("task {task}: {} instances to run", record.part.instances.len());
+        begin(shared, &mut shared.parts.inner(), record);
+        Ok(true)
+    })
+    .await
+    .map_err(failed)
 }
 
 /// Goes on with what was ordered before this agent started.
-pub(super) fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
+pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
+    let records = with_journal(shared, |_, journal| journal.records()).await?;
     let mut inner = shared.parts.inner();
-    for record in inner.journal.records()? {
+    for record in records {
         info!("task {}: goes on", record.task);
         let (task, ending) = (record.task, record.ending);
         begin(shared, &mut inner, record);
         if ending {
-            begin_end(shared, &mut inner, task);
+            begin_end(shared, &inner, task);
         }
     }
     let owner = Arc::clone(shared);
-    shared.parts.ends.spawn(async move { sweep(&owner).await });
+    shared.parts.ends.spawn(async move {
+        sweep(&owner).await;
+        owner.parts.swept.cancel();
+    });
     Ok(())
 }
 
@@ -223,9 +289,13 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
             };
             let cancel = cancel.clone();
             tasks.spawn(async move {
+                let run = async {
+                    job.shared.parts.swept.cancelled().await;
+                    instance::run(job, step).await;
+                };
                 tokio::select! {
                     () = cancel.cancelled() => {}
-                    () = instance::run(job, step) => {}
+                    () = run => {}
                 }
             });
         }
@@ -234,23 +304,27 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
 }
 
 /// Begins to end a part; true if nothing of it is left.
-pub(super) fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
-    let mut inner = shared.parts.inner();
-    let Inner { journal, parts } = &mut *inner;
-    let Some(part) = parts.get_mut(&task) else { return Ok(true) };
-    if !part.record.ending {
-        part.record.ending = true;
-        if let Err(error) = journal.save(&part.record) {
-            part.record.ending = false;
-            return Err(failed(error));
+pub(super) async fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
+    with_journal(shared, move |shared, journal| {
+        let known = shared.parts.inner().parts.get(&task).map(|part| part.record.clone());
+        let Some(mut record) = known else { return Ok(true) };
+        if !record.ending {
+            record.ending = true;
+            journal.save(&record)?;
+            info!("task {task}: is ended");
+            let mut inner = shared.parts.inner();
+            if let Some(part) = inner.parts.get_mut(&task) {
+                part.record = record;
+                begin_end(shared, &inner, task);
+            }
         }
-        info!("task {task}: is ended");
-        begin_end(shared, &mut inner, task);
-    }
-    Ok(false)
+        Ok(false)
+    })
+    .await
+    .map_err(failed)
 }
 
-fn begin_end(shared: &Arc<Shared>, inner: &mut Inner, task: i64) {
+fn begin_end(shared: &Arc<Shared>, inner: &Inner, task: i64) {
     let part = &inner.parts[&task];
     part.cancel.cancel();
     part.tasks.close();
@@ -265,11 +339,15 @@ fn begin_end(shared: &Arc<Shared>, inner: &mut Inner, task: i64) {
                 () = tokio::time::sleep(RETRY) => {}
             }
         }
-        let mut inner = shared.parts.inner();
-        if let Err(error) = inner.journal.forget(task) {
+        if let Err(error) = with_journal(&shared, move |_, journal| journal.forget(task)).await {
             warn!("task {task} has ended, but its file stays: {error}");
         }
+        let mut inner = shared.parts.inner();
         inner.parts.remove(&task);
+        inner.ended.insert(task);
+        while inner.ended.len() > ENDED_MAX {
+            inner.ended.pop_first();
+        }
         info!("task {task}: has ended");
     });
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::{info, warn};
 
-use super::{Shared, facts, server};
+use super::{Shared, facts, parts, server};
 use crate::controller::client::{Client, ClientError};
 use crate::name::HostName;
 use crate::wire::cluster::{InstancesChanged, RegisterCompute, RegisterImage};
@@ -61,7 +61,7 @@ async fn session(
     let mut client = Client::connect(target, &shared.options.security).await?;
     loop {
         let registered = client.call(&compute(shared, port)).await?;
-        if let Err(fault) = shared.parts.join_cluster(&registered.cluster) {
+        if let Err(fault) = parts::join_cluster(shared, &registered.cluster).await {
             warn!("{fault}");
         }
         let state = server::state(shared).await;

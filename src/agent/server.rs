@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 use super::{Shared, facts, parts};
 use crate::tls::Role;
 use crate::wire::cluster::{
-    AskNode, Done, EndPart, Ended, Fault, FaultCode, Fetch, INSTANCES_MAX, NodeState, RunPart,
+    Accepted, AskNode, Done, EndPart, Ended, Fault, FaultCode, Fetch, INSTANCES_MAX, NodeState, RunPart,
 };
 use crate::wire::frame::FrameType;
 use crate::wire::link::{self, Answer, Arrived};
@@ -65,18 +65,18 @@ async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
         }
         FrameType::RUN_PART => {
             let order: RunPart = request.body()?;
-            shared.parts.join_cluster(&order.cluster)?;
-            parts::accept(shared, order.task, order.part)?;
-            request.reply::<RunPart>(Done {})
+            parts::join_cluster(shared, &order.cluster).await?;
+            let new = parts::accept(shared, order.task, order.part).await?;
+            request.reply::<RunPart>(Accepted { new })
         }
         FrameType::END_PART => {
             let order: EndPart = request.body()?;
-            shared.parts.join_cluster(&order.cluster)?;
-            request.reply::<EndPart>(Ended { gone: parts::end(shared, order.task)? })
+            parts::join_cluster(shared, &order.cluster).await?;
+            request.reply::<EndPart>(Ended { gone: parts::end(shared, order.task).await? })
         }
         FrameType::FETCH => {
             let order: Fetch = request.body()?;
-            shared.parts.join_cluster(&order.cluster)?;
+            parts::join_cluster(shared, &order.cluster).await?;
             let fetched = shared.services.data_plane.fetch(&order.image, order.boot_only).await;
             fetched.map_err(|error| Fault::new(FaultCode::Failed, error))?;
             request.reply::<Fetch>(Done {})

@@ -71,7 +71,9 @@ async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), Dat
             }
             let order = RunPart { cluster, task, part: *part };
             match shared.nodes.call(host.address, &order, ORDER_TIMEOUT).await {
-                Ok(_) => shared.database.run(move |tx| database::accepted(tx, task, host_id)).await,
+                Ok(answer) => {
+                    shared.database.run(move |tx| database::accepted(tx, task, host_id, answer.new)).await
+                }
                 Err(CallError::Refused(fault)) => {
                     warn!("node '{}' refuses its part of task {task}: {fault}", host.name);
                     shared

@@ -10,7 +10,9 @@ use crate::hypervisor::memory::{Fault, MemoryHypervisor, Verb};
 use crate::hypervisor::{Hypervisor, InstanceType};
 use crate::image::manifest::ImageKind;
 use crate::name::HostName;
-use crate::wire::cluster::{Deploy, End, InstanceRow, InstanceStatus, NodeRow, TaskRow, TaskStatus};
+use crate::wire::cluster::{
+    Deploy, End, EndPart, InstanceRow, InstanceStatus, NodeRow, RunPart, TaskRow, TaskStatus,
+};
 
 /// A node whose hypervisor and disks outlive its agent.
 struct TestNode {
@@ -150,22 +152,14 @@ async fn a_plan_comes_up_is_seen_and_goes_without_a_trace() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn guests_report_that_they_are_up() {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let dir = tempfile::tempdir().unwrap();
     let (controller, _members) = cluster(dir.path(), &["n1"]).await;
     controller.deploy("r1", plan(1, "report")).await.unwrap();
     eventually("it boots", async || count(&controller, InstanceStatus::Booting).await == 1).await;
-    let report = async |text: &str| {
-        let mut stream = tokio::net::TcpStream::connect(controller.report_address().unwrap()).await.unwrap();
-        stream.write_all(text.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
-    };
-    assert_eq!(report("lab-1-g-9\n").await, "unknown\n");
-    assert_eq!(report("../../etc\n").await, "unknown\n");
-    assert_eq!(report("lab-1-g-1\n").await, "ok\n");
-    assert_eq!(report("lab-1-g-1\n").await, "unknown\n");
+    assert_eq!(report(&controller, "lab-1-g-9").await, "unknown\n");
+    assert_eq!(report(&controller, "../../etc").await, "unknown\n");
+    assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
+    assert_eq!(report(&controller, "lab-1-g-1").await, "unknown\n");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let row = instances(&controller).await.remove(0);
     assert_eq!(row.status, InstanceStatus::Running, "its node, which still waits, was believed");
@@ -263,6 +257,92 @@ async fn instances_of_no_task_are_ended_when_the_agent_starts() {
     std::fs::remove_file(members[0].dir.path().join("tasks/1.json")).unwrap();
     members[0].start_agent(address).await;
     eventually("nothing is left", async || members[0].instances().await.is_empty()).await;
+}
+
+/// What a guest says when it is up, and what it is answered.
+async fn report(controller: &Controller, name: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(controller.report_address().unwrap()).await.unwrap();
+    stream.write_all(format!("{name}\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_whose_node_forgot_it_has_to_come_up_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(1, "report")).await.unwrap();
+    eventually("it boots", async || count(&controller, InstanceStatus::Booting).await == 1).await;
+    assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
+    members[0].stop_agent().await;
+    std::fs::remove_file(members[0].dir.path().join("tasks/1.json")).unwrap();
+    members[0].start_agent(controller.addresses()[0]).await;
+    eventually("it is started again", async || members[0].hypervisor.launches() == 2).await;
+    eventually("it boots again", async || count(&controller, InstanceStatus::Booting).await == 1).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let row = instances(&controller).await.remove(0);
+    assert_eq!((row.status, row.up_ms), (InstanceStatus::Booting, None), "it has not reported yet");
+    assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_reports_while_its_node_is_silent_is_up_when_the_node_is_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(1, "report")).await.unwrap();
+    eventually("it boots", async || count(&controller, InstanceStatus::Booting).await == 1).await;
+    members[0].stop_agent().await;
+    eventually("it is lost", async || count(&controller, InstanceStatus::Lost).await == 1).await;
+    assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
+    assert_eq!(count(&controller, InstanceStatus::Lost).await, 1, "its node is silent all the same");
+    members[0].start_agent(controller.addresses()[0]).await;
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orders_that_come_twice_late_or_for_another_cluster_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, members) = cluster(dir.path(), &["n1"]).await;
+    let task = controller.deploy("r1", plan(2, "started")).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 2).await;
+    let shared = &controller.shared;
+    let limit = Duration::from_secs(5);
+    let (address, orders) = shared
+        .database
+        .run::<_, DatabaseError, _>(|tx| {
+            tx.execute("UPDATE part SET accepted = 0", [])?;
+            let found = (database::all_hosts(tx)?.remove(0).address, database::orders(tx)?);
+            tx.execute("UPDATE part SET accepted = 1", [])?;
+            Ok(found)
+        })
+        .await
+        .unwrap();
+    let database::OrderKind::Run(part) = orders[0].kind.clone() else { panic!() };
+    let run = RunPart { cluster: shared.cluster.clone(), task, part: *part };
+    let end = EndPart { cluster: shared.cluster.clone(), task };
+
+    let other = RunPart { cluster: "another".into(), ..run.clone() };
+    let error = shared.nodes.call(address, &other, limit).await.unwrap_err().to_string();
+    assert!(error.contains("another cluster"), "{error}");
+    for _ in 0..3 {
+        assert!(!shared.nodes.call(address, &run, limit).await.unwrap().new);
+    }
+    assert_eq!((members[0].hypervisor.launches(), members[0].instances().await.len()), (2, 2));
+
+    controller.end(task).await.unwrap();
+    // While it is being ended, and when nothing is left of it.
+    let _refused_or_old = shared.nodes.call(address, &run, limit).await;
+    eventually("the task has gone", async || tasks(&controller).await.is_empty()).await;
+    let late = shared.nodes.call(address, &run, limit).await.unwrap_err().to_string();
+    assert!(late.contains("has ended on this node"), "{late}");
+    assert!(shared.nodes.call(address, &end, limit).await.unwrap().gone);
+    assert_eq!((members[0].hypervisor.launches(), members[0].instances().await.len()), (2, 0));
+    controller.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

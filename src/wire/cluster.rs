@@ -621,7 +621,15 @@ pub struct RunPart {
     pub part: Part,
 }
 
-body!(RunPart, FrameType::RUN_PART, Done);
+/// Answer to [`RunPart`]: the node has the part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Accepted {
+    /// It did not have it before.
+    pub new: bool,
+}
+
+body!(RunPart, FrameType::RUN_PART, Accepted);
 
 /// The controller has a node end its part. The same order twice changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -66,12 +66,14 @@ pub(crate) fn update(
     Ok(changed)
 }
 
-/// A guest has reported that it is up; false if no instance of that name waits for it.
+/// A guest has reported that it is up; false if no instance of that name waits for it. One whose node is silent stays
+/// lost until the node is back, and is up then.
 pub(crate) fn reported(tx: &Transaction<'_>, name: &HostName, now: u64) -> Result<bool> {
     let task: Option<i64> = tx
         .query_row(
-            "UPDATE instance SET inst_status = 'running', up = ?2
-             WHERE name = ?1 AND inst_status IN ('preparing', 'booting', 'failed') AND up IS NULL RETURNING task_id",
+            "UPDATE instance SET inst_status = CASE inst_status WHEN 'lost' THEN 'lost' ELSE 'running' END, up = ?2
+             WHERE name = ?1 AND inst_status IN ('preparing', 'booting', 'failed', 'lost') AND up IS NULL
+             RETURNING task_id",
             params![name.as_str(), number(now)],
             |row| row.get(0),
         )
@@ -94,12 +96,22 @@ pub(super) fn expire(tx: &Transaction<'_>, now: u64) -> Result<()> {
     tasks.into_iter().try_for_each(|task| tasks::refresh(tx, task, now))
 }
 
-/// The node is silent: nobody knows how its instances are.
-pub(super) fn lose(tx: &Transaction<'_>, host_id: i64) -> Result<()> {
+/// The node is silent, or knows nothing of `task`: nobody knows how its instances are.
+pub(super) fn lose(tx: &Transaction<'_>, host_id: i64, task: Option<i64>) -> Result<()> {
     tx.execute(
         "UPDATE instance SET inst_status = 'lost', cpu = 0, memory = 0
-         WHERE host_id = ?1 AND inst_status IN ('preparing', 'booting', 'running')",
-        [host_id],
+         WHERE host_id = ?1 AND (?2 IS NULL OR task_id = ?2) AND inst_status IN ('preparing', 'booting', 'running')",
+        params![host_id, task],
+    )?;
+    Ok(())
+}
+
+/// The node begins anew with its part of a task. What it lost was up once, and has to come up again.
+pub(super) fn begin_again(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> {
+    tx.execute(
+        "UPDATE instance SET inst_status = 'preparing', up = NULL, began = NULL
+         WHERE task_id = ?1 AND host_id = ?2 AND inst_status = 'lost'",
+        params![task, host_id],
     )?;
     Ok(())
 }

@@ -91,10 +91,14 @@ fn parts(tx: &Transaction<'_>, host_id: i64, has: &[i64], outcome: &mut RoundOut
         statement.query_map([host_id], |row| row.get::<_, i64>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
     for task in should.iter().filter(|task| !has.contains(task)) {
         // It has forgotten it, or this answer is older than the order: the order is given again, which does no harm.
-        tx.prepare_cached(
-            "UPDATE part SET accepted = 0 WHERE task_id = ?1 AND host_id = ?2 AND accepted = 1",
-        )?
-        .execute(params![task, host_id])?;
+        let asked_again = tx
+            .prepare_cached(
+                "UPDATE part SET accepted = 0 WHERE task_id = ?1 AND host_id = ?2 AND accepted = 1",
+            )?
+            .execute(params![task, host_id])?;
+        if asked_again > 0 {
+            instances::lose(tx, host_id, Some(*task))?;
+        }
     }
     outcome.orphans.extend(has.iter().filter(|task| !should.contains(task)).map(|task| (host_id, *task)));
     Ok(())
@@ -116,7 +120,7 @@ fn silent(
         .collect::<rusqlite::Result<Vec<_>>>()?;
     for name in names {
         outcome.lost.push(super::parsed(&name)?);
-        instances::lose(tx, host_id)?;
+        instances::lose(tx, host_id, None)?;
     }
     Ok(())
 }

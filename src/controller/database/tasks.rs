@@ -125,8 +125,11 @@ pub(crate) fn orders(tx: &Transaction<'_>) -> Result<Vec<Order>> {
     Ok(orders)
 }
 
-/// A node has accepted its part.
-pub(crate) fn accepted(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> {
+/// A node has accepted its part; `new`: it did not have it before.
+pub(crate) fn accepted(tx: &Transaction<'_>, task: i64, host_id: i64, new: bool) -> Result<()> {
+    if new {
+        instances::begin_again(tx, task, host_id)?;
+    }
     tx.execute("UPDATE part SET accepted = 1 WHERE task_id = ?1 AND host_id = ?2", params![task, host_id])?;
     Ok(())
 }
@@ -137,7 +140,7 @@ pub(crate) fn refused(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &st
         "UPDATE instance SET inst_status = 'failed', reason = ?3 WHERE task_id = ?1 AND host_id = ?2",
         params![task, host_id, reason],
     )?;
-    accepted(tx, task, host_id)?;
+    accepted(tx, task, host_id, false)?;
     refresh(tx, task, now)
 }
 
