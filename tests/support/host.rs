@@ -10,15 +10,22 @@ use super::net::Net;
 pub struct Host {
     folder: PathBuf,
     libvirt: String,
+    user: &'static str,
 }
 
 impl Host {
     /// Starts libvirtd in the network namespace of `net`'s host, with its state below `parent`.
     #[track_caller]
     pub fn up(parent: &Path, net: &Net, host: usize) -> Self {
+        Self::up_with_qemu_as("root", parent, net, host)
+    }
+
+    /// The same, where libvirt runs QEMU as this user, in the group `kvm` as Debian has it.
+    #[track_caller]
+    pub fn up_with_qemu_as(user: &'static str, parent: &Path, net: &Net, host: usize) -> Self {
         let folder = parent.join(net.namespace(host));
-        let libvirt = script("up", &folder, &[&net.namespace(host)]);
-        Self { folder, libvirt }
+        let libvirt = script_as(user, "up", &folder, &[&net.namespace(host)]);
+        Self { folder, libvirt, user }
     }
 
     /// The URI for libvirt; works from anywhere on this machine.
@@ -52,7 +59,7 @@ impl Host {
     /// Starts it again after a power loss; what was on its disk is there.
     #[track_caller]
     pub fn power_on(&self, net: &Net, host: usize) {
-        script("up", &self.folder, &[&net.namespace(host)]);
+        script_as(self.user, "up", &self.folder, &[&net.namespace(host)]);
     }
 }
 
@@ -65,6 +72,11 @@ impl Drop for Host {
 
 #[track_caller]
 fn script(verb: &str, folder: &Path, arguments: &[&str]) -> String {
+    script_as("root", verb, folder, arguments)
+}
+
+#[track_caller]
+fn script_as(user: &str, verb: &str, folder: &Path, arguments: &[&str]) -> String {
     // Its daemons inherit stdout, so its answer goes through a file.
     let answer = tempfile::NamedTempFile::new().expect("a temporary file");
     let complaint = tempfile::NamedTempFile::new().expect("a temporary file");
@@ -72,6 +84,8 @@ fn script(verb: &str, folder: &Path, arguments: &[&str]) -> String {
         .arg(verb)
         .arg(folder)
         .args(arguments)
+        .env("QEMU_USER", user)
+        .env("QEMU_GROUP", if user == "root" { "root" } else { "kvm" })
         .stdin(std::process::Stdio::null())
         .stdout(answer.reopen().expect("it was just made"))
         .stderr(complaint.reopen().expect("it was just made"))

@@ -1,0 +1,257 @@
+//! `bootcache boot` as people use it: through a libvirt whose QEMU is not root, and by somebody who is not root at all;
+//! and the tracer in a QEMU that libvirt started.
+
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bootcache::boot_cache::kept;
+use bootcache::boot_cache::merge::first_touches;
+use bootcache::boot_cache::recording::Recording;
+use bootcache::trace::Trace;
+use serde_json::Value;
+use support::host::Host;
+use support::net::{Net, Rate};
+use support::process::Process;
+use support::store::Store;
+
+const LIBVIRT: [&str; 5] = ["libvirtd", "virsh", "unshare", "ip", "qemu-system-x86_64"];
+const BOOTED: &str = "serial:BOOTED-OK";
+
+/// A process of this machine whose command line has both words in it.
+fn process_of(word: &str, other: &str) -> Option<PathBuf> {
+    let has = |folder: &Path| {
+        let line = std::fs::read(folder.join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        line.contains(word) && line.contains(other)
+    };
+    std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path()).find(|folder| has(folder))
+}
+
+fn status_field(process: &Path, field: &str) -> String {
+    let status = std::fs::read_to_string(process.join("status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
+    line.trim_start_matches(':').split_whitespace().next().unwrap_or_default().to_owned()
+}
+
+/// Lets everybody pass through a folder that `tempfile` made for its owner alone.
+fn open_to_all(folder: &Path) {
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn process_id(folder: &Path) -> i32 {
+    folder.file_name().unwrap().to_str().unwrap().parse().unwrap()
+}
+
+fn kill(process: &Path) {
+    let pid = rustix::process::Pid::from_raw(process_id(process)).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
+    if !support::require(&LIBVIRT) || !support::require_root() {
+        return;
+    }
+    let store = Store::new();
+    open_to_all(store.path().parent().unwrap());
+    store.run(["image", "add", "tiny", support::guest::disk("tiny").to_str().unwrap()]);
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up_with_qemu_as("libvirt-qemu", store.path().parent().unwrap(), &net, 0);
+    let uid = user_id("libvirt-qemu");
+    let boot = |rest: &[&str]| {
+        let line =
+            ["--json", "boot", "tiny", "--connect", host.libvirt(), "--memory", "128", "--accel", "tcg"];
+        store.command(line.iter().chain(rest))
+    };
+    let vms = ["--name", "vm", "--count", "2", "--until", BOOTED];
+    let output = boot(&vms).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("started a daemon"), "{said}");
+    let outcomes: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(outcomes[0]["seconds"].as_f64().unwrap() > 0.5 && outcomes[1]["name"] == "vm-2", "{outcomes}");
+
+    for vm in ["vm-1", "vm-2"] {
+        let qemu = process_of("qemu-system", &format!("guest={vm},")).expect("it runs");
+        assert_eq!(status_field(&qemu, "Uid"), uid.to_string(), "QEMU is not root");
+        assert_eq!(status_field(&qemu, "Seccomp"), "2", "QEMU is in its sandbox");
+        let socket = store.path().join("vms").join(vm).join("nbd.sock");
+        let meta = std::fs::metadata(&socket).unwrap();
+        assert_eq!((meta.uid(), meta.mode() & 0o777), (uid, 0o600));
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let listed = Command::new("nbdinfo").args(["--list", &uri]).output().unwrap();
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        for other in ["vm-1", "vm-2", "tiny"].iter().filter(|other| **other != vm) {
+            assert!(!listed.contains(&format!("\"{other}\"")), "{vm} sees {other}: {listed}");
+        }
+    }
+
+    // The daemon dies and comes back, and the sockets are still those that QEMU may open.
+    kill(&process_of(store.path().to_str().unwrap(), "\0serve").expect("the daemon that boot started"));
+    let _serve = store.serve([""; 0]);
+    assert_eq!(std::fs::metadata(store.path().join("vms/vm-1/nbd.sock")).unwrap().uid(), uid);
+
+    // A guest that never boots: one line, nothing left of it, the others are not touched.
+    let said = {
+        let mut never = boot(&["--name", "never", "--until", "serial:NO SUCH LINE", "--time-limit", "3"]);
+        let mut process = Process::start(&mut never);
+        assert_eq!(process.wait(Duration::from_secs(60)).code(), Some(1));
+        process.said()
+    };
+    assert!(said.contains("never: it had not booted after 3 s (waiting for serial:NO SUCH LINE)"), "{said}");
+    assert!(!store.path().join("vms/never").exists() && !store.path().join("overlays/never").exists());
+    assert!(process_of("qemu-system", "guest=never,").is_none());
+
+    // A guest that is asked to shut down syncs its disk first: its emulator has found the new daemon.
+    let mut serial = std::fs::File::open(store.path().join("vms/vm-1/serial.log")).unwrap();
+    store.run(["stop", "vm-1", "--remove"]);
+    let mut said = String::new();
+    serial.read_to_string(&mut said).unwrap();
+    assert!(said.contains("ACPI-POWEROFF") && !said.contains("error"), "{said}");
+    store.run(["stop", "vm-2", "--force"]);
+    assert!(process_of("qemu-system", "guest=vm-").is_none());
+    let left = store.run(["--json", "overlay", "list"]);
+    assert!(left.contains("vm-2") && !left.contains("vm-1"), "{left}");
+    assert!(
+        support::run(Command::new("virsh").args(["-c", host.libvirt(), "list", "--all", "--name"]))
+            .trim()
+            .is_empty()
+    );
+    store.run(["image", "verify", "tiny"]);
+}
+
+fn user_id(user: &str) -> u32 {
+    support::run(Command::new("id").args(["-u", user])).trim().parse().unwrap()
+}
+
+#[test]
+fn somebody_who_is_not_root_records_and_boots_without_any_setting() {
+    if !support::require(&["qemu-system-x86_64", "qemu-img", "setpriv"]) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    open_to_all(folder.path());
+    let home = folder.path().join("home");
+    let disk = folder.path().join("tiny.raw");
+    std::fs::create_dir(&home).unwrap();
+    support::run(Command::new("cp").arg("--sparse=always").arg(support::guest::disk("tiny")).arg(&disk));
+    // The programs lie where only root may look, perhaps.
+    let bin = folder.path().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    for program in [PathBuf::from(support::store::bootcache()), bootcache::record::tracer_library().unwrap()]
+    {
+        std::fs::copy(&program, bin.join(program.file_name().unwrap())).unwrap();
+    }
+    support::run(Command::new("chown").args(["-R", "nobody"]).arg(folder.path()));
+    let command = |words: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"]);
+        command.arg(bin.join("bootcache")).args(words).env_clear().current_dir(&home);
+        command.env("HOME", &home).env("PATH", "/usr/bin:/bin");
+        command
+    };
+    let run = |words: &[&str]| support::run(&mut command(words));
+
+    run(&["image", "add", "tiny", disk.to_str().unwrap()]);
+    let recorded = run(&["record", "tiny", "--until", BOOTED, "--memory", "128", "--accel", "tcg"]);
+    assert!(recorded.contains("via preload"), "{recorded}");
+    let boot = ["--json", "boot", "tiny", "--qemu", "--memory", "128", "--accel", "tcg", "--count", "2"];
+    let outcomes: Value = serde_json::from_str(&run(&boot)).unwrap();
+    assert_eq!(
+        (outcomes[0]["name"].as_str(), outcomes[1]["name"].as_str()),
+        (Some("tiny-vm-1"), Some("tiny-vm-2"))
+    );
+    let store = home.join(".local/share/bootcache");
+    assert!(store.join("vms/tiny-vm-1/nbd.sock").exists());
+    let daemon = process_of(store.to_str().unwrap(), "\0serve").expect("the daemon that boot started");
+    assert_ne!(status_field(&daemon, "Uid"), "0");
+    run(&["stop", "tiny-vm-1", "tiny-vm-2", "--remove"]);
+    let left: Value = serde_json::from_str(&run(&["--json", "overlay", "list"])).unwrap();
+    assert_eq!(left, serde_json::json!([]));
+    kill(&daemon);
+}
+
+#[test]
+fn under_libvirt_s_sandbox_the_tracer_sees_what_the_export_sees() {
+    if !support::require(&LIBVIRT) || !support::require_root() {
+        return;
+    }
+    let store = Store::new();
+    let disk = support::guest::disk("tiny");
+    store.run(["image", "add", "tiny", disk.to_str().unwrap()]);
+    let limits = ["--memory", "128", "--accel", "tcg", "--until", BOOTED];
+    let recorded = store.run(["--json", "record", "tiny", "--via", "nbd"].iter().chain(&limits));
+    let recorded: Value = serde_json::from_str(&recorded).unwrap();
+    let shown: Value = serde_json::from_str(&store.run(["--json", "image", "show", "tiny"])).unwrap();
+    let root = store.path().join("images").join(shown["root"].as_str().unwrap());
+    let exported = kept::read(&root.join("recordings/1")).unwrap().1;
+    assert_eq!(recorded["via"], "nbd");
+
+    let image = store.beside("tiny.raw");
+    support::run(Command::new("cp").arg("--sparse=always").arg(&disk).arg(&image));
+    let overlay = store.beside("overlay.qcow2");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-F", "raw", "-b"]);
+    support::run(create.arg(&image).arg(&overlay));
+    let (trace, serial) = (store.beside("boot.trace"), store.beside("serial.log"));
+    let library = bootcache::record::tracer_library().unwrap();
+    let xml = store.beside("domain.xml");
+    let domain = format!(
+        "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+           <name>traced</name><memory unit='MiB'>128</memory>
+           <os><type arch='x86_64' machine='pc'>hvm</type></os>
+           <devices>
+             <emulator>/usr/bin/qemu-system-x86_64</emulator>
+             <disk type='file' device='disk'>
+               <driver name='qemu' type='qcow2' io='threads'/>
+               <source file='{}'/><target dev='vda' bus='virtio'/>
+             </disk>
+             <serial type='file'><source path='{}'/></serial>
+           </devices>
+           <qemu:commandline>
+             <qemu:env name='LD_PRELOAD' value='{}'/>
+             <qemu:env name='BOOTCACHE_TRACE_IMAGE' value='{}'/>
+             <qemu:env name='BOOTCACHE_TRACE_OUT' value='{}'/>
+           </qemu:commandline>
+         </domain>",
+        overlay.display(),
+        serial.display(),
+        library.display(),
+        image.display(),
+        trace.display()
+    );
+    std::fs::write(&xml, domain).unwrap();
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up(store.path().parent().unwrap(), &net, 0);
+    support::run(Command::new("virsh").args(["-c", host.libvirt(), "create"]).arg(&xml));
+    let deadline = Instant::now() + Duration::from_secs(240);
+    while !std::fs::read_to_string(&serial).unwrap_or_default().contains("BOOTED-OK") {
+        assert!(Instant::now() < deadline, "{}", std::fs::read_to_string(&serial).unwrap_or_default());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let qemu = process_of("qemu-system", "guest=traced,").expect("it runs");
+    assert_eq!(status_field(&qemu, "Seccomp"), "2", "QEMU is in its sandbox");
+    // As a power cut would end it.
+    drop(host);
+    let traced = Trace::open(&trace).unwrap().recording(256 << 20, u64::MAX).unwrap();
+    let jaccard = jaccard(&traced, &exported);
+    eprintln!("tracer under libvirt and export: {jaccard:.4} of {} blocks", blocks(&traced).len());
+    assert!(jaccard >= 0.98, "{jaccard}");
+}
+
+fn blocks(recording: &Recording) -> BTreeSet<u64> {
+    first_touches(std::slice::from_ref(recording), u64::MAX).iter().map(|touch| touch.block).collect()
+}
+
+fn jaccard(one: &Recording, other: &Recording) -> f64 {
+    let (one, other) = (blocks(one), blocks(other));
+    one.intersection(&other).count() as f64 / one.union(&other).count() as f64
+}
