@@ -1,6 +1,6 @@
 //! `/dev/nbdX`: an export of `serve` as a block device of this host, by the kernel's NBD client.
 //!
-//! The kernel is given sockets that are past the handshake ([`handshake`]), by generic netlink ([`netlink`]) or, where
+//! The kernel is given sockets that are past the handshake ([`opening`]), by generic netlink ([`netlink`]) or, where
 //! that is missing, by ioctl ([`ioctl`]). For each device there is a *keeper*, a process that gives the kernel new sockets
 //! when the server has been restarted ([`keeper`]); requests wait meanwhile. With ioctl there is no such way: a restart of
 //! the server breaks the device, which is why it is the fallback. What is attached where stands in the store ([`table`]).
@@ -8,11 +8,11 @@
 //! Not the server, and no part of `serve`: it goes through the export's socket as any client does.
 
 pub mod device;
-mod handshake;
 mod ioctl;
 mod keeper;
 mod message;
 mod netlink;
+mod opening;
 pub mod table;
 
 use std::io;
@@ -20,9 +20,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use device::Device;
-pub use handshake::HandshakeError;
 pub use keeper::{detach, keep};
 pub use netlink::KernelError;
+pub use opening::OpenError;
 pub use table::{Entry, Table};
 
 /// How the kernel is talked to.
@@ -72,7 +72,7 @@ pub enum AttachError {
     Kernel(#[from] KernelError),
     /// The server did not agree.
     #[error("cannot open export '{name}' at {socket}: {error}")]
-    Server { name: String, socket: String, error: HandshakeError },
+    Server { name: String, socket: String, error: OpenError },
     /// A device that did not become ready, or quiet.
     #[error("{device} did not become {state} within {seconds} s: see the kernel's log")]
     Stuck { device: Device, state: &'static str, seconds: u64 },

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use link::Link;
-pub use negotiation::ExportDescription;
+pub use negotiation::{ExportDescription, HandshakeError, handshake};
 
 use crate::chunk::Style;
 use crate::consts::{command, command_flag};

@@ -8,7 +8,7 @@ use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::chunk::Style;
-use crate::consts::{FLAG_NO_ZEROES, STRING_MAX, option, reply};
+use crate::consts::{FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HANDSHAKE_FLAGS, STRING_MAX, option, reply};
 use crate::handshake::{
     ExportInfo, OPTION_DATA_MAX, OPTION_HEADER_BYTES, export_info, greeting, list_entry, option_header,
     option_reply, parse_go, parse_queries, transmission_flags,
@@ -40,8 +40,8 @@ pub(crate) async fn server(
 ) -> io::Result<Option<(Box<dyn Stream>, Agreed)>> {
     stream.write_all(&greeting()).await?;
     let client_flags = stream.read_u32().await?;
-    let fixed_newstyle = client_flags & 1 != 0;
-    if client_flags & !3 != 0 || !fixed_newstyle {
+    let fixed_newstyle = client_flags & u32::from(FLAG_FIXED_NEWSTYLE) != 0;
+    if client_flags & !u32::from(HANDSHAKE_FLAGS) != 0 || !fixed_newstyle {
         return Err(violation("unknown client flags"));
     }
     let mut session = Session {

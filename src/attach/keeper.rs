@@ -15,9 +15,9 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::handshake::{self, HandshakeError, Opened};
 use super::ioctl::{self, Session};
 use super::netlink::{Kernel, KernelError, Setup};
+use super::opening::{self, Opened};
 use super::table::KeeperLock;
 use super::{AttachError, Device, Entry, Options, Table, Way};
 
@@ -186,8 +186,9 @@ impl Keeper<'_> {
                 opened = self.open_patiently() => opened?,
                 () = stop.cancelled() => return Ok(()),
             };
-            if opened.size != setup.size {
-                warn!(device = %entry.device, size = opened.size, "the export has another size now; not reconnected");
+            if self.setup(&opened).size != setup.size {
+                let size = opened.description.size;
+                warn!(device = %entry.device, size, "the export has another size now; not reconnected");
                 return Err(AttachError::Kernel(io::Error::other("the export has changed its size").into()));
             }
             // The kernel may not have noticed yet that the old one is dead: no room is a reason to try again.
@@ -253,9 +254,9 @@ impl Keeper<'_> {
     fn setup(&self, opened: &Opened) -> Setup {
         Setup {
             index: self.options.device.map(|device| device.0),
-            size: opened.size / u64::from(BLOCK_SIZE) * u64::from(BLOCK_SIZE),
+            size: opened.description.size / u64::from(BLOCK_SIZE) * u64::from(BLOCK_SIZE),
             block_size: BLOCK_SIZE,
-            flags: opened.flags,
+            flags: opened.description.flags,
             dead_connection_timeout: self.options.patience,
             backend: Entry::backend(&self.options.name),
         }
@@ -275,12 +276,10 @@ impl Keeper<'_> {
     }
 
     async fn open(&self) -> Result<Opened, AttachError> {
-        let (socket, name) = (self.options.socket.clone(), self.options.name.clone());
-        let opened = tokio::task::spawn_blocking(move || handshake::open(&socket, &name)).await;
-        let opened = opened.unwrap_or_else(|error| Err(HandshakeError::Io(io::Error::other(error))));
-        opened.map_err(|error| AttachError::Server {
-            name: self.options.name.clone(),
-            socket: self.options.socket.display().to_string(),
+        let Options { socket, name, .. } = self.options;
+        opening::open(socket, name).await.map_err(|error| AttachError::Server {
+            name: name.clone(),
+            socket: socket.display().to_string(),
             error,
         })
     }
