@@ -1,8 +1,8 @@
 //! Bytes that no honest peer would send, and operations in any order: no panic, no hang, no wrong byte.
 //!
-//! Each target runs for `BOOTCACHE_FUZZ_SECONDS` (5 unless set; `make fuzz` takes 20 minutes). Inputs are conversations
-//! of the seed corpus ([`seeds`]) that are spoilt at random places. Time is virtual: a wait that would never end is
-//! found at once. `cargo bolero test` drives the same targets by coverage, where a nightly toolchain is at hand.
+//! Each target runs for `BOOTCACHE_FUZZ_SECONDS`: 5 unless set, 60 in CI, and `make fuzz` takes 20 minutes. Inputs are
+//! conversations of the seed corpus ([`seeds`]) that are spoilt at random places. Time is virtual: a wait that would
+//! never end is found at once. `cargo bolero test` drives the same targets by coverage, where a nightly toolchain is.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -28,7 +28,8 @@ const SIZE: usize = 1 << 20;
 
 fn budget() -> Duration {
     let seconds = std::env::var("BOOTCACHE_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(5))
+    let usual = if std::env::var_os("CI").is_some() { 60 } else { 5 };
+    Duration::from_secs(seconds.unwrap_or(usual))
 }
 
 /// Runs `check` on inputs of type `T` until the time is over.

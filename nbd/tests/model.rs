@@ -1,4 +1,6 @@
 //! Two clients' random operations against a vector of bytes, over a real socket.
+//!
+//! For `BOOTCACHE_MODEL_SECONDS`: 10 unless set, 120 in CI, and `make soak` takes half an hour.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -93,8 +95,9 @@ async fn hammer(client: Client, base: u32, size: u32, seed: u64, until: Instant)
 }
 
 async fn two_clients(disk: SharedDisk) {
-    let seconds =
-        std::env::var("BOOTCACHE_MODEL_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
+    let usual = if std::env::var_os("CI").is_some() { 120 } else { 10 };
+    let seconds = std::env::var("BOOTCACHE_MODEL_SECONDS").ok().and_then(|text| text.parse().ok());
+    let seconds = seconds.unwrap_or(usual);
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nbd.sock");
