@@ -58,8 +58,6 @@ pub struct Nic {
     pub address: Option<(IpAddr, u8)>,
     /// Where packets for elsewhere go.
     pub gateway: Option<IpAddr>,
-    /// VLAN that it is in, untagged.
-    pub vlan: Option<u16>,
 }
 
 /// What an instance starts from.

@@ -43,7 +43,6 @@ fn nic(host: u8) -> Nic {
         mac: format!("52:54:00:55:00:{host:02x}"),
         address: Some((format!("10.55.0.{host}").parse().unwrap(), 24)),
         gateway: None,
-        vlan: None,
     }
 }
 
@@ -191,7 +190,7 @@ async fn containers_of_two_hosts_are_on_one_network_and_report() {
     }
     let folder = tempfile::tempdir().unwrap();
     let net = Net::new(2, Rate::Unlimited);
-    net.add_uplinks();
+    net.add_uplinks(Rate::Unlimited);
     let hosts = [Host::up(folder.path(), &net, 0), Host::up(folder.path(), &net, 1)];
     let archive = folder.path().join("box.tar");
     container::root_fs(&archive, 0);

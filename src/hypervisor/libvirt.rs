@@ -26,6 +26,7 @@ const CALLS_MAX: usize = 32;
 #[derive(Debug, Clone)]
 pub struct Libvirt {
     uri: String,
+    deadline: Duration,
     calls: Arc<Semaphore>,
 }
 
@@ -33,7 +34,13 @@ impl Libvirt {
     /// The daemon at `uri`, such as `qemu:///system`. Nothing is connected yet.
     pub fn new(uri: impl Into<String>) -> Self {
         clear_error_callback();
-        Self { uri: uri.into(), calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+        Self { uri: uri.into(), deadline: DEADLINE, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+    }
+
+    /// The same with another limit for every call; without, it is a minute.
+    #[must_use]
+    pub fn with_deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
     }
 
     /// Defines a domain from XML and starts it; returns when its QEMU runs. A domain that does not start is undefined.
@@ -178,10 +185,10 @@ impl Libvirt {
             });
             receive.await
         };
-        match tokio::time::timeout(DEADLINE, called).await {
+        match tokio::time::timeout(self.deadline, called).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(LibvirtError::Refused("its client library failed".to_owned())),
-            Err(_) => Err(LibvirtError::TimedOut { uri: self.uri.clone(), after: DEADLINE }),
+            Err(_) => Err(LibvirtError::TimedOut { uri: self.uri.clone(), after: self.deadline }),
         }
     }
 }

@@ -14,6 +14,12 @@ impl Libvirt {
         Self
     }
 
+    /// The same with another limit for every call.
+    #[must_use]
+    pub fn with_deadline(self, _deadline: std::time::Duration) -> Self {
+        self
+    }
+
     /// Not built.
     pub async fn launch(&self, _xml: String) -> Result<(), LibvirtError> {
         Err(LibvirtError::NotBuilt)

@@ -114,7 +114,6 @@ fn order(
                 mac: mac(context.cluster, &name, index),
                 address: Some((address, network.subnet.prefix())),
                 gateway: network.gateway.filter(|gateway| *gateway != address),
-                vlan: network.vlan,
             }
         })
         .collect();

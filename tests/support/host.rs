@@ -33,7 +33,7 @@ impl Host {
         &self.libvirt
     }
 
-    /// Starts dockerd; returns the address of its API.
+    /// Starts dockerd, again after it was killed; returns the address of its API.
     #[track_caller]
     pub fn docker(&self) -> String {
         script("docker", &self.folder, &[])
@@ -42,6 +42,17 @@ impl Host {
     /// The address of its dockerd's API, once that was started.
     pub fn docker_address(&self) -> String {
         format!("unix://{}", self.folder.join("docker/docker.sock").display())
+    }
+
+    /// Where its dockerd's process id is.
+    pub fn docker_pid_file(&self) -> PathBuf {
+        self.folder.join("docker/docker.pid")
+    }
+
+    /// Starts libvirtd again, after it was killed.
+    #[track_caller]
+    pub fn restart_libvirtd(&self) {
+        script("libvirtd", &self.folder, &[]);
     }
 
     /// A command that will run inside: its processes, network and libvirt folders.

@@ -6,6 +6,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
 
+pub mod cluster;
 pub mod container;
 pub mod guest;
 pub mod host;

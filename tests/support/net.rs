@@ -50,9 +50,9 @@ impl Net {
     }
 
     /// Gives every host a second card, `eth1`, without an address, on a switch of its own: an uplink for networks of
-    /// instances, since a card with the host's address cannot be in a bridge.
+    /// instances, since a card with the host's address cannot be in a bridge. Shaped in both directions too.
     #[track_caller]
-    pub fn add_uplinks(&self) {
+    pub fn add_uplinks(&self, rate: Rate) {
         let switch = self.switch();
         ip(&["-n", &switch, "link", "add", "uplinks", "type", "bridge"]);
         ip(&["-n", &switch, "link", "set", "uplinks", "up"]);
@@ -62,31 +62,16 @@ impl Net {
                 "-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth1", "netns", &name,
             ]);
             ip(&["-n", &switch, "link", "set", &port, "master", "uplinks", "up"]);
+            shape(&name, "eth1", rate);
+            shape(&switch, &port, rate);
         }
     }
 
     /// Changes a host's link, both directions.
     #[track_caller]
     pub fn shape(&self, host: usize, rate: Rate) {
-        for (namespace, device) in
-            [(self.namespace(host), "eth0".to_owned()), (self.switch(), format!("port{host}"))]
-        {
-            match rate {
-                Rate::Unlimited => {
-                    let mut command = Command::new("/sbin/tc");
-                    let _none_there =
-                        command.args(["-n", &namespace, "qdisc", "del", "dev", &device, "root"]).output();
-                }
-                Rate::Megabits(rate) => {
-                    let burst = if rate > 300 { "256kb" } else { "32kb" };
-                    super::run(
-                        Command::new("/sbin/tc")
-                            .args(["-n", &namespace, "qdisc", "replace", "dev", &device, "root", "tbf"])
-                            .args(["rate", &format!("{rate}mbit"), "burst", burst, "latency", "20ms"]),
-                    );
-                }
-            }
-        }
+        shape(&self.namespace(host), "eth0", rate);
+        shape(&self.switch(), &format!("port{host}"), rate);
     }
 
     /// Pulls a host's cable, or puts it back.
@@ -193,6 +178,25 @@ impl Drop for Net {
     fn drop(&mut self) {
         for name in (0..self.hosts).map(|host| self.namespace(host)).chain([self.switch()]) {
             remove(&name);
+        }
+    }
+}
+
+/// Changes what a device lets out.
+#[track_caller]
+fn shape(namespace: &str, device: &str, rate: Rate) {
+    match rate {
+        Rate::Unlimited => {
+            let mut command = Command::new("/sbin/tc");
+            let _none_there = command.args(["-n", namespace, "qdisc", "del", "dev", device, "root"]).output();
+        }
+        Rate::Megabits(rate) => {
+            let burst = if rate > 300 { "256kb" } else { "32kb" };
+            super::run(
+                Command::new("/sbin/tc")
+                    .args(["-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf"])
+                    .args(["rate", &format!("{rate}mbit"), "burst", burst, "latency", "20ms"]),
+            );
         }
     }
 }
