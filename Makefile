@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-transfer bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-nbd clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -60,18 +60,15 @@ check: setup ## formatting, lints, documentation, licences
 bench-quick: setup ## instructions of the hot paths, counted and compared with what is expected (a minute; in CI)
 	$(CARGO) bench --locked --profile dev --bench quick
 
-bench-boot: guests ## boot a real Debian every way in turn, at 100 Mbit/s and 1 Gbit/s, and replay it on 1 to 32 nodes
-	$(CARGO) bench --locked --bench boot
-	for rate in 100 1000; do \
-		$(CARGO) bench --locked --bench boot -- --table --rate $$rate; \
-		$(CARGO) bench --locked --bench boot -- --table --rate $$rate --nodes 3 --rounds 3 --ways bootcache,off; \
-		$(CARGO) bench --locked --bench boot -- --table --rate $$rate --play replay; \
-		for nodes in 3 4 16 32; do \
-			$(CARGO) bench --locked --bench boot -- --table --rate $$rate --play replay --nodes $$nodes \
-				--rounds 3 --ways bootcache,off,qemu-nbd; \
-		done; \
-	done
-	$(CARGO) bench --locked --bench boot -- --table --ways present --rounds 10
+bench-boot: guests ## every way to boot, tabled, drawn, predicted; hours, resumable (MINUTES=60 bounds it, FRESH=1 starts anew)
+	$(CARGO) bench --locked --bench boot -- --all $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FRESH),--fresh)
+	$(CARGO) bench --locked --bench boot -- --pictures target/bench/pictures
+
+bench-boot-show: ## the tables of what bench-boot has measured so far
+	$(CARGO) bench --locked --bench boot -- --show
+
+bench-predict: guests ## the simulator, fixed by one node, against replays of 3 and 16 nodes and of a slow one (15 minutes)
+	$(CARGO) bench --locked --bench boot -- --predict
 
 bench-transfer: guests build ## replay a recorded boot over shaped links: one node, three, twice the image, misses under fill
 	scripts/bench-transfer --rate 100

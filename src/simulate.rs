@@ -34,13 +34,15 @@ pub struct Scenario {
     pub round_trip_us: u64,
     /// Nodes begin within so many ms, evenly at random.
     pub stagger_ms: u64,
+    /// A node asks for its first frame so many ms before its guest starts.
+    pub guest_after_ms: u64,
     /// Racks; 1 is a network without a core.
     pub racks: u32,
     /// By how much the links of a rack's nodes exceed the rack's own.
     pub oversubscription: f64,
     /// Bytes a second that a node checks and stores.
     pub storing: u64,
-    /// Share of nodes that send at a tenth of their link's rate.
+    /// Share of nodes that send at a tenth of their link's rate; which ones is drawn.
     pub slow: f64,
     /// Share of nodes that fall silent at some time in the first half of the boot.
     pub dying: f64,
@@ -66,6 +68,7 @@ impl Default for Scenario {
             origin_link: payload(1000),
             round_trip_us: 200,
             stagger_ms: 500,
+            guest_after_ms: 0,
             racks: 1,
             oversubscription: 1.0,
             storing: 400_000_000,

@@ -4,33 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::drive::Drive;
 use super::lab::{Lab, Server};
+use super::setting::{Play, Setting};
 use super::support::guest::wait_for_boot;
 use super::support::process::Process;
-use super::support::store::{bootcache, uri};
-
-/// What a node boots from.
-pub(crate) enum Drive {
-    /// A raw file on the node.
-    Raw(PathBuf),
-    /// An export on a Unix socket of the node.
-    Unix(PathBuf, String),
-    /// The empty export name of a server on TCP, port 10809.
-    Tcp(String),
-    /// QEMU's own words; cannot be replayed.
-    Qemu(String),
-}
-
-/// Who boots.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Player {
-    /// A guest in QEMU.
-    Guest,
-    /// The recorded boot, with the thinking divided by this.
-    Replay(f64),
-}
+use super::support::store::bootcache;
 
 /// A node's part, on the clock: from nothing to a drive that can be read.
 pub(crate) type Fetch = Box<dyn Fn(&Lab, usize) -> Drive + Sync>;
@@ -43,16 +24,17 @@ pub(crate) struct Prepared {
     pub(crate) stores: Vec<PathBuf>,
 }
 
-/// What one run came to, over all nodes.
-#[derive(Debug, Clone, Serialize)]
+/// What one run came to, over all nodes. Times are those of the machine's clock, whatever the slow motion.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Boot {
     /// From the start of everything to the guest's report; one for each node.
     pub(crate) seconds: Vec<f64>,
     /// Of them, until there was a drive to boot from; of the slowest node.
     pub(crate) ready_seconds: f64,
-    /// In which at least one read of the guest had no answer; the longest of the nodes. None for a real guest on what
-    /// does not count it.
+    /// In which at least one read of the replayed guest had no answer; the longest of the nodes.
     pub(crate) waiting_ms: Option<f64>,
+    /// The same as bootcache counts it, which it does for real guests too: reads of what was not there yet.
+    pub(crate) blocked_ms: Option<f64>,
     /// Over the links of all nodes but the origin's, both directions, headers included.
     pub(crate) wire_bytes: u64,
     /// Of them, what came in the background and nobody waited for.
@@ -61,8 +43,10 @@ pub(crate) struct Boot {
     pub(crate) origin_bytes: u64,
     /// Of the tools, not of the guest: servers at the origin and on the nodes, and fetching when one node fetches.
     pub(crate) cpu_seconds: f64,
-    /// Most resident memory of a server on a node.
+    /// Most resident memory of a server on a node; 0 where there is none.
     pub(crate) memory_bytes: u64,
+    /// Share of all the machine's processor time that was in use, by anybody: near 1, the processors were the limit.
+    pub(crate) busy: f64,
     /// Read by the replayer and not as in the image; must be 0.
     pub(crate) wrong_bytes: u64,
 }
@@ -75,32 +59,34 @@ impl Boot {
 }
 
 /// Runs it on nodes `1..=nodes`, all at once.
-pub(crate) fn run(lab: &Lab, prepared: &Prepared, player: Player) -> Boot {
+pub(crate) fn run(lab: &Lab, prepared: &Prepared, setting: &Setting) -> Boot {
     let nodes: Vec<usize> = (1..=lab.nodes).collect();
     let wire = || nodes.iter().map(|node| lab.net.traffic(*node)).map(|(sent, got)| sent + got).sum::<u64>();
-    let before = (wire(), lab.net.traffic(0).0, servers_cpu(prepared));
+    let before = (wire(), lab.net.traffic(0).0, servers_cpu(prepared), Machine::now());
     let began = Instant::now();
     let booted: Vec<One> = std::thread::scope(|scope| {
         let running: Vec<_> =
-            nodes.iter().map(|node| scope.spawn(|| one(lab, *node, prepared, player, began))).collect();
-        running.into_iter().map(|node| node.join().expect("a node that fails has said why")).collect()
+            nodes.iter().map(|node| scope.spawn(|| one(lab, *node, prepared, setting, began))).collect();
+        let ended: Vec<_> = running.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        ended.into_iter().map(|node| node.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     });
+    let busy = Machine::now().busy_since(&before.3);
     let at_node = prepared.servers.iter().filter(|server| server.host > 0);
     let fetching = if nodes.len() == 1 { booted[0].fetch_cpu } else { Duration::ZERO };
     let wire_bytes = wire() - before.0;
     let told: Vec<Told> =
         prepared.stores.iter().take(nodes.len()).map(|store| Told::by(lab, store)).collect();
-    let counted = told.iter().filter_map(|told| told.blocked_ms).reduce(f64::max);
-    let replayed = booted.iter().filter_map(|one| one.waiting_ms).reduce(f64::max);
     Boot {
         seconds: booted.iter().map(|one| one.seconds).collect(),
         ready_seconds: booted.iter().map(|one| one.ready_seconds).fold(0.0, f64::max),
-        waiting_ms: replayed.or(counted),
+        waiting_ms: booted.iter().filter_map(|one| one.waiting_ms).reduce(f64::max),
+        blocked_ms: told.iter().filter_map(|told| told.blocked_ms).reduce(f64::max),
         wire_bytes,
         fill_bytes: told.iter().map(|told| told.fill_bytes).sum(),
         origin_bytes: lab.net.traffic(0).0 - before.1,
         cpu_seconds: (servers_cpu(prepared) - before.2 + fetching).as_secs_f64(),
         memory_bytes: at_node.map(|server| server.process.memory("VmHWM")).max().unwrap_or(0),
+        busy,
         wrong_bytes: booted.iter().map(|one| one.wrong_bytes).sum(),
     }
 }
@@ -113,73 +99,55 @@ struct One {
     fetch_cpu: Duration,
 }
 
-fn one(lab: &Lab, node: usize, prepared: &Prepared, player: Player, began: Instant) -> One {
+fn one(lab: &Lab, node: usize, prepared: &Prepared, setting: &Setting, began: Instant) -> One {
     let before = children_cpu();
     let drive = (prepared.fetch)(lab, node);
     let ready_seconds = began.elapsed().as_secs_f64();
     let fetch_cpu = children_cpu().saturating_sub(before);
-    match player {
-        Player::Guest => {
+    match setting.play {
+        Play::Guest => {
             let mut guest = Command::new("qemu-system-x86_64");
             guest.args(["-accel", "tcg", "-m", "512", "-smp", "1", "-display", "none", "-monitor", "none"]);
             guest.args(["-nic", "none", "-no-reboot", "-serial", "stdio", "-drive", &drive.for_qemu()]);
-            let guest = Process::start(&mut lab.net.on(node, &guest));
+            let guest = Process::start(&mut lab.on(node, &guest));
             wait_for_boot(&guest);
             let seconds = began.elapsed().as_secs_f64();
             One { seconds, ready_seconds, waiting_ms: None, wrong_bytes: 0, fetch_cpu }
         }
-        Player::Replay(speed) => {
-            // A file is read through a server too: a local boot by the replayer is one from nbdkit on the node.
-            let (uri, _server) = drive.for_replay(lab, node);
+        Play::Replay => {
+            let (uri, server) = drive.for_replay(lab, node);
             let mut replay = Command::new(bootcache());
-            replay.args(["--json", "replay", "--speed", &speed.to_string(), "--verify"]).arg(&lab.raw);
-            replay.arg("--recording").arg(&lab.recording_path).arg(uri);
-            let said = super::support::run(&mut lab.net.on(node, &replay));
+            replay.args(["--json", "replay", "--speed", &setting.clock_speed().to_string(), "--verify"]);
+            replay.arg(&lab.raw).arg("--recording").arg(&lab.recording_path).arg(uri);
+            let said = lab.run(node, &replay);
             let seconds = began.elapsed().as_secs_f64();
             let report: serde_json::Value = serde_json::from_str(&said).expect("replay prints JSON");
             let wrong_bytes = report["wrong_bytes"].as_u64().expect("a count");
+            let client_cpu = match drive {
+                Drive::Qemu { .. } => server.as_ref().map_or(Duration::ZERO, |server| server.process.cpu()),
+                _ => Duration::ZERO,
+            };
+            let fetch_cpu = fetch_cpu + client_cpu;
             One { seconds, ready_seconds, waiting_ms: report["waiting_ms"].as_f64(), wrong_bytes, fetch_cpu }
         }
     }
 }
 
-impl Drive {
-    fn for_qemu(&self) -> String {
-        let nbd = "if=virtio,driver=raw,snapshot=on,file.driver=nbd";
-        match self {
-            Self::Raw(path) => format!("if=virtio,file={},format=raw", path.display()),
-            Self::Unix(socket, export) if export.is_empty() => {
-                format!("{nbd},file.server.type=unix,file.server.path={}", socket.display())
-            }
-            Self::Unix(socket, export) => {
-                format!("if=virtio,{}", super::support::guest::nbd_drive(socket, export))
-            }
-            Self::Tcp(host) => {
-                format!("{nbd},file.server.type=inet,file.server.host={host},file.server.port=10809")
-            }
-            Self::Qemu(words) => format!("if=virtio,{words}"),
-        }
-    }
-
-    fn for_replay(&self, lab: &Lab, node: usize) -> (String, Option<Server>) {
-        match self {
-            Self::Raw(path) => {
-                let socket = lab.fresh("raw.sock");
-                let (at, file) =
-                    (socket.to_str().expect("our own path"), path.to_str().expect("our own path"));
-                let server =
-                    lab.socket_server(node, &socket, "nbdkit", &["-f", "-r", "-U", at, "file", file]);
-                (uri(&socket, ""), Some(server))
-            }
-            Self::Unix(socket, export) => (uri(socket, export), None),
-            Self::Tcp(host) => (format!("nbd://{host}:10809/"), None),
-            Self::Qemu(words) => panic!("only QEMU understands {words}"),
-        }
-    }
+fn servers_cpu(prepared: &Prepared) -> Duration {
+    prepared.servers.iter().map(|server| server.process.cpu() + below(server.process.id())).sum()
 }
 
-fn servers_cpu(prepared: &Prepared) -> Duration {
-    prepared.servers.iter().map(|server| server.process.cpu()).sum()
+/// Of the processes that a server started, such as the NFS server below the `unshare` that it runs in.
+fn below(pid: u32) -> Duration {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let cpu = |child: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit(')').next().unwrap_or_default();
+        let ticks =
+            after_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok());
+        Duration::from_millis(ticks.sum::<u64>() * 10) + below(child)
+    };
+    children.split_whitespace().filter_map(|child| child.parse().ok()).map(cpu).sum()
 }
 
 /// Of this process's children that have ended.
@@ -188,6 +156,28 @@ fn children_cpu() -> Duration {
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     let ticks: u64 = fields[13..15].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
     Duration::from_millis(ticks * 10)
+}
+
+/// The machine's processor time so far, in ticks.
+struct Machine {
+    busy: u64,
+    all: u64,
+}
+
+impl Machine {
+    fn now() -> Self {
+        let stat = std::fs::read_to_string("/proc/stat").expect("Linux");
+        let first = stat.lines().next().unwrap_or_default();
+        // user nice system idle iowait irq softirq steal; the two for guests are part of the first.
+        let ticks: Vec<u64> =
+            first.split_whitespace().skip(1).take(8).filter_map(|ticks| ticks.parse().ok()).collect();
+        let all = ticks.iter().sum();
+        Self { busy: all - ticks[3] - ticks[4], all }
+    }
+
+    fn busy_since(&self, before: &Self) -> f64 {
+        (self.busy - before.busy) as f64 / (self.all - before.all).max(1) as f64
+    }
 }
 
 /// What a node's daemon says at the end.

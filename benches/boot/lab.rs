@@ -1,10 +1,12 @@
 //! Where it is measured: an origin (host 0) with the golden image, published, nodes (hosts 1 to N) on shaped links, and one
 //! more host that does not boot.
 //!
-//! The golden store is made once for each guest and kept below the cache folder, because recording takes a boot.
+//! Every command goes through here, so that it is written down for the results and cannot run for ever.
 
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,13 +14,17 @@ use bootcache::boot_cache::recording::Recording;
 use bootcache::boot_cache::{BootCache, Heads, kept};
 use bootcache::store;
 
+use super::golden::golden;
+use super::setting::Setting;
 use super::support;
 use super::support::net::{Net, Rate};
 use super::support::process::Process;
 use super::support::store::bootcache;
 
 const PEER_PORT: u16 = 4600;
-const SERVER_DEADLINE: Duration = Duration::from_secs(20);
+const SERVER_DEADLINE: Duration = Duration::from_secs(30);
+/// No command of a way takes longer: a rival that hangs costs a row, not the run.
+const COMMAND_DEADLINE_S: &str = "900";
 
 /// A server of the way that is measured, on one of the hosts.
 pub(crate) struct Server {
@@ -43,12 +49,14 @@ pub(crate) struct Lab {
     folder: tempfile::TempDir,
     count: AtomicU32,
     rate: Rate,
+    /// Command lines since they were last taken.
+    said: Mutex<Vec<String>>,
 }
 
 impl Lab {
-    /// `guest` is one of `scripts/guest`, or the path of a store that has the image `golden`, recorded.
-    pub(crate) fn new(guest: &str, nodes: usize, megabits: u32) -> Self {
-        let golden = if guest.contains('/') { PathBuf::from(guest) } else { golden(guest) };
+    pub(crate) fn new(setting: &Setting) -> Self {
+        let (nodes, megabits) = (setting.nodes, setting.clock_megabits());
+        let golden = golden(&setting.guest);
         let entry = store::Store::open(&golden)
             .and_then(|store| store.resolve(&"golden".parse().expect("a name")))
             .expect("the golden store has the image");
@@ -58,7 +66,8 @@ impl Lab {
         let cache = BootCache::open(&entry.boot_path(), entry.root).expect("a sound boot cache");
         let rate = Rate::Megabits(megabits);
         let net = Net::new(nodes + 2, rate);
-        let goodput = net.goodput(0, 1, if megabits > 300 { 64 << 20 } else { 8 << 20 });
+        let second = megabits as usize * 125_000;
+        let goodput = net.goodput(0, 1, second);
         Self {
             net,
             nodes,
@@ -71,6 +80,7 @@ impl Lab {
             folder: tempfile::Builder::new().prefix("bcbench-").tempdir().expect("a temporary folder"),
             count: AtomicU32::new(0),
             rate,
+            said: Mutex::default(),
         }
     }
 
@@ -81,11 +91,24 @@ impl Lab {
 
     /// Does `work` while no link is shaped: what a user would have done long before.
     pub(crate) fn quickly<T>(&self, work: impl FnOnce() -> T) -> T {
-        let shape = |rate| (0..=self.nodes + 1).for_each(|host| self.net.shape(host, rate));
-        shape(Rate::Unlimited);
+        (0..=self.nodes + 1).for_each(|host| self.net.shape(host, Rate::Unlimited));
         let done = work();
-        shape(self.rate);
+        self.shape_all();
         done
+    }
+
+    /// Every link as it should be.
+    pub(crate) fn shape_all(&self) {
+        (0..=self.nodes + 1).for_each(|host| self.net.shape(host, self.rate));
+    }
+
+    /// What a host sends goes at a fraction of its link's rate, until [`Lab::shape_all`]; what it gets does not.
+    pub(crate) fn slow_down_sending(&self, host: usize, divisor: u32) {
+        let Rate::Megabits(megabits) = self.rate else { return };
+        let (namespace, rate) = (self.net.namespace(host), format!("{}kbit", megabits * 1000 / divisor));
+        let mut shape = Command::new("/sbin/tc");
+        shape.args(["-n", &namespace, "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", &rate]);
+        support::run(shape.args(["burst", "32kb", "latency", "200ms"]));
     }
 
     pub(crate) fn folder(&self) -> &Path {
@@ -101,10 +124,30 @@ impl Lab {
         format!("{}:{PEER_PORT}", self.net.address(host))
     }
 
-    /// Starts a server on a host and gives it a moment to listen.
-    pub(crate) fn server(&self, host: usize, program: &str, arguments: &[&str]) -> Server {
-        let process = Process::start(&mut self.net.on(host, Command::new(program).args(arguments)));
-        std::thread::sleep(Duration::from_millis(300));
+    /// A command that will run on a host, written down.
+    pub(crate) fn on(&self, host: usize, command: &Command) -> Command {
+        self.write_down(host, command);
+        self.net.on(host, command)
+    }
+
+    /// Runs a command on a host to its end, and returns what it printed.
+    pub(crate) fn run(&self, host: usize, command: &Command) -> String {
+        self.write_down(host, command);
+        let mut bounded = Command::new("timeout");
+        bounded.args(["-k", "5", COMMAND_DEADLINE_S]).arg(command.get_program()).args(command.get_args());
+        support::run(&mut self.net.on(host, &bounded))
+    }
+
+    /// Starts a server on a host and waits until it listens on a TCP port.
+    pub(crate) fn server(&self, host: usize, port: u16, program: &str, arguments: &[&str]) -> Server {
+        let process = Process::start(&mut self.on(host, Command::new(program).args(arguments)));
+        let address = (self.net.address(host), port).into();
+        let began = Instant::now();
+        let listens = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).map(drop).is_ok();
+        while !self.net.within(host, listens) {
+            assert!(began.elapsed() < SERVER_DEADLINE, "{program} does not listen: {}", process.said());
+            std::thread::sleep(Duration::from_millis(20));
+        }
         Server { host, process }
     }
 
@@ -116,7 +159,7 @@ impl Lab {
         program: &str,
         arguments: &[&str],
     ) -> Server {
-        let process = Process::start(&mut self.net.on(host, Command::new(program).args(arguments)));
+        let process = Process::start(&mut self.on(host, Command::new(program).args(arguments)));
         let began = Instant::now();
         while !socket.exists() {
             assert!(began.elapsed() < SERVER_DEADLINE, "{program} does not listen: {}", process.said());
@@ -132,7 +175,7 @@ impl Lab {
         if relays {
             command.args(["--peer-listen", &self.peer(host)]);
         }
-        let process = Process::start(&mut self.net.on(host, &command));
+        let process = Process::start(&mut self.on(host, &command));
         process.wait_for("ready", SERVER_DEADLINE);
         Server { host, process }
     }
@@ -141,7 +184,39 @@ impl Lab {
     pub(crate) fn bootcache(&self, host: usize, store: &Path, arguments: &[&str]) -> String {
         let mut command = Command::new(bootcache());
         command.arg("--store").arg(store).args(arguments);
-        support::run(&mut self.net.on(host, &command))
+        self.run(host, &command)
+    }
+
+    /// The command lines since the last call, each once, for reading: of the origin, the first node and the second
+    /// source, with short names for the folders of this run.
+    pub(crate) fn take_commands(&self) -> Vec<String> {
+        let mut all = std::mem::take(&mut *self.said.lock().expect("nobody panics with it"));
+        let mut seen = std::collections::HashSet::new();
+        all.retain(|line| seen.insert(line.clone()));
+        all
+    }
+
+    fn write_down(&self, host: usize, command: &Command) {
+        let who = match host {
+            0 => "origin",
+            1 => "node",
+            host if host == self.nodes + 1 => "second",
+            _ => return,
+        };
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let line = words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ");
+        let short = [
+            (self.raw.display().to_string(), "GOLDEN"),
+            (self.recording_path.display().to_string(), "RECORDING"),
+            (self.golden.display().to_string(), "STORE"),
+            (self.folder.path().display().to_string(), "TMP"),
+            (bootcache().to_owned(), "bootcache"),
+        ];
+        let line = short.iter().fold(line, |line, (long, short)| line.replace(long, short));
+        let line = format!("{who}$ {line}");
+        if !line.ends_with("--json status") {
+            self.said.lock().expect("nobody panics with it").push(line);
+        }
     }
 
     /// The recorded boot's own time, in ms, with the thinking divided by `speed`.
@@ -165,24 +240,6 @@ fn bytes_a_second(megabits: f64) -> u64 {
     (megabits * 125_000.0) as u64
 }
 
-/// A store with the guest imported and its boot recorded; made on first use.
-fn golden(guest: &str) -> PathBuf {
-    let raw = support::guest::disk(guest);
-    let name = raw.file_stem().expect("it has a name");
-    let cache = raw.parent().and_then(Path::parent).expect("it is in the cache folder").join("bench");
-    let dir = cache.join(name);
-    if dir.join("store").is_dir() {
-        return dir.join("store");
-    }
-    eprintln!("importing {guest} and recording its boot (kept in {})", dir.display());
-    let making = cache.join(format!("{}.{}", name.display(), std::process::id()));
-    std::fs::create_dir_all(&making).expect("the cache folder is writable");
-    let store = making.join("store");
-    let run = |arguments: &[&std::ffi::OsStr]| {
-        support::run(Command::new(bootcache()).arg("--store").arg(&store).args(arguments));
-    };
-    run(&["image".as_ref(), "add".as_ref(), "golden".as_ref(), raw.as_os_str()]);
-    run(&["record", "golden", "--until", "serial:BOOTED-OK", "--memory", "512"].map(AsRef::as_ref));
-    std::fs::rename(&making, &dir).expect("a rename within the cache folder");
-    dir.join("store")
+fn quoted(word: &str) -> String {
+    if word.contains([' ', ';', '|']) { format!("'{word}'") } else { word.to_owned() }
 }

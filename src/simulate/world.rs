@@ -120,7 +120,7 @@ impl<'a> World<'a> {
         let now_ns = self.events.now_ns();
         let this = &mut self.nodes[node as usize];
         if this.life == Life::NotStarted {
-            this.start(self.profile, now_ns);
+            this.start(self.profile, now_ns, now_ns + self.scenario.guest_after_ms * 1_000_000);
             self.roster.insert(this.key);
             self.fill_window(node);
         }
@@ -388,7 +388,9 @@ impl<'a> World<'a> {
         took.sort_by(f64::total_cmp);
         let last_ns = booted().filter_map(|node| node.booted_ns).max().unwrap_or(0);
         let last_start_ns = booted().map(|node| node.started_ns).max().unwrap_or(0);
-        let local_ms = self.profile.end_ms as f64 + self.profile.waiting_min_ms(self.scenario.link);
+        let lead_ms = self.scenario.guest_after_ms as f64;
+        let waiting_ms = (self.profile.waiting_min_ms(self.scenario.link) - lead_ms).max(0.0);
+        let local_ms = lead_ms + self.profile.end_ms as f64 + waiting_ms;
         let sent: Vec<f64> = booted().map(|node| node.sent as f64).collect();
         let bytes = self.profile.bytes().max(1) as f64;
         let died = nodes.iter().filter(|node| node.life == Life::Silent).count();
@@ -411,10 +413,16 @@ impl<'a> World<'a> {
     }
 }
 
-/// `share` of the numbers from 1 to below `count`, at random.
+/// `share` of the numbers from 1 to below `count`, drawn; as many as that is, to the nearest.
 fn drawn(count: usize, share: f64, draw: &mut Draw) -> Vec<usize> {
-    let threshold = share * 1e6;
-    (1..count).filter(|_| (draw.below(1_000_000) as f64) < threshold).collect()
+    let mut numbers: Vec<usize> = (1..count).collect();
+    let wanted = (1..count).filter(|taken| (*taken as f64) < share * numbers.len() as f64 + 0.5).count();
+    for at in 0..wanted {
+        let other = at + draw.below(numbers.len() - at);
+        numbers.swap(at, other);
+    }
+    numbers.truncate(wanted);
+    numbers
 }
 
 fn number(index: usize) -> u32 {
