@@ -3,6 +3,8 @@
 //! [`disk::Disk`] is what an export shows; [`layers`] are disks to begin with; [`server::Server`] serves them,
 //! [`client::Client`] reads them from afar. The codecs ([`handshake`], [`request`], [`chunk`]) take bytes and give bytes.
 
+#![forbid(unsafe_code)]
+
 pub mod chunk;
 pub mod client;
 mod connection;
@@ -19,3 +21,8 @@ pub use client::Client;
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
 pub use limits::Limits;
 pub use server::{Export, ExportStats, Exports, Server, Tls};
+
+/// The README's program compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
