@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-nbd clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-nbd miri memcheck clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,6 +48,16 @@ prove-checks: ## a build that does not check what peers send must fail its test
 
 fuzz: ## the NBD server, client and codecs against spoilt bytes, 20 minutes (BOOTCACHE_FUZZ_SECONDS)
 	BOOTCACHE_FUZZ_SECONDS=$${BOOTCACHE_FUZZ_SECONDS:-1200} $(CARGO) test --locked -p bootcache-nbd --test fuzz -- --nocapture
+
+miri: ## the NBD codecs under Miri, where a nightly toolchain has it (rustup +nightly component add miri)
+	@$(CARGO) +nightly miri --version >/dev/null 2>&1 \
+	|| { echo 'miri: no nightly toolchain with Miri here: rustup toolchain install nightly --component miri rust-src' >&2; exit 1; }
+	PROPTEST_CASES=16 MIRIFLAGS=-Zmiri-disable-isolation \
+	$(CARGO) +nightly miri test --locked -p bootcache-nbd --lib --test codecs -- request chunk handshake replies
+
+memcheck: setup ## the NBD codecs and unit tests under valgrind, for where Miri is not to be had (2 minutes)
+	PROPTEST_CASES=16 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='valgrind --quiet --error-exitcode=99' \
+	$(CARGO) test --locked -p bootcache-nbd --features tls --lib --test codecs
 
 check: setup ## formatting, lints, documentation, licences
 	$(CARGO) fmt --all --check
