@@ -122,6 +122,22 @@ async fn a_burst_costs_the_origin_about_one_boot_set() {
     }
 }
 
+/// The first node of a burst heard of the others a second later, from the origin, and had fetched all from there by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_asks_those_too_who_come_to_it_for_an_image_that_it_is_getting() {
+    let sample = Sample::new(8 << 20, 11);
+    let origin = Node::origin(&sample, None).await;
+    let first = Node::empty(None).await;
+    let first_engine = first.pull(&[origin.address], |options| options.fill = false).await;
+    // The origin never hears of the second.
+    let second = Node::empty(None).await;
+    let _second_engine = second.pull(&[first.address], |options| options.fill = false).await;
+    until(|| {
+        first_engine.progress().sources.iter().any(|source| source.up && source.address == second.address)
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_stalls_breaks_or_trickles_is_replaced() {
     for kind in [Fault::Stall, Fault::Reset, Fault::Trickle] {

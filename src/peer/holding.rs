@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bootcache_nbd::disk::{Attempt, SharedDisk};
 use roaring::RoaringBitmap;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, broadcast};
 
 use crate::block::{Extent, bytes_in_block};
 use crate::boot_cache::{BootCache, BootCacheError, Heads};
@@ -22,7 +22,7 @@ use crate::image::partial_tree::{PartialTree, Verdict};
 use crate::image::tree::{Tree, TreeError};
 use crate::local_cache::LocalCache;
 
-use super::message::Have;
+use super::message::{Have, Peer};
 
 /// The digest tree as far as it is known.
 #[derive(Debug)]
@@ -302,7 +302,12 @@ pub struct Holding {
     pages: Mutex<RoaringBitmap>,
     /// Goes up with every frame, page or change of place; waking for each would cost more than it tells.
     changes: AtomicU64,
+    /// Nodes that came to this one for the image, and serve it too.
+    comers: broadcast::Sender<Peer>,
 }
+
+/// Comers that a listener may be behind before it misses some.
+const COMERS_BEHIND: usize = 64;
 
 impl std::fmt::Debug for Blocks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -335,6 +340,7 @@ impl Holding {
             origin: false,
             pages: Mutex::new(RoaringBitmap::new()),
             changes: AtomicU64::new(0),
+            comers: broadcast::Sender::new(COMERS_BEHIND),
         };
         for page in 0..holding.tree.pages() {
             holding.note_page(page);
@@ -388,6 +394,17 @@ impl Holding {
     /// Whether the image was published on this node.
     pub const fn is_origin(&self) -> bool {
         self.origin
+    }
+
+    /// Says that `peer` came here for the image and serves it too.
+    pub fn met(&self, peer: Peer) {
+        // Nobody listens when nothing of it is being fetched.
+        let _ = self.comers.send(peer);
+    }
+
+    /// Who comes from now on. In a burst this is how the first to start learns of the others at once.
+    pub fn comers(&self) -> broadcast::Receiver<Peer> {
+        self.comers.subscribe()
     }
 
     /// The boot cache, as far as it is here.

@@ -350,6 +350,7 @@ impl Shared {
         tokio::select! {
             () = transfer => {}
             () = demand::run(self, tasks) => {}
+            () = self.sources.meet(&self.holding) => {}
             () = self.save_often() => {}
         }
         self.stop.cancel();

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use roaring::RoaringBitmap;
 use tokio::sync::Notify;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +21,7 @@ use crate::choose::{
 use crate::digest::Digest;
 use crate::image::manifest::Manifest;
 use crate::peer::connection::{CallError, ConnectError, Connection};
+use crate::peer::holding::Holding;
 use crate::peer::message::{Answer, Ask, Hello, Peer, Wanted};
 use crate::peer::transport::Security;
 use crate::peer::uplink::Uplink;
@@ -282,6 +284,19 @@ impl Sources {
                         return SourceError::Silent;
                     }
                 }
+            }
+        }
+    }
+
+    /// Adds everybody who comes to this node for what `holding` holds; never ends.
+    pub(super) async fn meet(self: &Arc<Self>, holding: &Holding) {
+        let mut comers = holding.comers();
+        loop {
+            match comers.recv().await {
+                Ok(peer) if peer.key != self.hello.key => self.add(peer.address, false),
+                // Who was missed is told of at the next ping.
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => std::future::pending().await,
             }
         }
     }

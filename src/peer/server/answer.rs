@@ -98,6 +98,9 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
     match ask {
         Ask::Describe(_) => {
             let peers = server.tracker.come(holding.root(), session.id, session.peer);
+            if let Some(peer) = session.peer {
+                holding.met(peer);
+            }
             let have = Have { load: server.load(), ..holding.have() };
             (Answer::Described { have, peers }, holding.manifest.to_bytes())
         }
