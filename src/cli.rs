@@ -31,6 +31,7 @@ mod simulate;
 mod size;
 mod status;
 mod stop;
+mod web;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -125,6 +126,8 @@ enum Command {
     Tasks(list::OfTask),
     /// List VMs and containers of tasks
     Instances(list::OfTask),
+    /// Serve a page with these lists to a browser on this host, and take plans from there
+    Web(web::Args),
     /// Bring an image to nodes ahead of demand
     Prefetch(prefetch::Args),
     /// Simulate a burst of boots on many nodes, and compare how sources are chosen
@@ -159,6 +162,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Images(args) => list::images(&cli.globals, &args),
         Command::Tasks(args) => list::tasks(&cli.globals, &args),
         Command::Instances(args) => list::instances(&cli.globals, &args),
+        Command::Web(args) => web::run(&cli.globals, &args),
         Command::Prefetch(args) => prefetch::run(&cli.globals, &args),
         Command::Simulate(args) => simulate::run(&cli.globals, &args),
         Command::Completions(args) => completions::run(&args),

@@ -31,4 +31,5 @@ pub mod tls;
 pub mod trace;
 pub mod transfer;
 pub mod vm;
+pub mod web;
 pub mod wire;

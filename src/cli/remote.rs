@@ -44,11 +44,17 @@ pub(crate) struct ControllerArgs {
 impl ControllerArgs {
     /// Connects to it.
     pub(crate) async fn connect(&self, globals: &super::Globals) -> anyhow::Result<Client> {
+        let (target, security) = self.target(globals).await?;
+        Ok(Client::connect(&target, &security).await?)
+    }
+
+    /// Where it is, and what protects the way there.
+    pub(crate) async fn target(&self, globals: &super::Globals) -> anyhow::Result<(Target, Security)> {
         let target = match &self.controller {
             Some(text) => target(text).await?,
             None => Target::Socket(default_dir(globals).join(SOCKET)),
         };
-        Ok(Client::connect(&target, &self.security.load(&globals.store_dir())?).await?)
+        Ok((target, self.security.load(&globals.store_dir())?))
     }
 }
 
