@@ -164,6 +164,12 @@ async fn guests_report_that_they_are_up() {
     let row = instances(&controller).await.remove(0);
     assert_eq!(row.status, InstanceStatus::Running, "its node, which still waits, was believed");
     assert!(row.up_ms.is_some());
+
+    // One that its plan waits for in another way is not up because it says so.
+    controller.deploy("r2", plan(1, "serial:never")).await.unwrap();
+    eventually("it boots", async || count(&controller, InstanceStatus::Booting).await == 1).await;
+    assert_eq!(report(&controller, "lab-2-g-1").await, "unknown\n");
+    assert_eq!(count(&controller, InstanceStatus::Booting).await, 1);
     controller.stop().await;
 }
 

@@ -66,14 +66,15 @@ pub(crate) fn update(
     Ok(changed)
 }
 
-/// A guest has reported that it is up; false if no instance of that name waits for it. One whose node is silent stays
+/// A guest has reported that it is up; false if no instance of that name waits for it, which only those do that their plan
+/// has report (they have a time limit here). One whose node is silent stays
 /// lost until the node is back, and is up then.
 pub(crate) fn reported(tx: &Transaction<'_>, name: &HostName, now: u64) -> Result<bool> {
     let task: Option<i64> = tx
         .query_row(
             "UPDATE instance SET inst_status = CASE inst_status WHEN 'lost' THEN 'lost' ELSE 'running' END, up = ?2
              WHERE name = ?1 AND inst_status IN ('preparing', 'booting', 'failed', 'lost') AND up IS NULL
-             RETURNING task_id",
+                 AND time_limit IS NOT NULL RETURNING task_id",
             params![name.as_str(), number(now)],
             |row| row.get(0),
         )
