@@ -137,16 +137,20 @@ fn finish(globals: &super::Globals, done: &DoneTask) -> anyhow::Result<ExitCode>
     }
 }
 
-/// A line for each node while a person is looking.
+/// A line for each node, and one for the whole, while a person is looking.
 struct View {
     bars: MultiProgress,
     nodes: BTreeMap<HostName, ProgressBar>,
+    whole: ProgressBar,
     shown: bool,
 }
 
 impl View {
     fn new() -> Self {
-        Self { bars: MultiProgress::new(), nodes: BTreeMap::new(), shown: std::io::stderr().is_terminal() }
+        let bars = MultiProgress::new();
+        let style = ProgressStyle::with_template("{elapsed:>12} {wide_msg}").expect("the template is sound");
+        let whole = bars.add(ProgressBar::new_spinner().with_style(style));
+        Self { bars, nodes: BTreeMap::new(), whole, shown: std::io::stderr().is_terminal() }
     }
 
     fn show(&mut self, task: &TaskRow, nodes: &[NodeRow]) {
@@ -157,18 +161,19 @@ impl View {
             .expect("the template is sound");
         for (name, (all, up)) in &task.nodes {
             let bar = self.nodes.entry(name.clone()).or_insert_with(|| {
-                self.bars.add(ProgressBar::new(*all).with_style(style.clone()).with_prefix(name.to_string()))
+                let bar = ProgressBar::new(*all).with_style(style.clone()).with_prefix(name.to_string());
+                self.bars.insert_before(&self.whole, bar)
             });
             bar.set_position(*up);
             bar.set_message(
                 nodes.iter().find(|node| node.name == *name).map_or_else(String::new, on_the_way),
             );
         }
+        self.whole.set_message(format!("task {}: {}", task.task, super::list::counts(task)));
     }
 
     fn clear(&self) {
-        // A terminal that has gone has nothing to be cleared.
-        let _ = self.bars.clear();
+        self.nodes.values().chain([&self.whole]).for_each(ProgressBar::finish_and_clear);
     }
 }
 

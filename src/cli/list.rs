@@ -43,29 +43,39 @@ pub(crate) fn instances(globals: &super::Globals, args: &OfTask) -> anyhow::Resu
 fn list(globals: &super::Globals, controller: &ControllerArgs, query: Query) -> anyhow::Result<ExitCode> {
     super::block_on(async {
         let found = controller.connect(globals).await?.call(&query).await?;
-        if let (Query::Tasks { task: Some(task) }, Found::Tasks(rows)) = (query, &found)
-            && rows.is_empty()
-        {
+        // A task has an instance at least.
+        let (Query::Tasks { task } | Query::Instances { task }) = query else { return show(globals, &found) };
+        let none = match &found {
+            Found::Tasks(rows) => rows.is_empty(),
+            Found::Instances(rows) => rows.is_empty(),
+            Found::Nodes(_) | Found::Images(_) => false,
+        };
+        if let (Some(task), true) = (task, none) {
             bail!("there is no task {task}: it may have ended");
         }
-        if globals.json {
-            let text = match &found {
-                Found::Nodes(rows) => serde_json::to_string(rows),
-                Found::Images(rows) => serde_json::to_string(rows),
-                Found::Tasks(rows) => serde_json::to_string(rows),
-                Found::Instances(rows) => serde_json::to_string(rows),
-            };
-            println!("{}", text?);
-            return Ok(ExitCode::SUCCESS);
-        }
-        match found {
-            Found::Nodes(rows) => show_nodes(&rows),
-            Found::Images(rows) => show_images(&rows),
-            Found::Tasks(rows) => show_tasks(&rows),
-            Found::Instances(rows) => show_instances(&rows),
-        }
-        Ok(ExitCode::SUCCESS)
+        show(globals, &found)
     })
+}
+
+/// Prints what was found.
+fn show(globals: &super::Globals, found: &Found) -> anyhow::Result<ExitCode> {
+    if globals.json {
+        let text = match found {
+            Found::Nodes(rows) => serde_json::to_string(rows),
+            Found::Images(rows) => serde_json::to_string(rows),
+            Found::Tasks(rows) => serde_json::to_string(rows),
+            Found::Instances(rows) => serde_json::to_string(rows),
+        };
+        println!("{}", text?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    match found {
+        Found::Nodes(rows) => show_nodes(rows),
+        Found::Images(rows) => show_images(rows),
+        Found::Tasks(rows) => show_tasks(rows),
+        Found::Instances(rows) => show_instances(rows),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn table(header: &[&str]) -> Table {
@@ -75,7 +85,7 @@ fn table(header: &[&str]) -> Table {
     table
 }
 
-fn show(table: &Table, nothing: &str) {
+fn show_table(table: &Table, nothing: &str) {
     if table.is_empty() {
         println!("{nothing}");
     } else {
@@ -97,7 +107,7 @@ fn show_nodes(nodes: &[NodeRow]) {
             node.instances.to_string(),
         ]);
     }
-    show(&lines, "no node has registered: start one with `bootcache agent --controller …`");
+    show_table(&lines, "no node has registered: start one with `bootcache agent --controller …`");
     for node in nodes {
         for trouble in &node.troubles {
             println!("{}: {trouble}", node.name);
@@ -123,23 +133,27 @@ fn show_images(images: &[ImageRow]) {
             names(&image.partial),
         ]);
     }
-    show(&lines, "no node has an image: add one with `bootcache image add` where an agent runs");
+    show_table(&lines, "no node has an image: add one with `bootcache image add` where an agent runs");
 }
 
 fn show_tasks(tasks: &[TaskRow]) {
     let mut lines = table(&["TASK", "NAME", "STATE", "INSTANCES", "UP AFTER"]);
     for task in tasks {
-        let counts: Vec<_> =
-            task.instances.iter().map(|(status, count)| format!("{count} {status}")).collect();
         lines.add_row([
             task.task.to_string(),
             task.name.to_string(),
             task.status.to_string(),
-            counts.join(", "),
+            counts(task),
             seconds(task.up_ms),
         ]);
     }
-    show(&lines, "there are no tasks: `bootcache deploy PLAN` starts one");
+    show_table(&lines, "there are no tasks: `bootcache deploy PLAN` starts one");
+}
+
+/// How many instances of a task are in each state.
+pub(super) fn counts(task: &TaskRow) -> String {
+    let counts: Vec<_> = task.instances.iter().map(|(status, count)| format!("{count} {status}")).collect();
+    counts.join(", ")
 }
 
 fn show_instances(instances: &[InstanceRow]) {
@@ -155,7 +169,7 @@ fn show_instances(instances: &[InstanceRow]) {
             HumanBytes(instance.memory_bytes).to_string(),
         ]);
     }
-    show(&lines, "there are no instances");
+    show_table(&lines, "there are no instances");
     for instance in instances {
         if let Some(reason) = &instance.reason {
             println!("{}: {reason}", instance.name);

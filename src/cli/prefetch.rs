@@ -49,7 +49,9 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
             _ => bail!("name an image, or give --standing on|off"),
         };
         args.controller.connect(globals).await?.call(&request).await?;
-        if !globals.json {
+        if globals.json {
+            println!("{}", serde_json::to_string(&request)?);
+        } else {
             println!("{done}");
         }
         Ok(ExitCode::SUCCESS)
