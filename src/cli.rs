@@ -9,6 +9,7 @@ mod attach;
 mod boot;
 mod boot_report;
 mod ca;
+mod complaint;
 mod completions;
 mod controller;
 mod daemon;
@@ -38,6 +39,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
+
+pub(crate) use complaint::complaint;
 
 /// Boots virtual machines, and starts containers, on many hosts before their disk image has arrived.
 #[derive(Debug, Parser)]

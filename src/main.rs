@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     match cli::run(arguments) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("bootcache: {error:#}");
+            eprintln!("bootcache: {}", cli::complaint(&error));
             ExitCode::FAILURE
         }
     }

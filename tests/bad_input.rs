@@ -67,6 +67,9 @@ fn files_that_are_no_images_are_refused_and_leave_nothing() {
         one_line(&add(file, &[]), file);
     }
     one_line(&add("small.raw", &["--format", "qcow2"]), "small.raw");
+    std::fs::write(path("old.vhd"), [b"conectix".as_slice(), &[0; 5000]].concat()).unwrap();
+    one_line(&add("old.vhd", &[]), "convert it to qcow2 first");
+    assert!(add("small.raw", &["--format", "floppy"]).contains("[possible values: raw, qcow2"));
     one_line(&add("is-not-there", &[]), "is-not-there");
     std::fs::create_dir(path("folder")).unwrap();
     one_line(&add("folder", &[]), "folder");
@@ -113,10 +116,10 @@ fn a_name_that_is_taken_keeps_its_image() {
     assert!(std::fs::read(&second).unwrap() == std::fs::read(small_disk(&store, "again.raw", 2)).unwrap());
 }
 
-/// The only file of this name below `images`.
-fn file_of_image(store: &Store, name: &str) -> PathBuf {
+/// A file of an image's folder.
+fn file_of_image(store: &Store, image: &str, name: &str) -> PathBuf {
     let shown: serde_json::Value =
-        serde_json::from_str(&store.run(["image", "show", "golden", "--json"])).unwrap();
+        serde_json::from_str(&store.run(["image", "show", image, "--json"])).unwrap();
     Path::new(shown["path"].as_str().unwrap()).join(name)
 }
 
@@ -125,7 +128,9 @@ fn any_changed_byte_of_an_image_is_found() {
     let store = Store::new();
     let raw = small_disk(&store, "small.raw", 3);
     store.run(["image", "add", "golden", raw.to_str().unwrap()]);
-    let files: Vec<PathBuf> = ["disk", "tree", "manifest"].map(|name| file_of_image(&store, name)).into();
+    store.run(["record", "golden", "--", "dd", "if={disk}", "of=/dev/null", "bs=64K", "count=9"]);
+    let files: Vec<PathBuf> =
+        ["disk", "tree", "manifest", "boot"].map(|name| file_of_image(&store, "golden", name)).into();
     for file in files {
         let whole = std::fs::read(&file).unwrap();
         for place in [0, 1, whole.len() / 3, whole.len() / 2, whole.len() - 2, whole.len() - 1] {
@@ -142,6 +147,27 @@ fn any_changed_byte_of_an_image_is_found() {
         std::fs::write(&file, &whole).unwrap();
         store.run(["image", "verify", "golden"]);
     }
+    // The boot cache of another image.
+    let other = small_disk(&store, "other.raw", 4);
+    store.run(["image", "add", "silver", other.to_str().unwrap()]);
+    store.run(["record", "silver", "--", "dd", "if={disk}", "of=/dev/null", "bs=64K", "count=9"]);
+    std::fs::copy(file_of_image(&store, "silver", "boot"), file_of_image(&store, "golden", "boot")).unwrap();
+    one_line(&store.refused(["image", "verify", "golden"]), "boot cache");
+}
+
+#[test]
+fn a_second_server_on_a_store_is_refused_and_the_first_goes_on() {
+    let store = Store::new();
+    let mut first = store.serve([""; 0]);
+    one_line(&store.refused(["serve"]), &format!("is in use by process {}", first.id()));
+    let raw = small_disk(&store, "small.raw", 1);
+    store.run(["image", "add", "golden", raw.to_str().unwrap()]);
+    store.run(["overlay", "create", "golden", "vm"]);
+    // What a killed one leaves is no obstacle.
+    first.kill();
+    let mut next = store.serve([""; 0]);
+    assert!(store.run(["overlay", "list"]).contains("vm"));
+    assert!(next.terminate(std::time::Duration::from_secs(10)).success());
 }
 
 /// A small file system in memory, unmounted on drop.
@@ -176,8 +202,25 @@ fn a_full_disk_is_said_to_be_full_and_the_store_works_on() {
     std::fs::write(&large, support::noise(5, 24 << 20)).unwrap();
     let _disk = SmallDisk::mount(store.path(), 16);
     one_line(&store.refused(["image", "add", "large", large.to_str().unwrap()]), "space");
+    if support::require(&["qemu-img"]) {
+        let qcow2 = store.beside("large.qcow2");
+        let (from, to) = (large.to_str().unwrap(), qcow2.to_str().unwrap());
+        qemu_img(&["convert", "-f", "raw", "-O", "qcow2", from, to]);
+        one_line(&store.refused(["image", "add", "large", to]), "space");
+    }
     nothing_half_made(&store);
     store.run(["image", "add", "small", small.to_str().unwrap()]);
     store.run(["image", "verify", "small"]);
     assert_eq!(names(&store), ["small"]);
+
+    // There is no room for a trace, then for nothing at all.
+    one_line(&store.refused(["record", "small", "--", "dd", "if={disk}", "of=/dev/null"]), "is there room");
+    assert_eq!(std::fs::read_dir(store.path().join("tmp")).unwrap().count(), 0);
+    let filler = store.path().join("filler");
+    std::io::copy(&mut std::io::repeat(1), &mut std::fs::File::create(&filler).unwrap()).unwrap_err();
+    one_line(&store.refused(["overlay", "create", "small", "vm"]), "free some space");
+    assert!(!store.path().join("overlays/vm").exists());
+    std::fs::remove_file(&filler).unwrap();
+    store.run(["overlay", "create", "small", "vm"]);
+    store.run(["image", "verify", "small"]);
 }
