@@ -1,5 +1,5 @@
-//! NBD servers side by side: `cargo bench --bench nbd -- [--seconds N] [--rounds N] [--only TEXT] [--json FILE]`
-//! (`make bench-nbd`).
+//! NBD servers side by side: `cargo bench --bench nbd -- [--seconds N] [--rounds N] [--only TEXT] [--settings]
+//! [--json FILE]` (`make bench-nbd`).
 //!
 //! bootcache, qemu-nbd and nbdkit serve the same cached file, in turn within each round, to fio's NBD engine. The client
 //! is the limit for short requests: fio tops out somewhere above 100,000 requests a second, so the server's CPU time per
@@ -13,6 +13,7 @@ mod support;
 
 mod client;
 mod servers;
+mod settings;
 mod workloads;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 
 use client::Measured;
 use servers::{Server, Transport};
+use settings::{NBDKIT, QEMU};
 use statistics::median;
 use workloads::{WORKLOADS, Workload};
 
@@ -27,11 +29,13 @@ struct Options {
     seconds: u32,
     rounds: usize,
     only: String,
+    /// Every setting of the other servers, not only those of the table.
+    settings: bool,
     json: Option<PathBuf>,
 }
 
 fn options() -> Options {
-    let mut options = Options { seconds: 3, rounds: 3, only: String::new(), json: None };
+    let mut options = Options { seconds: 3, rounds: 3, only: String::new(), settings: false, json: None };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().unwrap_or_else(|| panic!("{argument} wants a value"));
@@ -39,6 +43,7 @@ fn options() -> Options {
             "--seconds" => options.seconds = value().parse().expect("--seconds is a number"),
             "--rounds" => options.rounds = value().parse().expect("--rounds is a number"),
             "--only" => options.only = value(),
+            "--settings" => options.settings = true,
             "--json" => options.json = Some(value().into()),
             "--bench" => {} // cargo's
             _ => panic!("unknown option {argument}"),
@@ -58,9 +63,10 @@ fn main() {
     let folder = tempfile::Builder::new().prefix("bootcache-bench-nbd-").tempdir().expect("a folder");
     let disk = servers::Disks::new(folder.path());
     let mut rows = Vec::new();
-    println!("{:>45} {:>8} {:>8} {:>8} {:>9} {:>8}", "requests", "MB", "p50", "p99", "CPU µs a", "CPU s a");
+    settings::explain(options.settings);
+    println!("{:>53} {:>8} {:>8} {:>8} {:>9} {:>8}", "requests", "MB", "p50", "p99", "CPU µs a", "CPU s a");
     println!(
-        "{:<29}over  server       a second a second       µs       µs   request       GB  against the better other",
+        "{:<29}over  server               a second a second       µs       µs   request       GB  against the better other",
         "workload"
     );
     for transport in [Transport::Unix, Transport::Tcp] {
@@ -86,13 +92,22 @@ struct Row {
     measured: Measured,
 }
 
+/// Ours, and those that it is compared with.
+fn servers(workload: &Workload, all: bool) -> Vec<Server> {
+    let qemu = QEMU.iter().take(if all { QEMU.len() } else { settings::QEMU_USED });
+    if workload.overlay {
+        return std::iter::once(Server::BootcacheOverlay).chain(qemu.map(Server::QemuOverlay)).collect();
+    }
+    let nbdkit = NBDKIT.iter().take(if all { NBDKIT.len() } else { settings::NBDKIT_USED });
+    std::iter::once(Server::Bootcache)
+        .chain(qemu.map(Server::Qemu))
+        .chain(nbdkit.map(Server::Nbdkit))
+        .collect()
+}
+
 /// One workload on each server in turn, as often as there are rounds; prints the medians.
 fn compare(disks: &servers::Disks, workload: &Workload, transport: Transport, options: &Options) -> Vec<Row> {
-    let servers: &[Server] = if workload.overlay {
-        &[Server::BootcacheOverlay, Server::QemuOverlay]
-    } else {
-        &[Server::Bootcache, Server::Qemu, Server::Nbdkit]
-    };
+    let servers = servers(workload, options.settings);
     let mut runs: BTreeMap<usize, Vec<Measured>> = BTreeMap::new();
     for round in 0..options.rounds {
         // Each begins in turn: what one leaves behind, as dirty pages, the next one has to live with.
@@ -113,7 +128,7 @@ fn compare(disks: &servers::Disks, workload: &Workload, transport: Transport, op
         let against =
             if place == 0 { format!("{rate:.2} × the rate, {cpu:.2} × the CPU") } else { String::new() };
         println!(
-            "{:<28} {:<5} {:<10} {:>9.0} {:>8.0} {:>8.0} {:>8.0} {:>9.2} {:>8.2}  {against}",
+            "{:<28} {:<5} {:<18} {:>9.0} {:>8.0} {:>8.0} {:>8.0} {:>9.2} {:>8.2}  {against}",
             if place == 0 { workload.name } else { "" },
             if place == 0 { transport.to_string() } else { String::new() },
             server.name(),

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use bootcache_nbd::layers::FileDisk;
 use bootcache_nbd::{Export, Limits, Tls};
 
+use super::settings::Setting;
 use super::support::{self, store::Store};
 
 /// Bytes of the file that is served.
@@ -60,12 +61,12 @@ impl fmt::Display for Transport {
 pub(crate) enum Server {
     /// A server of this crate on the file, and nothing else of bootcache.
     Bootcache,
-    Qemu,
-    Nbdkit,
+    Qemu(&'static Setting),
+    Nbdkit(&'static Setting),
     /// `bootcache serve` with a fresh overlay over the image.
     BootcacheOverlay,
     /// A fresh qcow2 over the file.
-    QemuOverlay,
+    QemuOverlay(&'static Setting),
 }
 
 /// A server that listens; ends on drop.
@@ -101,8 +102,7 @@ impl Server {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Bootcache | Self::BootcacheOverlay => "bootcache",
-            Self::Qemu | Self::QemuOverlay => "qemu-nbd",
-            Self::Nbdkit => "nbdkit",
+            Self::Qemu(setting) | Self::QemuOverlay(setting) | Self::Nbdkit(setting) => setting.name,
         }
     }
 
@@ -120,30 +120,32 @@ impl Server {
                 command.env(SERVE, &disks.raw).env("BENCH_NBD_PLACE", place);
                 command
             }
-            Self::Qemu | Self::QemuOverlay => {
+            Self::Qemu(setting) | Self::QemuOverlay(setting) => {
                 let mut command = Command::new("qemu-nbd");
-                command.args(["--persistent", "--shared=16", "--cache=writeback"]);
+                command.args(["--persistent", "--shared=16"]).args(setting.options);
                 if tcp {
                     command.args(["--bind=127.0.0.1", &format!("--port={port}")]);
                 } else {
                     command.arg(format!("--socket={}", socket.display()));
                 }
-                if matches!(self, Self::Qemu) {
+                if matches!(self, Self::Qemu(_)) {
                     command.arg("--format=raw").arg(&disks.raw);
                 } else {
                     command.arg("--format=qcow2").arg(qcow2_overlay(disks));
                 }
                 command
             }
-            Self::Nbdkit => {
+            Self::Nbdkit(setting) => {
                 let mut command = Command::new("nbdkit");
-                command.args(["--foreground", "--threads=16"]);
+                command.arg("--foreground").args(setting.options);
                 if tcp {
                     command.args(["--ipaddr=127.0.0.1", &format!("--port={port}")]);
                 } else {
                     command.arg("--unix").arg(&socket);
                 }
-                command.arg("file").arg(&disks.raw);
+                for word in setting.plugin {
+                    command.arg(if *word == "FILE" { disks.raw.as_os_str() } else { word.as_ref() });
+                }
                 command
             }
             Self::BootcacheOverlay => {
