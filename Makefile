@@ -34,11 +34,13 @@ soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon,
 	BOOTCACHE_ROUNDS=500 $(CARGO) test --locked --test transfer_faults -- --nocapture
 	BOOTCACHE_ROUNDS=100 $(CARGO) test --locked --test transfer_kill -- --nocapture
 
-soak-control: ## 200 rounds of kill -9 of controllers and agents while plans come up and end (3 minutes)
+soak-control: guests ## 200 kills of the controller and of agents each, with real daemons and in memory; ten minutes without a controller (an hour)
 	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test control_plane kills -- --nocapture
+	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test cluster_faults kills -- --nocapture
+	BOOTCACHE_AWAY_SECONDS=600 $(CARGO) test --locked --test cluster_faults instances_notice -- --nocapture
 
-bench-cluster: guests ## 20 VMs and 80 containers on four nodes, as in the thesis (5 minutes)
-	$(CARGO) test --locked --test cluster -- --ignored --nocapture
+bench-cluster: guests ## 20 VMs and 80 containers on four nodes, as in the thesis, beside copy-then-boot and containers only
+	$(CARGO) test --release --locked --test cluster_bench -- --ignored --nocapture
 
 bench-control: ## CPU of a heartbeat of 1,000 nodes, and of a choice among them
 	$(CARGO) bench --locked --bench control

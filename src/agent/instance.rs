@@ -97,6 +97,7 @@ impl Job {
 
     /// Makes ready what the instance needs, and launches it.
     async fn start(&self) -> Result<(), String> {
+        let ordered = Instant::now();
         let hypervisor = self.hypervisor()?;
         let image = self.image.as_ref().ok_or("the order does not say where its image is")?;
         let data_plane = &self.shared.services.data_plane;
@@ -113,6 +114,8 @@ impl Job {
                 (Root::Image(self.container_image(image).await?), std::path::PathBuf::new())
             }
         };
+        let ms = ordered.elapsed().as_millis();
+        info!("{}: has what it starts from after {ms} ms", self.order.name);
         let launch = Launch {
             name: self.order.name.clone(),
             root,
