@@ -44,6 +44,7 @@ mod results;
 mod rows;
 mod setting;
 mod statistics;
+mod validate;
 mod ways;
 
 use std::path::PathBuf;
@@ -174,11 +175,12 @@ fn main() {
     }
 }
 
-/// The tables, what the simulator says, and the command lines.
+/// The tables, how true the replayer is, what the simulator says, and the command lines.
 fn show(all: &[Results], markdown: bool, options: &Options) {
     for results in plan::in_order(all) {
         print::table(results, markdown);
     }
+    validate::print(all);
     for rate in [100, 1000] {
         predict::print(&options.results, &plan::several_at_once(1, rate));
     }

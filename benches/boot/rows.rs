@@ -18,6 +18,9 @@ pub(crate) struct Row {
     pub(crate) ready: f64,
     /// In which at least one read had no answer, in seconds: as the replayer counts it, or bootcache for a real guest.
     pub(crate) reads: Option<f64>,
+    /// In which at least one read waited for what was not there, in seconds, as bootcache counts it: of its own ways, for
+    /// real guests and for the replayer alike.
+    pub(crate) blocked: Option<f64>,
     /// Longer than the local boot of the same round, in seconds: the mean and half of its 95 % interval.
     pub(crate) over: Option<(f64, f64)>,
     pub(crate) wire_mb: f64,
@@ -41,6 +44,7 @@ impl Row {
         let over: Vec<f64> = boots.iter().filter_map(pair).collect();
         let counted = |boot: &Boot| boot.waiting_ms.or(boot.blocked_ms);
         let waits: Vec<f64> = boots.iter().filter_map(|(_, boot)| counted(boot)).collect();
+        let blocked: Vec<f64> = boots.iter().filter_map(|(_, boot)| boot.blocked_ms).collect();
         (!boots.is_empty()).then(|| Self {
             way: way.to_owned(),
             rounds: boots.len(),
@@ -49,6 +53,7 @@ impl Row {
             most: times.iter().copied().fold(0.0, f64::max),
             ready: median(&of(&|boot| boot.ready_seconds / slow)),
             reads: (!waits.is_empty()).then(|| median(&waits) / 1000.0 / slow),
+            blocked: (!blocked.is_empty()).then(|| median(&blocked) / 1000.0 / slow),
             over: (over.len() > 1 && way != LOCAL).then(|| paired_interval(&over)),
             wire_mb: median(&of(&|boot| boot.wire_bytes as f64 / 1e6)),
             fill_mb: median(&of(&|boot| boot.fill_bytes as f64 / 1e6)),

@@ -173,10 +173,12 @@ impl<'a> World<'a> {
 
     /// The request reaches `source`, which sends the frame when it has it.
     fn ask_peer(&mut self, node: u32, frame: u32, source: u32) {
-        let key = self.nodes[source as usize].key;
+        let (key, origin) = (self.nodes[source as usize].key, self.nodes[ORIGIN as usize].key);
         let asks = &mut self.nodes[node as usize].asks;
         if let Some(ask) = asks.iter_mut().find(|ask| ask.frame == frame && ask.source != source) {
             ask.source = source;
+            // Who points to another has not failed: when that one does, it is asked again.
+            ask.tried.retain(|tried| *tried != origin);
             ask.tried.push(key);
         }
         let peer = &mut self.nodes[source as usize];
@@ -275,10 +277,15 @@ impl<'a> World<'a> {
         for ask in late {
             let this = &mut self.nodes[node as usize];
             this.seen.entry(ask.source).or_default().failed(now_ns / 1_000_000);
-            let Some(source) = self.choose(node, ask.frame, &ask.tried) else { continue };
+            let chosen = self.choose(node, ask.frame, &ask.tried);
+            self.nodes[node as usize].take_ask(ask.frame);
+            let Some(source) = chosen else {
+                // Nobody is left: all may be asked anew.
+                self.nodes[node as usize].asks.push(Ask { tried: Vec::new(), ..ask });
+                continue;
+            };
             self.failovers += 1;
             let key = self.nodes[source as usize].key;
-            self.nodes[node as usize].take_ask(ask.frame);
             let mut tried = ask.tried;
             tried.push(key);
             self.ask(node, Ask { frame: ask.frame, source, at_ns: now_ns, tried });
