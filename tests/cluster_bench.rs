@@ -73,7 +73,7 @@ struct Seen {
     reading: f64,
     /// Bytes that the nodes received.
     received: u64,
-    /// Seconds until the containers' image was whole and loaded, on the last node.
+    /// Seconds until the containers' image was whole and loaded, on the last node: waiting for it alone.
     loaded: f64,
 }
 
@@ -83,7 +83,7 @@ impl Seen {
     }
 }
 
-/// Milliseconds from an order until an instance had what it starts from, as its agent says.
+/// Milliseconds that an instance waited for what it starts from, as its agent says.
 fn had_its_root(cluster: &Cluster, instance: &Value) -> u64 {
     let said = cluster.agent_said(node_of(instance));
     let start = format!("{}: has what it starts from after ", instance["name"].as_str().unwrap());
