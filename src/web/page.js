@@ -43,7 +43,7 @@ function bar(value, max, text) {
 }
 function note(...lines) {
   const cell = element("span");
-  lines.forEach((line, at) => cell.append(at ? element("br") : "", element("span", line, at ? "note" : "")));
+  lines.forEach((line, at) => cell.append(at ? element("br") : "", at ? element("span", line, "note") : line));
   return cell;
 }
 
@@ -95,7 +95,7 @@ function drawNodes(nodes) {
     const load = items.map((name, item) => name + " " + percent(node.load[item] ?? 0)).join(", ");
     const coming = node.images.filter((image) => !image.complete)
       .map((image) => `${image.name}: ${bytes(image.present)} here${image.boot_complete ? ", boots" : ""}`);
-    return [node.name, word(node.online ? "online" : "offline"), bar(node.score, 1, load),
+    return [node.name, word(node.online ? "online" : "offline"), note(bar(node.score, 1, percent(node.score)), load),
       number(`${bytes(node.memory_free)} of ${bytes(node.memory_bytes)}`), number(String(node.cpus)), number(String(node.instances)),
       note(`${node.images.filter((image) => image.complete).length} whole`, ...coming), node.troubles.join("; ")];
   });
@@ -115,7 +115,7 @@ function drawInstances(instances) {
   const known = [...$("status").options].map((option) => option.value);
   for (const state of states) if (!known.includes(state)) $("status").append(new Option(state, state));
   const rows = instances.filter((instance) => !chosen || instance.status === chosen).map((instance) => [
-    instance.name, instance.kind, instance.image, instance.node, note(instance.status, ...(instance.reason ? [instance.reason] : [])),
+    instance.name, instance.kind, instance.image, instance.node, note(word(instance.status), ...(instance.reason ? [instance.reason] : [])),
     number(seconds(instance.up_ms)), instance.addresses.join(", "), number(percent(instance.cpu)), number(bytes(instance.memory_bytes)),
     number(`${bytes(instance.network_bytes[0])} / ${bytes(instance.network_bytes[1])}`)]);
   draw($("instances"), ["instance", "kind", "image", "node", "state", "#up after", "address", "#processor", "#memory", "#in / out"], rows, "none");
