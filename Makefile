@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-nbd miri memcheck clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-nbd miri memcheck clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -85,6 +85,12 @@ bench-predict: guests ## the simulator, fixed by one node, against replays of 3 
 bench-transfer: guests build ## replay a recorded boot over shaped links: one node, three, twice the image, misses under fill
 	scripts/bench-transfer --rate 100
 	scripts/bench-transfer --rate 1000
+
+bench-memory: guests build ## memory of a node's daemon with 20 VMs and three images on their way (5 minutes)
+	scripts/bench-memory
+
+bench-similar: guests build ## what a second image costs the network beside a similar one (4 minutes)
+	scripts/bench-similar
 
 bench-nbd: setup ## bootcache, qemu-nbd and nbdkit side by side, with fio; the table also as target/bench-nbd.json
 	$(CARGO) bench --locked --bench nbd -- --json target/bench-nbd.json
