@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-nbd miri memcheck clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-tracer bench-import bench-nbd miri memcheck clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -91,6 +91,12 @@ bench-memory: guests build ## memory of a node's daemon with 20 VMs and three im
 
 bench-similar: guests build ## what a second image costs the network beside a similar one (4 minutes)
 	scripts/bench-similar
+
+bench-tracer: setup ## what the tracer adds to a read, of the image and of another file (a minute)
+	$(CARGO) bench --locked --bench tracer
+
+bench-import: setup ## `image add` beside `qemu-img convert` and `b3sum`, from raw and qcow2 (3 minutes)
+	$(CARGO) bench --locked --bench import
 
 bench-nbd: setup ## bootcache, qemu-nbd and nbdkit side by side, with fio; the table also as target/bench-nbd.json
 	$(CARGO) bench --locked --bench nbd -- --json target/bench-nbd.json
