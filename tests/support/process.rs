@@ -2,14 +2,21 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What a process has printed so far, stdout and stderr in one list.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Lines {
-    said: Mutex<Vec<String>>,
+    said: Mutex<Said>,
     more: Condvar,
+}
+
+#[derive(Debug)]
+struct Said {
+    lines: Vec<String>,
+    /// Of stdout and stderr, those that more may come from.
+    open: usize,
 }
 
 /// A running process; killed and reaped on drop.
@@ -31,7 +38,8 @@ impl Process {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("{name}: {error}"));
-        let lines = Arc::new(Lines::default());
+        let said = Said { lines: Vec::new(), open: 2 };
+        let lines = Arc::new(Lines { said: Mutex::new(said), more: Condvar::new() });
         gather(child.stdout.take().expect("stdout is piped"), &lines);
         gather(child.stderr.take().expect("stderr is piped"), &lines);
         Self { child, command: name, lines }
@@ -41,24 +49,27 @@ impl Process {
         self.child.id()
     }
 
-    /// Waits for a line that contains `text`, also among those already said, and returns it.
+    /// Waits for a line that contains `text`, also among those already said, and returns it. Fails at once when the
+    /// process can say no more.
     #[track_caller]
     pub fn wait_for(&self, text: &str, within: Duration) -> String {
         let deadline = Instant::now() + within;
-        let mut said = self.lines.said.lock().expect("no reader panics");
+        let mut said = self.lines.said.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(line) = said.iter().find(|line| line.contains(text)) {
+            if let Some(line) = said.lines.iter().find(|line| line.contains(text)) {
                 return line.clone();
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "{}: no `{text}` within {within:?}:\n{}", self.command, said.join("\n"));
+            let all = || said.lines.join("\n");
+            assert!(said.open > 0, "{} ended without `{text}`:\n{}", self.command, all());
+            assert!(!left.is_zero(), "{}: no `{text}` within {within:?}:\n{}", self.command, all());
             said = self.lines.more.wait_timeout(said, left).expect("no reader panics").0;
         }
     }
 
     /// Everything said so far.
     pub fn said(&self) -> String {
-        self.lines.said.lock().expect("no reader panics").join("\n")
+        self.lines.said.lock().unwrap_or_else(PoisonError::into_inner).lines.join("\n")
     }
 
     /// Waits for the end.
@@ -129,10 +140,12 @@ fn gather(pipe: impl Read + Send + 'static, lines: &Arc<Lines>) {
         let mut line = Vec::new();
         while pipe.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-            lines.said.lock().expect("no waiter panics with it").push(text);
+            lines.said.lock().unwrap_or_else(PoisonError::into_inner).lines.push(text);
             lines.more.notify_all();
             line.clear();
         }
+        lines.said.lock().unwrap_or_else(PoisonError::into_inner).open -= 1;
+        lines.more.notify_all();
     });
 }
 
