@@ -187,8 +187,11 @@ fn under_libvirt_s_sandbox_the_tracer_sees_what_the_export_sees() {
     let store = Store::new();
     let disk = support::guest::disk("tiny");
     store.run(["image", "add", "tiny", disk.to_str().unwrap()]);
-    let limits = ["--memory", "128", "--accel", "tcg", "--until", BOOTED];
-    let recorded = store.run(["--json", "record", "tiny", "--via", "nbd"].iter().chain(&limits));
+    // Up, it would look at its disks at once: whether that is seen depends on who ends the boot how fast.
+    let stay = "name=opt/bootcache/run,string=sleep 600";
+    let stayed = ["--until", BOOTED, "--qemu-arg=-fw_cfg", "--qemu-arg", stay];
+    let recorded = ["--json", "record", "tiny", "--via", "nbd", "--memory", "128", "--accel", "tcg"];
+    let recorded = store.run(recorded.iter().chain(&stayed));
     let recorded: Value = serde_json::from_str(&recorded).unwrap();
     let shown: Value = serde_json::from_str(&store.run(["--json", "image", "show", "tiny"])).unwrap();
     let root = store.path().join("images").join(shown["root"].as_str().unwrap());
@@ -207,7 +210,7 @@ fn under_libvirt_s_sandbox_the_tracer_sees_what_the_export_sees() {
     let domain = format!(
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
            <name>traced</name><memory unit='MiB'>128</memory>
-           <os><type arch='x86_64' machine='pc'>hvm</type></os>
+           <os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>
            <devices>
              <emulator>/usr/bin/qemu-system-x86_64</emulator>
              <disk type='file' device='disk'>
@@ -220,6 +223,7 @@ fn under_libvirt_s_sandbox_the_tracer_sees_what_the_export_sees() {
              <qemu:env name='LD_PRELOAD' value='{}'/>
              <qemu:env name='BOOTCACHE_TRACE_IMAGE' value='{}'/>
              <qemu:env name='BOOTCACHE_TRACE_OUT' value='{}'/>
+             <qemu:arg value='-fw_cfg'/><qemu:arg value='{stay}'/>
            </qemu:commandline>
          </domain>",
         overlay.display(),

@@ -1,6 +1,7 @@
 //! Many VMs of one image: its blocks come off the disk once, and memory does not grow with their number.
 //!
-//! The bound is what the guests asked for, each block once, and a tenth.
+//! The bound is what the guests asked for, each block once, and a tenth; what the kernel dropped from its page cache of
+//! its own accord meanwhile, and read again, is its affair (a host that reclaims memory from an idle machine makes it).
 //!
 //! `BOOTCACHE_VMS` sets how many (20).
 
@@ -63,8 +64,17 @@ fn forget(store: &Store) {
 }
 
 /// At most what the guests asked for, once, and a tenth for tables and the like.
-fn read_once(read: u64, unique: u64) {
-    assert!(read as f64 <= unique as f64 * 1.1, "{read} bytes were read of {unique} distinct ones");
+fn read_once(read: u64, again: u64, unique: u64) {
+    let (first, most) = (read.saturating_sub(again) as f64, unique as f64 * 1.1);
+    assert!(first <= most, "{read} bytes were read of {unique} distinct ones, {again} of them after reclaim");
+}
+
+/// Bytes of files that the kernel has read again after it had reclaimed their pages, on this host and so far. Pages that a
+/// program gave up (`POSIX_FADV_DONTNEED`) are not among them.
+fn refaulted() -> u64 {
+    let vmstat = std::fs::read_to_string("/proc/vmstat").unwrap();
+    let pages = vmstat.lines().find_map(|line| line.strip_prefix("workingset_refault_file "));
+    pages.expect("a kernel since 5.9").parse::<u64>().unwrap() * 4096
 }
 
 /// Boots a VM on each of these overlays at once and waits for all. By the server's count each has read 8 MB at least.
@@ -102,11 +112,15 @@ fn the_blocks_of_an_image_come_off_the_disk_once_for_all_its_vms() {
     for name in &overlays {
         store.run(["overlay", "create", "tiny", name]);
     }
+    let refaulted_before = refaulted();
     boot_all(&store, &overlays);
-    let read = serve.io("read_bytes");
+    let (read, again) = (serve.io("read_bytes"), refaulted() - refaulted_before);
     let anonymous = serve.memory("RssAnon");
-    println!("{} VMs: {read} bytes off the disk, {unique} distinct, RssAnon {anonymous}", overlays.len());
-    read_once(read, unique);
+    println!(
+        "{} VMs: {read} bytes off the disk, {again} after reclaim, {unique} distinct, RssAnon {anonymous}",
+        overlays.len()
+    );
+    read_once(read, again, unique);
     assert!(read as f64 >= unique as f64 * 0.9, "{read} of {unique} bytes: the page cache was not cold");
     assert!(anonymous <= 64 << 20, "RssAnon is {anonymous}");
 }
@@ -146,8 +160,12 @@ fn increments_of_one_base_share_what_was_read_of_it() {
     for (index, name) in overlays.iter().enumerate() {
         store.run(["overlay", "create", &format!("increment-{}", index % 5), name]);
     }
+    let refaulted_before = refaulted();
     boot_all(&store, &overlays);
-    let read = serve.io("read_bytes");
-    println!("{} VMs over 5 increments: {read} bytes off the disk, {unique} distinct", overlays.len());
-    read_once(read, unique);
+    let (read, again) = (serve.io("read_bytes"), refaulted() - refaulted_before);
+    println!(
+        "{} VMs over 5 increments: {read} bytes off the disk, {again} after reclaim, {unique} distinct",
+        overlays.len()
+    );
+    read_once(read, again, unique);
 }

@@ -159,7 +159,7 @@ async fn a_boot_goes_on_when_the_origin_dies_in_it_and_a_peer_has_a_part() {
         let slow_peer = SlowLink::new(peer.address, 3 << 20).await;
         let node = Node::empty(None).await;
         let engine = node
-            .pull(&[link.address, slow_peer.address], |options| {
+            .pull(&[link.address], |options| {
                 hidden(options);
                 // The origin as long as it is there, so that its death is felt.
                 options.chooser = Arc::from(by_name("origin-only", &Weights::default()).unwrap());
@@ -174,8 +174,14 @@ async fn a_boot_goes_on_when_the_origin_dies_in_it_and_a_peer_has_a_part() {
             }
         };
         let death = async {
+            let mut alone = true;
             loop {
                 let progress = engine.progress();
+                // The peer comes later, or the whole stream may be its own.
+                if alone && progress.frames > 0 {
+                    engine.add_source(slow_peer.address);
+                    alone = false;
+                }
                 if progress.frames_total > 0 && progress.frames * 100 >= progress.frames_total * percent {
                     break progress;
                 }

@@ -130,8 +130,10 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         qemu_arguments: args.qemu_arg.clone(),
     };
     let mut client = super::daemon::daemon(store.dir()).await?;
-    let (code, outcomes) = boot_all(&plan, &mut client, names, until.as_ref(), &args).await;
+    let (code, mut outcomes) = boot_all(&plan, &mut client, names.clone(), until.as_ref(), &args).await;
     if globals.json {
+        // Whoever was up first.
+        outcomes.sort_by_key(|outcome| names.iter().position(|name| *name == outcome.name));
         println!("{}", serde_json::to_string(&outcomes)?);
     }
     Ok(code)

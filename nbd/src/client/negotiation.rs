@@ -51,6 +51,9 @@ pub enum HandshakeError {
     /// It refuses the export, in its own words; nothing in them moves a terminal's cursor.
     #[error("the server says: {0}")]
     Refused(String),
+    /// It does not do TLS, and nothing less was asked for.
+    #[error("the NBD server offers no TLS")]
+    NoTls,
     /// It does not speak the protocol, or not what is needed of it.
     #[error("not a usable NBD server: {0}")]
     Unusable(&'static str),
@@ -61,6 +64,7 @@ impl From<HandshakeError> for io::Error {
         match error {
             HandshakeError::Io(error) => error,
             HandshakeError::Refused(_) => Self::new(io::ErrorKind::NotFound, error),
+            HandshakeError::NoTls => Self::new(io::ErrorKind::ConnectionRefused, error),
             HandshakeError::Unusable(_) => Self::new(io::ErrorKind::InvalidData, error),
         }
     }
@@ -177,7 +181,7 @@ async fn agrees(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), code: u32) -
 async fn secure(mut stream: Box<dyn Stream>, security: &Security) -> Result<Box<dyn Stream>> {
     let Security::Tls(config, name) = security else { return Ok(stream) };
     if !agrees(&mut stream, option::STARTTLS).await? {
-        return Err(HandshakeError::Unusable("it offers no TLS"));
+        return Err(HandshakeError::NoTls);
     }
     let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::clone(config));
     Ok(Box::new(connector.connect(name.clone(), stream).await?))
