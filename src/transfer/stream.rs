@@ -27,9 +27,8 @@ use super::request::Terms;
 const PROBE_WINDOW: u64 = 256 << 10;
 /// How long that may take to be found out.
 const PROBE_PATIENCE: Duration = Duration::from_secs(1);
-/// How long a relay may take to have a frame that it was asked for before it has it, at least and at most.
+/// How long a relay may take to have a frame that it was asked for before it has it.
 const RELAY_PATIENCE: Duration = Duration::from_millis(600);
-const RELAY_PATIENCE_MAX: Duration = Duration::from_secs(5);
 /// How long a node that the origin points to may take to be reached, before the origin is asked again.
 const REACH_PATIENCE: Duration = Duration::from_millis(300);
 /// A stream that has brought nothing for so long has stalled; what guests wait for is then fetched by itself.
@@ -235,7 +234,7 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             let pointed = pointed.and_then(|key| shared.sources.by_key(key));
             pointed.or_else(|| shared.sources.for_frame(number, frames.contiguous(), tried))
         };
-        let patience = if wait { relay_patience(shared.stream.goodput()) } else { Duration::ZERO };
+        let patience = if wait { RELAY_PATIENCE } else { Duration::ZERO };
         let ask = Ask::Frame { root: shared.holding.root(), index: number, wait };
         let terms = Terms { kind: Kind::Stream, bytes, patience };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
@@ -275,12 +274,4 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             }
         }
     }
-}
-
-/// What a relay is asked for is a window ahead, and may be as far away from it: on a slow link that takes long, and a frame
-/// that is given up there is asked of the origin, which then has even more to send.
-fn relay_patience(goodput: Option<u64>) -> Duration {
-    let Some(goodput) = goodput.filter(|goodput| *goodput > 0) else { return RELAY_PATIENCE };
-    let window = Duration::from_secs_f64(relay::window(goodput) as f64 / goodput as f64);
-    (window * 3).clamp(RELAY_PATIENCE, RELAY_PATIENCE_MAX)
 }
