@@ -132,7 +132,7 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
     let mut client = super::daemon::daemon(store.dir()).await?;
     let (code, mut outcomes) = boot_all(&plan, &mut client, names.clone(), until.as_ref(), &args).await;
     if globals.json {
-        // Whoever was up first.
+        // In the order of the names, whoever was up first.
         outcomes.sort_by_key(|outcome| names.iter().position(|name| *name == outcome.name));
         println!("{}", serde_json::to_string(&outcomes)?);
     }
