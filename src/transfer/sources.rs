@@ -46,6 +46,7 @@ pub(super) struct Sources {
     hello: Hello,
     security: Security,
     list: Mutex<Vec<Arc<Source>>>,
+    /// Held while sources' states are looked at, so never taken while one of them is held.
     choice: Mutex<Choice>,
     changed: Notify,
     epoch: Instant,
@@ -429,7 +430,8 @@ impl Sources {
 
     /// Notes a good answer.
     pub(super) fn answered(&self, source: &Source, took: Duration) {
-        if let Some(key) = source.state().key.map(PeerKey) {
+        let key = source.state().key.map(PeerKey);
+        if let Some(key) = key {
             let mut choice = self.choice();
             choice.seen.entry(key).or_default().answered(took.as_secs_f32() * 1000.0);
         }
@@ -437,9 +439,13 @@ impl Sources {
 
     /// Notes a failure.
     pub(super) fn failed(&self, source: &Source) {
-        if let Some(key) = source.state().key.map(PeerKey) {
+        let key = source.state().key.map(PeerKey);
+        if let Some(key) = key {
             let now_ms = self.now_ms();
             self.choice().seen.entry(key).or_default().failed(now_ms);
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
