@@ -28,7 +28,8 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
             () = shared.cancel.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        match (accepted, Arc::clone(&places).try_acquire_owned()) {
+        let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
+        match accepted {
             (Ok((stream, from)), Ok(place)) => {
                 let owner = Arc::clone(&shared);
                 shared.tasks.spawn(async move {

@@ -32,7 +32,8 @@ pub(super) async fn unix(shared: Arc<Shared>, listener: UnixListener) {
             () = shared.cancel.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        match (accepted, Arc::clone(&places).try_acquire_owned()) {
+        let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
+        match accepted {
             (Ok((stream, _)), Ok(place)) => {
                 let owner = Arc::clone(&shared);
                 shared.tasks.spawn(async move {
@@ -56,7 +57,8 @@ pub(super) async fn tcp(shared: Arc<Shared>, listener: TcpListener) {
             () = shared.cancel.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        match (accepted, Arc::clone(&places).try_acquire_owned()) {
+        let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
+        match accepted {
             (Ok((stream, from)), Ok(place)) => {
                 let owner = Arc::clone(&shared);
                 shared.tasks.spawn(async move {

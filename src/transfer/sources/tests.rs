@@ -18,10 +18,10 @@ fn noting_an_answer_and_choosing_a_source_do_not_wait_for_each_other() {
     sources.list.lock().unwrap().push(Arc::clone(&source));
 
     let (tell, ended) = mpsc::channel();
-    let work: [Box<dyn Fn(&Sources, &Source) + Send>; 3] = [
-        Box::new(|sources, source| sources.answered(source, Duration::from_millis(1))),
-        Box::new(|sources, source| sources.failed(source)),
-        Box::new(|sources, _| drop(sources.for_frame(0, 0, &[]))),
+    let work: [fn(&Sources, &Source); 3] = [
+        |sources, source| sources.answered(source, Duration::from_millis(1)),
+        |sources, source| sources.failed(source),
+        |sources, _| drop(sources.for_frame(0, 0, &[])),
     ];
     for work in work {
         let (sources, source, tell) = (Arc::clone(&sources), Arc::clone(&source), tell.clone());
