@@ -124,23 +124,27 @@ impl Default for Relay {
 
 /// Time that a node's backlog may take before it counts as full.
 const BACKLOG_MAX_MS: u64 = 250;
+/// Bytes of backlog that are never too many: as much as those ask ahead who ask this node, and half as much again.
+const BACKLOG_MIN: u64 = WINDOW_MIN / 2 * 3;
 /// The load of the link from which a node counts as full.
 const FULL: f32 = 0.99;
 
 /// The load of its link ([`Item::NETWORK`]) that a node reports which has promised to send `backlog` bytes and can send
-/// `rate` bytes a second: 1 when that takes a quarter of a second or longer. In a burst every link is in use all the
-/// time; what tells a slow node from the others is how far it is behind.
+/// `rate` bytes a second: 1 when that takes a quarter of a second or longer, and is more than the least windows of those
+/// who ask it. In a burst every link is in use all the time; what tells a slow node from the others is how far it is behind.
 pub fn backlog_load(backlog: u64, rate: u64) -> f32 {
-    let allowed = rate.saturating_mul(BACKLOG_MAX_MS) / 1000;
-    (backlog as f32 / allowed.max(1) as f32).min(1.0)
+    let allowed = (rate.saturating_mul(BACKLOG_MAX_MS) / 1000).max(BACKLOG_MIN);
+    (backlog as f32 / allowed as f32).min(1.0)
 }
+
+/// The least [`window`].
+const WINDOW_MIN: u64 = 2 << 20;
 
 /// Bytes of frames that a node asks for ahead of their arrival when its link carries `rate` bytes a second: enough to
 /// cover the hops of the relay and a slow node among them, not so much that a node which begins a moment before the
 /// others has asked for everything before it knows of them.
 pub fn window(rate: u64) -> u64 {
-    const LEAST: u64 = 2 << 20;
-    (rate / 28).clamp(LEAST, 8 << 20)
+    (rate / 28).clamp(WINDOW_MIN, 8 << 20)
 }
 
 /// Which source to ask for which frame.
@@ -246,7 +250,8 @@ impl Relay {
         let mut full = Vec::new();
         for level in self.levels(own) {
             let at_level = self.level_ranks(level, own).filter_map(|at| candidates.get(&order[at].1));
-            let (at_limit, offer): (Vec<&Candidate>, Vec<_>) = at_level.filter(keeps_up).partition(is_full);
+            let (at_limit, offer): (Vec<&Candidate>, Vec<_>) =
+                at_level.filter(keeps_up).partition(|c| is_full(c));
             if !offer.is_empty() {
                 return offer;
             }
@@ -308,7 +313,8 @@ pub fn is_full_load(network: f32) -> bool {
     network >= FULL
 }
 
-fn is_full(candidate: &&Candidate) -> bool {
+/// Whether a node says that it has as much to send as it can.
+pub fn is_full(candidate: &Candidate) -> bool {
     candidate.load.get(Item::NETWORK).is_some_and(is_full_load)
 }
 
@@ -391,6 +397,7 @@ impl Ledger {
     pub fn forget(&mut self, peer: PeerKey) {
         self.askers.values_mut().for_each(|askers| askers.retain(|other| *other != peer));
         self.pointed.remove(&peer);
+        self.full.remove(&peer);
     }
 }
 

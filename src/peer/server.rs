@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
@@ -19,7 +19,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::choose::Ledger;
+use crate::choose::{Ledger, PeerKey};
 use crate::digest::Digest;
 
 use super::fault::Faults;
@@ -175,7 +175,14 @@ impl Server {
         if let Err(error) = result {
             tracing::debug!(%address, %error, "a peer's connection ended");
         }
-        self.tracker.leave(id);
+        let gone = self.tracker.leave(id);
+        let mut ledgers = self.ledgers.lock().unwrap_or_else(PoisonError::into_inner);
+        for (root, key) in gone {
+            if let Some(ledger) = ledgers.get_mut(&root) {
+                ledger.forget(PeerKey(key));
+            }
+        }
+        drop(ledgers);
         self.counters.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }

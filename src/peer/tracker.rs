@@ -56,14 +56,17 @@ impl Tracker {
         here.filter_map(|comer| comer.peer).find(|peer| peer.key == key)
     }
 
-    /// Notes that `connection` has closed.
-    pub(super) fn leave(&self, connection: u64) {
+    /// Notes that `connection` has closed; says which nodes have gone with it, by their keys, and from which images.
+    pub(super) fn leave(&self, connection: u64) -> Vec<(Digest, u64)> {
         let mut images = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for comer in images.values_mut().flatten() {
-            if comer.connection == connection {
+        let mut gone = Vec::new();
+        for (root, comers) in images.iter_mut() {
+            for comer in comers.iter_mut().filter(|comer| comer.connection == connection) {
                 comer.left = Some(Instant::now());
+                gone.extend(comer.peer.map(|peer| (*root, peer.key)));
             }
         }
+        gone
     }
 }
 
@@ -84,7 +87,8 @@ mod tests {
         assert_eq!(keys(tracker.come(root, 2, None)), [1]);
         assert_eq!(keys(tracker.come(root, 3, peer(3))), [1]);
         assert_eq!(keys(tracker.come(root, 1, peer(1))), [3]);
-        tracker.leave(3);
+        assert_eq!(tracker.leave(3), [(root, 3)]);
+        assert!(tracker.leave(2).is_empty(), "it does not serve");
         assert!(tracker.find(root, 3).is_none() && tracker.find(root, 1) == peer(1));
         assert_eq!(keys(tracker.come(root, 4, peer(4))), [1, 3]);
         assert!(tracker.come(Digest::of(b"other"), 6, peer(6)).is_empty());

@@ -104,14 +104,14 @@ mod tests {
         assert_eq!(uplink.load(0.3), 0.3);
         for _ in 0..10 {
             tokio::time::advance(INTERVAL).await;
-            uplink.sent(1_000_000);
+            uplink.sent(10_000_000);
             uplink.load(0.0);
         }
-        // 10 MB a second: a quarter of a second is 2.5 MB. However much the link is in use, that alone is not full.
+        // 100 MB a second: a quarter of a second is 25 MB. However much the link is in use, that alone is not full.
         assert!(!is_full_load(uplink.load(1.0)));
-        let first = uplink.promise(1_250_000);
+        let first = uplink.promise(12_500_000);
         assert!((0.45..0.6).contains(&uplink.load(0.0)), "{}", uplink.load(0.0));
-        let second = uplink.promise(1_300_000);
+        let second = uplink.promise(13_000_000);
         assert!(uplink.is_full());
         drop((first, second));
         assert_eq!(uplink.load(0.1), 0.1);

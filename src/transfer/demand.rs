@@ -106,7 +106,7 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
         };
         let frame = shared.holding.frames().and_then(|frames| frames.heads().position(first.start));
         let page = first.start / PAGE_BLOCKS;
-        let pick = |tried: &[_]| shared.sources.for_page(page, frame, tried);
+        let pick = |tried: &[_], _| shared.sources.for_page(page, frame, tried);
         let terms = Terms { kind, bytes: blocks * 2048, patience: Duration::ZERO };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
             tried.clear();

@@ -178,7 +178,7 @@ pub(super) async fn fetch_pages(shared: &Arc<Shared>, pages: &[u64]) {
 async fn ask_parts(shared: &Arc<Shared>, page: u64, groups: Vec<u32>, pages: Vec<u32>) {
     let bytes = 4096 * (groups.len() + pages.len()) as u64;
     let ask = Ask::Blocks { root: shared.holding.root(), extents: Vec::new(), groups, pages, urgent: false };
-    let pick = |tried: &[_]| shared.sources.for_page(page, None, tried);
+    let pick = |tried: &[_], _| shared.sources.for_page(page, None, tried);
     let terms = Terms { kind: Kind::Tree, bytes, patience: Duration::ZERO };
     let mut tried = Vec::new();
     while let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await {

@@ -26,6 +26,9 @@ const HEDGES_FREE: u64 = 4;
 /// One hedge to so many requests.
 const HEDGE_SHARE: u64 = 20;
 
+/// How often it is looked again whether a late answer may be hedged.
+const LATE_AGAIN: Duration = Duration::from_millis(50);
+
 /// The least time after which an answer counts as lost; each further one is waited for twice as long, so that a link
 /// that is slow beyond belief still brings the first.
 const LOST_MIN: Duration = Duration::from_secs(3);
@@ -40,6 +43,18 @@ pub(super) struct Reply {
     pub(super) source: Arc<Source>,
 }
 
+/// Why a source is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Why {
+    /// The first, or instead of one that failed.
+    Needed,
+    /// Beside one whose answer is late.
+    Late,
+}
+
+/// Names a source that can be asked now, given those that were tried and why one is wanted.
+pub(super) type Pick<'a> = dyn Fn(&[PeerKey], Why) -> Option<Arc<Source>> + Sync + 'a;
+
 /// What a request is for, and how it is judged.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Terms {
@@ -51,13 +66,13 @@ pub(super) struct Terms {
 }
 
 impl Shared {
-    /// Asks the sources that `pick` names, given those that were tried, until one answers. None when `pick` has no
-    /// more. The sources tried are added to `tried`.
+    /// Asks the sources that `pick` names until one answers. None when `pick` has no more. The sources tried are added
+    /// to `tried`.
     pub(super) async fn request(
         &self,
         terms: Terms,
         tried: &mut Vec<PeerKey>,
-        pick: &(dyn Fn(&[PeerKey]) -> Option<Arc<Source>> + Sync),
+        pick: &Pick<'_>,
         ask: &Ask,
     ) -> Option<Reply> {
         type Asking<'a> = BoxFuture<'a, (Arc<Source>, Result<Answered, CallError>)>;
@@ -76,7 +91,7 @@ impl Shared {
         let mut lost = late;
         loop {
             if running.is_empty() {
-                let source = pick(tried)?;
+                let source = pick(tried, Why::Needed)?;
                 if !asked.is_empty() {
                     Counters::count(&self.counters.failovers);
                 }
@@ -99,9 +114,9 @@ impl Shared {
                     Err(_) => self.sources.failed(&source),
                 },
                 () = tokio::time::sleep_until(late), if asked.len() < 2 => {
-                    late = Instant::now() + Duration::from_millis(200);
+                    late = Instant::now() + LATE_AGAIN;
                     if self.may_hedge()
-                        && let Some(source) = pick(tried)
+                        && let Some(source) = pick(tried, Why::Late)
                     {
                         Counters::count(&self.counters.hedges);
                         asked.push(Arc::clone(&source));
@@ -115,7 +130,7 @@ impl Shared {
                         self.sources.failed(silent);
                         silent.demote(self.options.demotion);
                     }
-                    if let Some(source) = pick(tried).or_else(|| asked.first().cloned()) {
+                    if let Some(source) = pick(tried, Why::Needed).or_else(|| asked.first().cloned()) {
                         Counters::count(&self.counters.failovers);
                         asked.push(Arc::clone(&source));
                         running.push(start(source, tried));

@@ -38,6 +38,8 @@ pub(super) struct State {
     pub(super) pages: RoaringBitmap,
     pub(super) banned_until: Option<Instant>,
     pub(super) demoted_until: Option<Instant>,
+    /// The last attempt to connect to it failed.
+    pub(super) unreachable: bool,
     latency: Option<Latency>,
     /// The best rate seen lately, in bytes a second.
     rate: f64,

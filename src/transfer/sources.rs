@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::choose::{
-    Asker, Candidate, Chooser, Draw, Has, Item, Load, Need, PeerKey, Relay, Roster, Seen, eligible,
+    Asker, Candidate, Chooser, Draw, Has, Item, Load, Need, PeerKey, Relay, Roster, Seen, eligible, relay,
 };
 use crate::digest::Digest;
 use crate::image::manifest::Manifest;
@@ -26,6 +26,7 @@ use crate::peer::message::{Answer, Ask, Hello, Peer, Wanted};
 use crate::peer::transport::Security;
 use crate::peer::uplink::Uplink;
 
+use super::request::Why;
 use super::source::{Link, Source};
 
 /// Pause between attempts to reach a source that does not answer.
@@ -195,6 +196,8 @@ impl Sources {
                         tracing::info!(source = %source.address, image = %self.root.short(), %error, "cannot use a source");
                     }
                     failures += 1;
+                    source.state().unreachable = true;
+                    self.changed.notify_waiters();
                 }
             }
             tokio::time::sleep(RETRY).await;
@@ -208,7 +211,11 @@ impl Sources {
         )?;
         self.describe(source, &urgent).await?;
         let link = Link { urgent, bulk };
-        source.state().link = Some(link.clone());
+        {
+            let mut state = source.state();
+            state.link = Some(link.clone());
+            state.unreachable = false;
+        }
         self.changed.notify_waiters();
         Ok(link)
     }
@@ -308,6 +315,10 @@ impl Sources {
         let until = Instant::now() + patience;
         while self.by_key(peer.key).is_none() {
             let changed = self.changed.notified();
+            let in_vain = |source: &Arc<Source>| source.address == peer.address && source.state().unreachable;
+            if self.all().iter().any(in_vain) {
+                return false;
+            }
             if self.by_key(peer.key).is_none() && tokio::time::timeout_at(until, changed).await.is_err() {
                 return false;
             }
@@ -376,8 +387,15 @@ impl Sources {
     }
 
     /// Whom to ask for boot frame `frame`, by a node that lacks the frame `position` and has `tried` some in vain.
-    /// It may not have the frame yet.
-    pub(super) fn for_frame(&self, frame: u32, position: u32, tried: &[PeerKey]) -> Option<Arc<Source>> {
+    /// It may not have the frame yet. Beside a source that is late nobody is asked who has enough to do: least of all
+    /// the origin of a burst, whose link is what all wait for.
+    pub(super) fn for_frame(
+        &self,
+        frame: u32,
+        position: u32,
+        tried: &[PeerKey],
+        why: Why,
+    ) -> Option<Arc<Source>> {
         let mut choice = self.choice();
         let Choice { relay, roster, chooser, draw, seen } = &mut *choice;
         let has = |state: &super::source::State| match state.have.complete {
@@ -385,6 +403,9 @@ impl Sources {
             false => Has::Stream(state.have.frames),
         };
         let (mut candidates, sources) = self.candidates(seen, has);
+        if why == Why::Late {
+            candidates.retain(|_, candidate| !relay::is_full(candidate));
+        }
         let asker = Asker { me: PeerKey(self.hello.key), position, roster, now_ms: self.now_ms() };
         let chosen = if tried.is_empty() {
             let assigned = relay.assign(asker, &[frame], &mut candidates, &**chooser, draw);

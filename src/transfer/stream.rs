@@ -21,16 +21,17 @@ use super::counters::Kind;
 use super::demand::fetch;
 use super::engine::Shared;
 use super::receive::{self, Wrong};
-use super::request::Terms;
+use super::request::{Terms, Why};
 
 /// Compressed bytes asked for ahead while it is not known whether other images here have the blocks.
 const PROBE_WINDOW: u64 = 256 << 10;
 /// How long that may take to be found out.
 const PROBE_PATIENCE: Duration = Duration::from_secs(1);
-/// How long a relay may take to have a frame that it was asked for before it has it.
+/// How long a relay may take to have a frame that it was asked for before it has it, at least and at most.
 const RELAY_PATIENCE: Duration = Duration::from_millis(600);
+const RELAY_PATIENCE_MAX: Duration = Duration::from_secs(5);
 /// How long a node that the origin points to may take to be reached, before the origin is asked again.
-const REACH_PATIENCE: Duration = Duration::from_millis(300);
+const REACH_PATIENCE: Duration = Duration::from_secs(1);
 /// A stream that has brought nothing for so long has stalled; what guests wait for is then fetched by itself.
 const STALLED_MIN: Duration = Duration::from_millis(400);
 /// However slow it was before.
@@ -170,7 +171,8 @@ fn window(shared: &Shared) -> u64 {
 async fn fetch_heads(shared: &Arc<Shared>) {
     let Some(boot) = &shared.holding.manifest.boot else { return };
     let ask = Ask::Heads { root: shared.holding.root() };
-    let pick = |tried: &[_]| shared.sources.for_frame(0, 0, tried).or_else(|| shared.sources.any(tried));
+    let pick =
+        |tried: &[_], why| shared.sources.for_frame(0, 0, tried, why).or_else(|| shared.sources.any(tried));
     let terms = Terms { kind: Kind::Tree, bytes: boot.heads_length, patience: Duration::ZERO };
     let mut tried = Vec::new();
     while let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await {
@@ -229,12 +231,16 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
     let mut pointed_to = None;
     loop {
         let wait = tried.is_empty() || pointed_to.is_some();
-        let pick = |tried: &[PeerKey]| {
+        let pick = |tried: &[PeerKey], why| {
+            // What comes later in the stream has time, and its hedge would only add to what the first one waits for.
+            if why == Why::Late && frames.contiguous() < number {
+                return None;
+            }
             let pointed = pointed_to.filter(|key| !tried.contains(&PeerKey(*key)));
             let pointed = pointed.and_then(|key| shared.sources.by_key(key));
-            pointed.or_else(|| shared.sources.for_frame(number, frames.contiguous(), tried))
+            pointed.or_else(|| shared.sources.for_frame(number, frames.contiguous(), tried, why))
         };
-        let patience = if wait { RELAY_PATIENCE } else { Duration::ZERO };
+        let patience = if wait { relay_patience(shared.stream.goodput()) } else { Duration::ZERO };
         let ask = Ask::Frame { root: shared.holding.root(), index: number, wait };
         let terms = Terms { kind: Kind::Stream, bytes, patience };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
@@ -274,4 +280,12 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             }
         }
     }
+}
+
+/// A relay is asked for what comes a window ahead, and may be as far from it: on a slow link that takes long, and a frame
+/// that is asked of the origin again leaves it even less for the others.
+fn relay_patience(goodput: Option<u64>) -> Duration {
+    let Some(goodput) = goodput.filter(|goodput| *goodput > 0) else { return RELAY_PATIENCE };
+    let window = Duration::from_secs_f64(relay::window(goodput) as f64 / goodput as f64);
+    (window * 2).clamp(RELAY_PATIENCE, RELAY_PATIENCE_MAX)
 }

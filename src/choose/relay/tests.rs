@@ -151,7 +151,8 @@ fn a_node_that_says_it_is_full_is_passed_over_by_its_children_and_by_the_ledger(
     let mut burst = Burst::of(20, 0);
     let me = burst.nodes[5];
     let before = burst.parent(me, 0, 9);
-    burst.candidates.get_mut(&before).unwrap().load = Load::new([(Item::NETWORK, backlog_load(300, 1000))]);
+    burst.candidates.get_mut(&before).unwrap().load =
+        Load::new([(Item::NETWORK, backlog_load(30 << 20, 100 << 20))]);
     assert_ne!(burst.parent(me, 0, 9), before);
     let mut ledger = Ledger::new(&burst.relay);
     ledger.ask(9, before);
@@ -163,9 +164,15 @@ fn a_node_that_says_it_is_full_is_passed_over_by_its_children_and_by_the_ledger(
 
 #[test]
 fn a_backlog_is_a_load_relative_to_what_the_link_carries() {
-    assert_eq!(backlog_load(0, 1000), 0.0);
-    assert_eq!(backlog_load(125, 1000), 0.5);
-    assert!(is_full_load(backlog_load(250, 1000)) && !is_full_load(backlog_load(250, 10_000)));
+    let fast = 100 << 20;
+    assert_eq!(backlog_load(0, fast), 0.0);
+    assert_eq!(backlog_load(fast / 8, fast), 0.5);
+    assert!(is_full_load(backlog_load(fast / 4, fast)) && !is_full_load(backlog_load(fast / 4, 10 * fast)));
+    // On a slow link the windows of those who ask take longer than that, and are not too much.
+    let slow = 3 << 20;
+    assert!(
+        !is_full_load(backlog_load(window(slow), slow)) && is_full_load(backlog_load(2 * window(slow), slow))
+    );
     assert_eq!((window(11_760_000), window(117_600_000)), (2 << 20, 4_200_000));
 }
 

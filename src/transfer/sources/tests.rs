@@ -21,7 +21,7 @@ fn noting_an_answer_and_choosing_a_source_do_not_wait_for_each_other() {
     let work: [fn(&Sources, &Source); 3] = [
         |sources, source| sources.answered(source, Duration::from_millis(1)),
         |sources, source| sources.failed(source),
-        |sources, _| drop(sources.for_frame(0, 0, &[])),
+        |sources, _| drop(sources.for_frame(0, 0, &[], Why::Needed)),
     ];
     for work in work {
         let (sources, source, tell) = (Arc::clone(&sources), Arc::clone(&source), tell.clone());
