@@ -477,19 +477,24 @@ impl Holding {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// What is here, as it is told to peers.
-    pub fn have(&self) -> Have {
-        let complete = self.is_complete();
-        let mut pages = Vec::new();
-        if !complete {
-            let bitmap = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-            bitmap.serialize_into(&mut pages).expect("a vector takes every write");
+    /// The pages that are here, as a roaring bitmap in its portable form; empty when all are.
+    pub fn pages(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if !self.is_complete() {
+            let mut bitmap = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+            bitmap.optimize();
+            bitmap.serialize_into(&mut bytes).expect("a vector takes every write");
         }
+        bytes
+    }
+
+    /// What is here, as it is told to peers; without the pages.
+    pub fn have(&self) -> Have {
         Have {
-            complete,
+            complete: self.is_complete(),
             frames: self.frames().map_or(0, Frames::contiguous),
             origin: self.origin,
-            pages,
+            pages: None,
             load: super::message::Load::default(),
         }
     }

@@ -8,8 +8,8 @@
 //!                                 ◄──  PEER_REPLY   Reply{id, answer} | bulk     in any order
 //! ```
 //!
-//! Each request has one reply, but [`Ask::Watch`], which has one whenever something has changed, and at least every
-//! [`HEARTBEAT`]. All lists and lengths are bounded, here by [`Ask::is_within_limits`], and by the frame.
+//! Each request has one reply, but [`Ask::Watch`], which has one whenever there are more boot frames or everything, and
+//! every [`HEARTBEAT`]. All lists and lengths are bounded, here by [`Ask::is_within_limits`], and by the frame.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -191,9 +191,10 @@ pub struct Have {
     pub origin: bool,
     /// Frames of the boot cache without a gap from the first.
     pub frames: u32,
-    /// The pages all of whose blocks are here, as a roaring bitmap in its portable form; empty when complete.
+    /// The pages all of whose blocks are here, as a roaring bitmap in its portable form, empty when complete; none when it
+    /// is told another time.
     #[serde(with = "serde_bytes")]
-    pub pages: Vec<u8>,
+    pub pages: Option<Vec<u8>>,
     /// The node's load.
     pub load: Load,
 }
@@ -261,7 +262,8 @@ mod tests {
             let bytes = frame::encode(FrameType::PEER_REQUEST, &request).unwrap();
             assert_eq!(frame::decode::<Request>(&bytes[8..]).unwrap(), request);
         }
-        let reply = Reply { id: 1, answer: Answer::Have(Have { pages: vec![1, 2], ..Have::default() }) };
+        let reply =
+            Reply { id: 1, answer: Answer::Have(Have { pages: Some(vec![1, 2]), ..Have::default() }) };
         let bytes = frame::encode_bulk(FrameType::PEER_REPLY, &reply, 0).unwrap();
         assert_eq!(frame::decode_bulk::<Reply>(&bytes[8..]).unwrap(), (reply, &[][..]));
     }

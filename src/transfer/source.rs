@@ -149,11 +149,32 @@ impl State {
 
     /// Takes what the source says it has. A bitmap that is not one counts as empty.
     pub(super) fn set_have(&mut self, have: Have) {
-        self.pages = if have.pages.is_empty() {
-            RoaringBitmap::new()
-        } else {
-            RoaringBitmap::deserialize_from(&have.pages[..]).unwrap_or_default()
-        };
-        self.have = have;
+        if let Some(pages) = &have.pages {
+            self.pages = match pages.is_empty() {
+                true => RoaringBitmap::new(),
+                false => RoaringBitmap::deserialize_from(&pages[..]).unwrap_or_default(),
+            };
+        }
+        self.have = Have { pages: None, ..have };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_kept_until_others_are_told_and_what_is_no_bitmap_is_none() {
+        let mut bytes = Vec::new();
+        RoaringBitmap::from_iter([1, 2, 700]).serialize_into(&mut bytes).unwrap();
+        let mut state = State::default();
+        state.set_have(Have { pages: Some(bytes.clone()), frames: 1, ..Have::default() });
+        state.set_have(Have { frames: 2, ..Have::default() });
+        assert!(state.pages.contains(700) && state.have.frames == 2);
+        bytes.truncate(bytes.len() - 1);
+        state.set_have(Have { pages: Some(bytes), ..Have::default() });
+        assert!(state.pages.is_empty());
+        state.set_have(Have { pages: Some(Vec::new()), complete: true, ..Have::default() });
+        assert!(state.pages.is_empty());
     }
 }

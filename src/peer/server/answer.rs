@@ -5,6 +5,8 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::block::{BLOCK_SIZE, Extent};
 use crate::choose::{Ledger, PeerKey, Relay, relay};
 use crate::digest::Digest;
@@ -101,7 +103,7 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
             if let Some(peer) = session.peer {
                 holding.met(peer);
             }
-            let have = Have { load: server.load(), ..holding.have() };
+            let have = Have { load: server.load(), pages: Some(holding.pages()), ..holding.have() };
             (Answer::Described { have, peers }, holding.manifest.to_bytes())
         }
         Ask::Heads { .. } => {
@@ -215,21 +217,30 @@ async fn pack(data: Vec<u8>) -> io::Result<(Vec<u8>, bool)> {
     if small { work() } else { tokio::task::spawn_blocking(work).await.map_err(io::Error::other)? }
 }
 
-/// Tells what is held, whenever it has changed, and as a sign of life.
+/// Tells what is held: when there are more boot frames or everything, and as a sign of life. Which pages there are, a
+/// longer message, only with the latter: a hundred nodes that fill tell each other all the time.
 async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wanted: &Wanted) {
     let Some(holding) = session.image(server, wanted).await else {
         return send(queues, Class::Other, id, ABSENT, Fate::Send).await;
     };
+    let mut beat = Instant::now();
+    let mut told = None;
     loop {
-        let version = holding.version();
-        let complete = holding.is_complete();
-        let have = Have { load: server.load(), ..holding.have() };
+        let mut have = Have { load: server.load(), ..holding.have() };
+        if Instant::now() >= beat {
+            beat = Instant::now() + HEARTBEAT;
+            let version = Some(holding.version());
+            if told != version {
+                told = version;
+                have.pages = Some(holding.pages());
+            }
+        }
+        let before = (have.frames, have.complete);
         send(queues, Class::Other, id, (Answer::Have(have), Vec::new()), Fate::Send).await;
-        let beat = tokio::time::Instant::now() + HEARTBEAT;
         loop {
             tokio::time::sleep(WATCH_INTERVAL).await;
-            let changed = holding.version() != version || holding.is_complete() != complete;
-            if changed || tokio::time::Instant::now() >= beat {
+            let now = holding.have();
+            if (now.frames, now.complete) != before || Instant::now() >= beat {
                 break;
             }
         }
