@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-tracer bench-import bench-nbd miri memcheck clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-tracer bench-import bench-nbd miri memcheck test-kernel-disk clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -41,6 +41,10 @@ soak-control: guests ## 200 kills of the controller and of agents each, with rea
 
 bench-cluster: guests ## 20 VMs and 80 containers on four nodes, as in the thesis, beside copy-then-boot and containers only
 	$(CARGO) test --release --locked --test cluster_bench -- --ignored --nocapture
+
+test-kernel-disk: guests ## libvirt's domain on /dev/nbd0, in a guest that has the kernel's NBD client (10 minutes)
+	@scripts/guest libvirt >/dev/null
+	$(CARGO) test --locked --test kernel_disk -- --ignored --nocapture
 
 bench-control: ## CPU of a heartbeat of 1,000 nodes, and of a choice among them
 	$(CARGO) bench --locked --bench control
