@@ -44,7 +44,7 @@ pub enum BootCacheError {
     #[error("the boot cache is damaged ({0}): record the image again")]
     Damaged(&'static str),
     /// One frame is absent or not what its digest says.
-    #[error("frame {0} of the boot cache is damaged or absent")]
+    #[error("frame {0} of the boot cache is damaged or absent: record the image again")]
     BadFrame(usize),
     /// The file could not be read or written.
     #[error("the boot cache cannot be accessed: {0}")]

@@ -27,6 +27,9 @@ use support::guest::{self, Tiny};
 use support::process::Process;
 use support::store::Store;
 
+/// For a guest's next step, on processors that others use.
+const DEADLINE: Duration = Duration::from_secs(240);
+
 /// Checks all files against their sums, then writes more until the end of days. 64 KiB of noise each, four at a time
 /// beside a file that is written over and over, so that there is more in flight than what is synced.
 const WORK: &str = r#"
@@ -82,8 +85,8 @@ fn working_guest(drive: &str, script: &Path, round: u32, synced: u32) -> Process
     let told = format!("name=opt/bootcache/run,file={}", script.display());
     let guest = Tiny::new(drive).arguments(["-fw_cfg".to_owned(), told]).start();
     guest::wait_for_boot(&guest);
-    guest.wait_for("WORK-VERIFIED", Duration::from_secs(60));
-    guest.wait_for(&format!("WORK-SYNCED {}", synced + 1), Duration::from_secs(60));
+    guest.wait_for("WORK-VERIFIED", DEADLINE);
+    guest.wait_for(&format!("WORK-SYNCED {}", synced + 1), DEADLINE);
     guest
 }
 

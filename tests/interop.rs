@@ -119,20 +119,56 @@ except nbd.Error: pass
 assert h.pread(512, h.get_size() - 512) == h.pread(4096, h.get_size() - 4096)[-512:]";
         nbdsh(&uri, script);
 
-        let mut fio = Command::new("fio");
-        fio.args([
-            "--name=read",
-            "--ioengine=nbd",
-            "--rw=randread",
-            "--bssplit=4k/50:64k/50",
-            "--iodepth=16",
-        ])
-        .args(["--io_size=8M", "--minimal", &format!("--uri={uri}")]);
-        support::run(fio.current_dir(store.path()));
+        // What is in the first block of the raw file, as qemu-io reads it there, it must read here.
+        let dump = |file: &str| {
+            let io = Command::new("qemu-io")
+                .args(["-r", "-f", "raw", "-c", "read -v 0 4096", "-c", "read -v 65000 5000", file])
+                .output()
+                .unwrap();
+            assert!(io.status.success(), "qemu-io of {file}");
+            let said = String::from_utf8(io.stdout).unwrap();
+            said.lines()
+                .filter(|line| line.contains(':') && !line.contains("ops"))
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        let read = dump(&uri);
+        assert!(read.len() > 500 && read == dump(raw.to_str().unwrap()), "qemu-io of {name}");
     }
+    fio_verifies_images(&store);
     let list = support::run(Command::new("nbdinfo").args(["--list", "--json", &store.uri("")]));
     for (name, ..) in SOURCES {
         assert!(list.contains(&format!("\"{name}\"")), "{name} is listed:\n{list}");
+    }
+}
+
+/// fio writes a file with checksums in it; images of that file in every format must satisfy it.
+fn fio_verifies_images(store: &Store) {
+    let file = store.beside("checked.raw");
+    let job = |more: &[&str]| {
+        let mut fio = Command::new("fio");
+        fio.args([
+            "--name=checked",
+            "--rw=randread",
+            "--bs=4k",
+            "--size=16M",
+            "--io_size=16M",
+            "--randseed=11",
+        ])
+        .args(["--verify=crc32c", "--verify_fatal=1", "--minimal"])
+        .args(more);
+        support::run(fio.current_dir(store.path()));
+    };
+    let name = format!("--filename={}", file.display());
+    job(&["--ioengine=psync", "--rw=randwrite", "--do_verify=0", &name]);
+    for (format, options) in SOURCES.map(|(_, format, options)| (format, options)) {
+        let image = format!("checked-{format}-{}", options.len());
+        let converted = store.beside(&image);
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-f", "raw", "-O", format]).args(options).arg(&file).arg(&converted);
+        support::run(&mut convert);
+        store.run(["image", "add", &image, converted.to_str().unwrap(), "--format", format]);
+        job(&["--ioengine=nbd", "--iodepth=16", &format!("--uri={}", store.uri(&image))]);
     }
 }
 
@@ -165,15 +201,54 @@ fn an_overlay_takes_writes_of_every_client_and_the_image_below_stays_as_it_was()
     if !support::require(&TOOLS) {
         return;
     }
-    let (store, raw, mut disk) = store_with_images();
+    let (store, raw, disk) = store_with_images();
     let mut serve = store.serve([""; 0]);
+    let expected = store.beside("expected.raw");
     for (name, ..) in SOURCES {
         let overlay = format!("vm-{name}");
         store.run(["overlay", "create", name, &overlay]);
-        compare(&raw, &store.uri(&overlay));
+        let uri = store.uri(&overlay);
+        compare(&raw, &uri);
+        let mut disk = disk.clone();
+        write_with_qemu_io_and_nbdsh(&uri, &mut disk);
+        write_sparse(&expected, &disk);
+        compare(&expected, &uri);
+        // Zeroes written with NO_HOLE stay allocated, and may be said to be data.
+        let no_hole = 65536 + 4096;
+        assert!(said_to_be_zero(&disk, &uri) >= zero_bytes(&disk) - no_hole);
     }
-    let uri = store.uri("vm-compressed");
 
+    // A second client on another connection, and after a clean restart, sees the same.
+    assert!(serve.terminate(std::time::Duration::from_secs(10)).success(), "{}", serve.said());
+    let mut serve = store.serve([""; 0]);
+    for (name, ..) in SOURCES {
+        compare(&expected, &store.uri(&format!("vm-{name}")));
+
+        let overlay = format!("fio-{name}");
+        store.run(["overlay", "create", name, &overlay]);
+        let mut fio = Command::new("fio");
+        fio.args(["--name=verify", "--ioengine=nbd", "--rw=randwrite", "--bssplit=4k/60:16k/30:512/10"])
+            .args(["--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", "--randseed=7"])
+            .args(["--size=16M", "--io_size=16M", "--minimal", &format!("--uri={}", store.uri(&overlay))]);
+        support::run(fio.current_dir(store.path()));
+
+        let overlay = format!("copy-{name}");
+        store.run(["overlay", "create", name, &overlay]);
+        support::run(Command::new("nbdcopy").arg(&expected).arg(store.uri(&overlay)));
+        compare(&expected, &store.uri(&overlay));
+    }
+
+    for (name, ..) in SOURCES {
+        compare(&raw, &store.uri(name));
+    }
+    assert!(serve.terminate(std::time::Duration::from_secs(10)).success(), "{}", serve.said());
+    for (name, ..) in SOURCES {
+        store.run(["image", "verify", name]);
+    }
+}
+
+/// Writes, zeroes and trims at the export, and the same in `disk`.
+fn write_with_qemu_io_and_nbdsh(uri: &str, disk: &mut [u8]) {
     let write =
         |disk: &mut [u8], offset: usize, length: usize, byte: u8| disk[offset..offset + length].fill(byte);
     let mut io = Command::new("qemu-io");
@@ -186,18 +261,18 @@ fn an_overlay_takes_writes_of_every_client_and_the_image_below_stays_as_it_was()
             "-c",
             "discard 2097152 65536",
         ])
-        .args(["-c", "read -P 0x22 5000 3000", "-c", "read -P 0 1048576 1000", &uri]);
+        .args(["-c", "read -P 0x22 5000 3000", "-c", "read -P 0 1048576 1000", uri]);
     let said = support::run(&mut io);
     assert!(!said.contains("failed"), "{said}");
-    write(&mut disk, 0, 4096, 0x11);
-    write(&mut disk, 5000, 3000, 0x22);
-    write(&mut disk, 1_048_576, 65536, 0);
-    write(&mut disk, 1_050_000, 100, 0x33);
+    write(disk, 0, 4096, 0x11);
+    write(disk, 5000, 3000, 0x22);
+    write(disk, 1_048_576, 65536, 0);
+    write(disk, 1_050_000, 100, 0x33);
     // What a trim leaves is ours to say: zeroes, so that a guest cannot see the image come back.
-    write(&mut disk, 2_097_152, 65536, 0);
+    write(disk, 2_097_152, 65536, 0);
 
     nbdsh(
-        &uri,
+        uri,
         "size = h.get_size()
 h.pwrite(b'D' * 8192, 3145728, nbd.CMD_FLAG_FUA)
 h.zero(4096, 3145728, nbd.CMD_FLAG_NO_HOLE)
@@ -217,54 +292,11 @@ for offset, length in [(size, 1), (size - 1, 2), (2**63, 512)]:
         sys.exit('a read beyond the end was accepted')
     except nbd.Error: pass",
     );
-    write(&mut disk, 3_145_728, 4096, 0);
-    write(&mut disk, 3_145_728 + 4096, 4096, b'D');
-    write(&mut disk, 4_194_304, 65536, 0);
+    write(disk, 3_145_728, 4096, 0);
+    write(disk, 3_145_728 + 4096, 4096, b'D');
+    write(disk, 4_194_304, 65536, 0);
     let end = SIZE - 1000;
-    write(&mut disk, end, 1000, b'E');
-
-    let expected = store.beside("expected.raw");
-    write_sparse(&expected, &disk);
-    compare(&expected, &uri);
-    // Zeroes written with NO_HOLE stay allocated, and may be said to be data.
-    let no_hole = 65536 + 4096;
-    assert!(said_to_be_zero(&disk, &uri) >= zero_bytes(&disk) - no_hole);
-
-    // A second client on another connection, and after a clean restart, sees the same.
-    assert!(serve.terminate(std::time::Duration::from_secs(10)).success(), "{}", serve.said());
-    let mut serve = store.serve([""; 0]);
-    compare(&expected, &uri);
-
-    let mut fio = Command::new("fio");
-    fio.args([
-        "--name=verify",
-        "--ioengine=nbd",
-        "--rw=randwrite",
-        "--bssplit=4k/60:16k/30:512/10",
-        "--iodepth=16",
-    ])
-    .args([
-        "--verify=crc32c",
-        "--verify_fatal=1",
-        "--fsync=64",
-        "--size=16M",
-        "--io_size=16M",
-        "--randseed=7",
-    ])
-    .args(["--minimal", &format!("--uri={}", store.uri("vm-vdi"))]);
-    support::run(fio.current_dir(store.path()));
-
-    let copied = store.uri("vm-raw");
-    support::run(Command::new("nbdcopy").arg(&expected).arg(&copied));
-    compare(&expected, &copied);
-
-    for (name, ..) in SOURCES {
-        compare(&raw, &store.uri(name));
-    }
-    assert!(serve.terminate(std::time::Duration::from_secs(10)).success(), "{}", serve.said());
-    for (name, ..) in SOURCES {
-        store.run(["image", "verify", name]);
-    }
+    write(disk, end, 1000, b'E');
 }
 
 /// The port that a daemon which was told `:0` says it has.

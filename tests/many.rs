@@ -168,4 +168,5 @@ fn increments_of_one_base_share_what_was_read_of_it() {
         overlays.len()
     );
     read_once(read, again, unique);
+    assert!(read as f64 >= unique as f64 * 0.9, "{read} of {unique} bytes: the page cache was not cold");
 }

@@ -82,6 +82,8 @@ fn a_guest_boots_from_an_export_and_its_kernel_mounts_another() {
         guest.wait_for("RUN-DONE", DEADLINE);
         let said = guest.said();
         assert!(said.contains("GUEST-OK") && !said.contains("GUEST-FAILED"), "{kind}: {said}");
+        let read = system_stats.read_bytes.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(read >= 8_000_000, "{kind}: it read {read} bytes of its disk, so it did not boot from it");
         for (name, stats) in [("system", system_stats), ("data", data_stats)] {
             let written = stats.written_bytes.load(std::sync::atomic::Ordering::Relaxed);
             assert!(written >= 2 << 20, "{kind}: the guest wrote {written} bytes to the {name} disk");

@@ -100,6 +100,25 @@ fn several_runs_make_one_boot_cache_that_names_its_condition() {
     assert_eq!(stored.into_iter().collect::<BTreeSet<_>>(), union);
 }
 
+/// The lines of strace's log, each call on one: what another thread's call broke in two is put together.
+fn whole_lines(log: &str) -> Vec<String> {
+    let mut begun: std::collections::HashMap<&str, &str> = std::collections::HashMap::new();
+    let mut whole = Vec::new();
+    for line in log.lines() {
+        let (thread, rest) = line.split_once(' ').unwrap_or((line, ""));
+        if let Some(start) = rest.strip_suffix("<unfinished ...>") {
+            begun.insert(thread, start);
+        } else if let Some((_, end)) =
+            rest.split_once(" resumed>").filter(|_| rest.trim_start().starts_with("<..."))
+        {
+            whole.extend(begun.remove(thread).map(|start| format!("{thread} {start}{end}")));
+        } else {
+            whole.push(line.to_owned());
+        }
+    }
+    whole
+}
+
 #[test]
 fn strace_sees_no_read_of_the_image_that_the_tracer_missed() {
     if !support::require(&["strace"]) {
@@ -128,22 +147,19 @@ fn strace_sees_no_read_of_the_image_that_the_tracer_missed() {
     let strace = std::fs::read_to_string(&log).unwrap();
     let mut seen = BTreeSet::new();
     let mut lines = 0;
-    for line in strace.lines().filter(|line| line.contains(&disk) && !line.contains("unfinished")) {
+    for line in whole_lines(&strace).iter().filter(|line| line.contains(&disk)) {
         // 123 pread64(9</…/disk>, "…"..., 4096, 8192) = 4096
-        let (call, result) = line.rsplit_once(" = ").unwrap();
+        let Some((call, result)) = line.rsplit_once(" = ") else { continue };
         let Ok(length) = result.split_whitespace().next().unwrap().parse::<u64>() else { continue };
         assert!(call.contains("pread64(") || call.contains("preadv("), "not understood: {line}");
-        let offset = call.trim_end_matches(')').rsplit_once(", ").unwrap().1.parse::<u64>().unwrap();
+        let offset =
+            call.trim_end().trim_end_matches(')').rsplit_once(", ").unwrap().1.parse::<u64>().unwrap();
         lines += 1;
         seen.extend(bootcache::block::Extent::touching(offset, length).blocks());
     }
     let traced = blocks(&recording(&store, 1));
-    eprintln!(
-        "strace: {lines} reads whole on one line, {} blocks; tracer: {} blocks",
-        seen.len(),
-        traced.len()
-    );
-    assert!(seen.len() * 2 > traced.len(), "strace has seen the boot");
+    eprintln!("strace: {lines} reads, {} blocks; tracer: {} blocks", seen.len(), traced.len());
+    assert!(seen.len() * 100 >= traced.len() * 99, "strace has seen the boot");
     // What was read after the condition was met is not part of the boot.
     let missed: Vec<_> = seen.difference(&traced).collect();
     assert!(missed.is_empty(), "{missed:?}");

@@ -117,6 +117,10 @@ fn every_way_to_read_is_noted_with_what_was_really_read() {
             sendfile(out, fd, &at, 8000);
             pread(fd, a, 8192, 1048576 - 1000);
             pread(fd, a, 8192, 1048576);
+            lseek(fd, 50000, SEEK_SET);
+            read(fd, a, 300);
+            lseek(fd, 10000, SEEK_CUR);
+            readv(fd, two, 2);
             return 0;
         }"#;
     if !bench.compile(source, &["-O2", "-D_FORTIFY_SOURCE=2", "-w"]) {
@@ -136,6 +140,8 @@ fn every_way_to_read_is_noted_with_what_was_really_read() {
         (600_000, 7000),
         (700_000, 8000),
         (1_048_576 - 1000, 1000),
+        (50_000, 300),
+        (60_300, 1024),
     ];
     assert_eq!(bench.ranges(), expected);
     assert!(bench.recording().unwrap().reads.iter().all(|read| read.took_ns > 0));

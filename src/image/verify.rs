@@ -44,9 +44,16 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Blocks { count, first } => {
-                write!(f, "{count} blocks of the disk differ from the image, the first at byte {first}")
+                write!(
+                    f,
+                    "{count} blocks of the disk differ from the image, the first at byte {first}: \
+                     remove the image and add it again"
+                )
             }
-            Self::Raw { found } => write!(f, "the disk's BLAKE3 is {found}, not that of the manifest"),
+            Self::Raw { found } => write!(
+                f,
+                "the disk's BLAKE3 is {found}, not that of the manifest: remove the image and add it again"
+            ),
             Self::File(what) => f.write_str(what),
             Self::BootBlocks { count } => {
                 write!(f, "{count} blocks of the boot cache differ from the image: record the image again")
