@@ -23,11 +23,12 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use bootcache_nbd::disk::{Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, StatusExtent};
 use roaring::RoaringBitmap;
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, ReadWriteFlags};
 use tokio::time::Instant;
 
@@ -77,7 +78,8 @@ pub struct LocalCache {
     size: u64,
     presence: Presence,
     waiters: Waiters,
-    fetch: OnceLock<Arc<dyn Fetch>>,
+    /// Its owner may be gone: then nothing comes.
+    fetch: OnceLock<Weak<dyn Fetch>>,
     counters: ReadCounters,
     deadline: Option<Duration>,
     /// What the saved bitmap names; held while it is replaced.
@@ -175,7 +177,10 @@ impl LocalCache {
                     Some(true) => {
                         self.presence.set(Extent::new(block, 1));
                     }
-                    Some(false) => self.presence.forget(block),
+                    Some(false) => {
+                        self.presence.forget(block);
+                        self.punch(block)?;
+                    }
                     None => {}
                 }
             }
@@ -184,8 +189,8 @@ impl LocalCache {
     }
 
     /// Says who brings absent blocks; once. Until then reads of them wait.
-    pub fn set_fetch(&self, fetch: Arc<dyn Fetch>) {
-        if self.fetch.set(fetch).is_ok() {
+    pub fn set_fetch(&self, fetch: &Arc<dyn Fetch>) {
+        if self.fetch.set(Arc::downgrade(fetch)).is_ok() {
             let wanted = self.waiters.wanted();
             self.want(&wanted);
         }
@@ -323,7 +328,7 @@ impl LocalCache {
     }
 
     fn want(&self, absent: &[Extent]) -> Coming {
-        match self.fetch.get() {
+        match self.fetch.get().and_then(Weak::upgrade) {
             Some(fetch) if !absent.is_empty() => fetch.want(absent),
             _ => Coming::Demand,
         }
@@ -392,9 +397,28 @@ impl LocalCache {
         self.file.read_exact_at(buf, offset)
     }
 
-    /// Takes back that `block` is here: it was found to be wrong. Reads wait for it again.
-    pub fn forget(&self, block: u64) {
+    /// Takes back that `block` is here: it was found to be wrong. Reads wait for it again, and there is a hole in its place,
+    /// as zero blocks need it. Blocks.
+    ///
+    /// # Errors
+    /// When the hole cannot be made.
+    pub fn forget(&self, block: u64) -> io::Result<()> {
+        let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        self.punch(block)?;
         self.presence.forget(block);
+        Ok(())
+    }
+
+    fn punch(&self, block: u64) -> io::Result<()> {
+        let (at, length) = (block * BLOCK_SIZE, bytes_in_block(block, self.size));
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&*self.file, hole, at, length) {
+            Err(Errno::OPNOTSUPP) => {
+                let zeroes = [0; BLOCK_BYTES];
+                self.file.write_all_at(&zeroes[..usize::try_from(length).expect("at most a block")], at)
+            }
+            other => Ok(other?),
+        }
     }
 
     /// Waits until the bytes of a read are here, and counts it. What was waited for, and how long.
@@ -465,7 +489,7 @@ impl Disk for LocalCache {
     fn prefetch(&self, offset: u64, length: u64) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async move {
             let absent = self.absent(Extent::touching(offset, length));
-            if let Some(fetch) = self.fetch.get().filter(|_| !absent.is_empty()) {
+            if let Some(fetch) = self.fetch.get().and_then(Weak::upgrade).filter(|_| !absent.is_empty()) {
                 fetch.hint(&absent);
             }
             Ok(())

@@ -263,3 +263,42 @@ async fn what_a_boot_missed_is_in_the_boot_cache_after_merging() {
     assert!(sample.boot_blocks.iter().all(|block| boot.heads().position(*block).is_some()));
     assert_eq!(boot.heads().blocks(), sample.boot_blocks.len() as u64 + 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_with_another_boot_cache_is_no_liar_and_gives_the_blocks() {
+    let sample = Sample::new(16 << 20, 43);
+    let origin = Node::origin(&sample, None).await;
+    let again = Node::origin(&sample.recorded_again(), None).await;
+    let link = SlowLink::new(origin.address, 512 << 10).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[link.address], |_| ()).await;
+    until(|| engine.progress().frames > 0).await;
+    // The origin is away in the middle of the stream, and back with the image recorded again.
+    link.kill();
+    engine.add_source(again.address);
+    assert!(
+        tokio::time::timeout(Duration::from_secs(60), engine.done()).await.expect("the rest comes as blocks")
+    );
+    let progress = engine.progress();
+    engine.stop().await;
+    assert!(progress.frames < progress.frames_total, "the stream was not cut off");
+    assert_eq!(engine.counters().lies.load(Ordering::Relaxed), 0);
+    assert!(node.read_file() == sample.disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefetch_of_a_whole_disk_does_not_hold_up_a_guest() {
+    let sample = Sample::new(64 << 20, 47);
+    let origin = Node::origin(&sample, None).await;
+    let link = SlowLink::new(origin.address, 8 << 20).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[link.address], |options| options.fill = false).await;
+    let disk = engine.disk();
+    disk.prefetch(0, 64 << 20).await.unwrap();
+    let offset = 60 << 20;
+    let mut bytes = vec![0; 8192];
+    let read = tokio::time::timeout(Duration::from_secs(30), disk.read(offset, &mut bytes)).await;
+    read.expect("a guest's read ends").unwrap();
+    assert!(bytes == sample.bytes(offset, 8192));
+    engine.stop().await;
+}

@@ -395,7 +395,10 @@ impl Ledger {
 
     /// `peer` is gone: nobody is pointed to it any more.
     pub fn forget(&mut self, peer: PeerKey) {
-        self.askers.values_mut().for_each(|askers| askers.retain(|other| *other != peer));
+        self.askers.retain(|_, askers| {
+            askers.retain(|other| *other != peer);
+            !askers.is_empty()
+        });
         self.pointed.remove(&peer);
         self.full.remove(&peer);
     }

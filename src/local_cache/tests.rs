@@ -207,7 +207,8 @@ async fn a_read_asks_once_and_ends_when_its_own_blocks_are_there() {
     let (_dir, cache) = fresh(32 * BLOCK_SIZE);
     let cache = Arc::new(cache);
     let asked = Arc::new(Asked::default());
-    cache.set_fetch(asked.clone());
+    let fetch: Arc<dyn Fetch> = asked.clone();
+    cache.set_fetch(&fetch);
     cache.insert(4, &block(4)).unwrap();
     let reader = tokio::spawn({
         let cache = Arc::clone(&cache);

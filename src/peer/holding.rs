@@ -356,6 +356,9 @@ impl Holding {
         let tree = Tree::open(&dir.join("tree"), Some(manifest.root))?;
         let open = |digest| {
             let boot = BootCache::open(&dir.join("boot"), manifest.root)?;
+            if boot.heads().size() != manifest.size {
+                return Err(BootCacheError::OtherImage { found: manifest.root });
+            }
             if boot.heads_digest() != digest {
                 return Err(BootCacheError::Damaged("its heads are not those of the manifest"));
             }

@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -72,7 +73,7 @@ impl Security {
     pub async fn connect_to(&self, address: SocketAddr, role: Role) -> io::Result<Box<dyn Transport>> {
         self.check(address).map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
         let stream = within(CONNECT_TIMEOUT, TcpStream::connect(address)).await?;
-        stream.set_nodelay(true)?;
+        prepare(&stream)?;
         match &self.identity {
             None => Ok(Box::new(stream)),
             Some(identity) => Ok(Box::new(within(HANDSHAKE_TIMEOUT, identity.connect(stream, role)).await?)),
@@ -98,7 +99,7 @@ impl Security {
     /// # Errors
     /// Those of TLS.
     pub async fn accept_from(&self, stream: TcpStream) -> io::Result<(Box<dyn Transport>, Caller)> {
-        stream.set_nodelay(true)?;
+        prepare(&stream)?;
         let Some(identity) = &self.identity else { return Ok((Box::new(stream), Caller::trusted())) };
         let stream = within(HANDSHAKE_TIMEOUT, identity.acceptor().accept(stream)).await?;
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
@@ -130,6 +131,17 @@ impl Caller {
     pub fn is_named(&self, name: &HostName) -> bool {
         self.certificates.as_ref().is_none_or(|certificates| has_name(Some(certificates), name))
     }
+}
+
+/// No delay for small messages, and an end to a connection whose other side has lost its power: after half a minute.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(15))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    sockopt::set_tcp_user_timeout(stream, 30_000)?;
+    Ok(())
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {

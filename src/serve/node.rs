@@ -1,6 +1,6 @@
 //! One node's open images, overlays and VM sockets, and what can be asked of them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -114,6 +114,26 @@ struct Inner {
     images: HashMap<Digest, Weak<OpenImage>>,
     overlays: HashMap<HostName, OpenOverlay>,
     vms: HashMap<HostName, VmSocket>,
+    /// Overlays that images are being made of.
+    sealing: Arc<std::sync::Mutex<HashSet<HostName>>>,
+}
+
+impl Inner {
+    fn sealing(&self) -> std::sync::MutexGuard<'_, HashSet<HostName>> {
+        self.sealing.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// An overlay that an image is being made of, until this is dropped.
+struct Sealing {
+    all: Arc<std::sync::Mutex<HashSet<HostName>>>,
+    name: HostName,
+}
+
+impl Drop for Sealing {
+    fn drop(&mut self) {
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&self.name);
+    }
 }
 
 /// A node's data plane: the one owner of its open images, overlays and VM sockets. Holds the store's lock.
@@ -226,6 +246,9 @@ impl Node {
 
     /// The export of overlay `name`.
     fn overlay_export(&self, inner: &mut Inner, name: &HostName) -> Result<Export, NodeError> {
+        if inner.sealing().contains(name) {
+            return Err(NodeError::InUse(name.clone()));
+        }
         let open = self.open_overlay(inner, name)?;
         Ok(Export {
             name: name.to_string(),
@@ -414,11 +437,25 @@ impl Node {
         if self.store.root_of(image)?.is_some() {
             return Err(NodeError::Taken(image.to_string()));
         }
-        let mut inner = self.inner.lock().await;
-        self.open_overlay(&mut inner, name)?;
-        Self::check_idle(&inner, name)?;
+        let (overlay, _sealing) = {
+            let mut inner = self.inner.lock().await;
+            self.open_overlay(&mut inner, name)?;
+            Self::check_idle(&inner, name)?;
+            let open = &inner.overlays[name];
+            let (overlay, base) = (open.overlay.clone(), open.base);
+            if !self.store.image(base)?.is_complete() {
+                return Err(NodeError::Commit(IncrementError::BaseIncomplete(base)));
+            }
+            inner.sealing().insert(name.clone());
+            (overlay, Sealing { all: Arc::clone(&inner.sealing), name: name.clone() })
+        };
+        // It takes long, and others go on meanwhile.
+        self.seal(&overlay, image).await
+    }
+
+    async fn seal(&self, overlay: &Overlay, image: &ImageName) -> Result<Digest, NodeError> {
         let scratch = self.store.scratch("commit")?;
-        inner.overlays[name].overlay.seal(scratch.path()).await?;
+        overlay.seal(scratch.path()).await?;
         let (store, image) = (self.store.clone(), image.clone());
         let publish = move || publish_sealed(&store, scratch, &image).map(|entry| entry.root);
         // Without an answer the runtime is ending, and the scratch folder goes with it.
@@ -449,7 +486,7 @@ impl Node {
 
     fn check_idle(inner: &Inner, name: &HostName) -> Result<(), NodeError> {
         let connected = inner.overlays.get(name).is_some_and(|open| open.connections() > 0);
-        if connected || inner.vms.contains_key(name) {
+        if connected || inner.vms.contains_key(name) || inner.sealing().contains(name) {
             return Err(NodeError::InUse(name.clone()));
         }
         Ok(())

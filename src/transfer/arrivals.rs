@@ -10,19 +10,24 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::name::ImageName;
 use crate::peer::catalogue::Catalogue;
-use crate::store::{Hold, Store, write_atomic};
+use crate::store::{Hold, Store, StoreError, write_atomic};
 
 use super::engine::{Engine, Options};
 use super::pull::{PullError, Pulled, Target, pull};
 
 const SOURCES: &str = "sources";
 const SOURCES_BYTES_MAX: u64 = 64 << 10;
+/// Sources that are written down: the newest.
+const SOURCES_MAX: usize = 64;
+/// How often it is looked whether an image that is all here was removed.
+const REMOVED_INTERVAL: Duration = Duration::from_secs(10);
 
 /// From where, and how, an image is fetched.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +43,14 @@ pub struct Plan {
 
 struct Arrival {
     engine: Arc<Engine>,
-    _hold: Hold,
+    /// Keeps the image from being removed until all of it is here.
+    hold: Option<Hold>,
+}
+
+type ByRoot = BTreeMap<Digest, Arrival>;
+
+fn lock(arrivals: &Mutex<ByRoot>) -> MutexGuard<'_, ByRoot> {
+    arrivals.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The images that are on their way to this node. Owned by its daemon.
@@ -46,9 +58,9 @@ pub struct Arrivals {
     store: Store,
     catalogue: Arc<Catalogue>,
     options: Options,
-    arrivals: Mutex<BTreeMap<Digest, Arrival>>,
-    /// Held by whoever begins to fetch an image of that name: two at once would each make its folder.
-    begins: Mutex<BTreeMap<ImageName, Arc<tokio::sync::Mutex<()>>>>,
+    arrivals: Arc<Mutex<ByRoot>>,
+    /// Held by whoever begins to fetch an image, by its root or else its name: two at once would each make its folder.
+    begins: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl std::fmt::Debug for Arrivals {
@@ -60,16 +72,12 @@ impl std::fmt::Debug for Arrivals {
 impl Arrivals {
     /// Nothing on its way to `store` yet. `options` hold for every image; what is on its way goes to `catalogue`.
     pub fn new(store: Store, catalogue: Arc<Catalogue>, options: Options) -> Self {
-        Self { store, catalogue, options, arrivals: Mutex::default(), begins: Mutex::default() }
-    }
-
-    fn arrivals(&self) -> MutexGuard<'_, BTreeMap<Digest, Arrival>> {
-        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+        Self { store, catalogue, options, arrivals: Arc::default(), begins: Mutex::default() }
     }
 
     /// The transfer of image `root`, while there is one.
     pub fn get(&self, root: Digest) -> Option<Arc<Engine>> {
-        self.arrivals().get(&root).map(|arrival| Arc::clone(&arrival.engine))
+        lock(&self.arrivals).get(&root).map(|arrival| Arc::clone(&arrival.engine))
     }
 
     /// Begins to fetch `target` as `plan` says; an image that is on its way gets the new sources and rate. Ends when
@@ -79,23 +87,27 @@ impl Arrivals {
     /// [`PullError`].
     pub async fn pull(&self, target: &Target, plan: &Plan) -> Result<Digest, PullError> {
         let io_error = |source| PullError::Io { name: target.name.clone(), source };
-        let begin = Arc::clone(
-            self.begins
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .entry(target.name.clone())
-                .or_default(),
-        );
+        let known = self.store.root_of(&target.name)?.or(target.root);
+        let begin = {
+            let mut begins = self.begins.lock().unwrap_or_else(PoisonError::into_inner);
+            begins.retain(|_, begin| Arc::strong_count(begin) > 1);
+            let key = known.map_or_else(|| target.name.to_string(), |root| root.to_string());
+            Arc::clone(begins.entry(key).or_default())
+        };
         let _one = begin.lock().await;
-        if let Some(root) = self.store.root_of(&target.name)?
+        if let Some(root) = known
             && target.root.is_none_or(|wanted| wanted == root)
             && let Some(engine) = self.get(root)
+            && self.store.image(root).is_ok()
         {
+            // Perhaps by another name, of which there may be many.
+            self.store.add_name(&target.name, root)?;
             plan.sources.iter().for_each(|source| engine.add_source(*source));
             engine.set_fill_rate(plan.fill_rate);
             if plan.fill {
                 engine.fill();
             }
+            self.remember(root, plan).map_err(io_error)?;
             return Ok(root);
         }
         let similar = Some(self.store.clone());
@@ -104,20 +116,47 @@ impl Arrivals {
             Pulled::Complete(entry) => Ok(entry.root),
             Pulled::Coming(engine) => {
                 let root = engine.holding().root();
-                let path = self.store.image_dir(root).join(SOURCES);
-                let bytes = serde_json::to_vec(plan).map_err(io::Error::other).map_err(io_error)?;
-                write_atomic(&path, &bytes).map_err(io_error)?;
+                self.remember(root, plan).map_err(io_error)?;
                 self.keep(engine)?;
                 Ok(root)
             }
         }
     }
 
+    /// Writes down how image `root` is fetched, for the daemon that goes on with it: what was written before, and `plan`.
+    fn remember(&self, root: Digest, plan: &Plan) -> io::Result<()> {
+        let mut plan = plan.clone();
+        if let Some(before) = self.plan_of(root) {
+            let known: Vec<SocketAddr> =
+                before.sources.into_iter().filter(|source| !plan.sources.contains(source)).collect();
+            plan.sources.extend(known);
+            plan.sources.truncate(SOURCES_MAX);
+            plan.fill |= before.fill;
+        } else if self.store.image(root).is_ok_and(|entry| entry.is_complete()) {
+            return Ok(());
+        }
+        write_atomic(&self.store.image_dir(root).join(SOURCES), &serde_json::to_vec(&plan)?)
+    }
+
     fn keep(&self, engine: Engine) -> Result<(), PullError> {
-        let hold = self.store.hold(engine.holding().root())?;
-        self.catalogue.offer(Arc::clone(engine.holding()));
         let root = engine.holding().root();
-        self.arrivals().insert(root, Arrival { engine: Arc::new(engine), _hold: hold });
+        let hold = self.store.hold(root)?;
+        let engine = Arc::new(engine);
+        {
+            let mut arrivals = lock(&self.arrivals);
+            if arrivals.get(&root).is_some_and(|arrival| arrival.hold.is_some()) {
+                // Guests read through the other one.
+                return Ok(());
+            }
+            arrivals.insert(root, Arrival { engine: Arc::clone(&engine), hold: Some(hold) });
+        }
+        self.catalogue.offer(Arc::clone(engine.holding()));
+        tokio::spawn(let_go(
+            engine,
+            Arc::clone(&self.arrivals),
+            Arc::clone(&self.catalogue),
+            self.store.clone(),
+        ));
         Ok(())
     }
 
@@ -144,9 +183,30 @@ impl Arrivals {
 
     /// Ends every transfer, and makes durable what has come.
     pub async fn stop(&self) {
-        let arrivals = std::mem::take(&mut *self.arrivals());
+        let arrivals = std::mem::take(&mut *lock(&self.arrivals));
         for arrival in arrivals.into_values() {
             arrival.engine.stop().await;
         }
+    }
+}
+
+/// Once all of the image is here, lets it be removed, and when it was, forgets it: the space is free when nobody has its
+/// files open. Until then its figures can be asked for.
+async fn let_go(engine: Arc<Engine>, arrivals: Arc<Mutex<ByRoot>>, catalogue: Arc<Catalogue>, store: Store) {
+    if !engine.done().await {
+        return;
+    }
+    let root = engine.holding().root();
+    let is_still = |arrival: &Arrival| Arc::ptr_eq(&arrival.engine, &engine);
+    if let Some(arrival) = lock(&arrivals).get_mut(&root).filter(|arrival| is_still(arrival)) {
+        arrival.hold = None;
+    }
+    while lock(&arrivals).get(&root).is_some_and(is_still) {
+        if matches!(store.image(root), Err(StoreError::NoSuchRoot(_))) {
+            lock(&arrivals).remove(&root);
+            catalogue.withdraw(root);
+            return;
+        }
+        tokio::time::sleep(REMOVED_INTERVAL).await;
     }
 }

@@ -22,12 +22,12 @@ use super::request::Terms;
 
 /// How often what is waited for is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// Extents that prefetch hints may leave; more are dropped.
-const HINTS_MAX: usize = 256;
+/// Blocks that prefetch hints may leave to be fetched; more are dropped. 16 MiB.
+const HINT_BLOCKS_MAX: u64 = 4096;
 /// Pause after this node could not keep what came, before it tries again.
 const LOCAL_RETRY: Duration = Duration::from_secs(1);
 /// Blocks in one demand request.
-const DEMAND_BLOCKS_MAX: u64 = 64;
+const DEMAND_BLOCKS_MAX: usize = 64;
 
 impl Fetch for Shared {
     fn want(&self, absent: &[Extent]) -> Coming {
@@ -46,8 +46,14 @@ impl Fetch for Shared {
 
     fn hint(&self, absent: &[Extent]) {
         let mut hints = self.hints.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let room = HINTS_MAX.saturating_sub(hints.len());
-        hints.extend(absent.iter().take(room));
+        let mut room = HINT_BLOCKS_MAX.saturating_sub(hints.iter().map(|hint| hint.count).sum());
+        for extent in absent {
+            let count = extent.count.min(room);
+            room -= count;
+            if count > 0 {
+                hints.push_back(Extent { count, ..*extent });
+            }
+        }
         self.demand_wake.notify_one();
     }
 }
@@ -70,7 +76,11 @@ pub(super) async fn run(shared: &Arc<Shared>, tasks: &TaskTracker) {
             .filter(|block| !shared.is_on_its_way(*block))
             .map(|block| Extent::new(block, 1))
             .collect();
-        while let Some(flight) = shared.flights.take(due.iter().copied(), DEMAND_BLOCKS_MAX, true) {
+        // In parts, since each look at what is under way begins at the front.
+        let flights = due.chunks(DEMAND_BLOCKS_MAX);
+        for flight in
+            flights.filter_map(|due| shared.flights.take(due.iter().copied(), DEMAND_BLOCKS_MAX as u64, true))
+        {
             let shared = Arc::clone(shared);
             tasks.spawn(async move {
                 tokio::select! {
@@ -84,7 +94,7 @@ pub(super) async fn run(shared: &Arc<Shared>, tasks: &TaskTracker) {
 
 /// Brings `extents`, at most [`BLOCKS_MAX`] blocks, from whoever has them; ends when they are here.
 pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) {
-    if shared.similar.get().is_some() {
+    if shared.similar().is_some() {
         let (copier, extents) = (Arc::clone(shared), extents.to_vec());
         // A panic there leaves the blocks absent, and they are fetched.
         let _ = tokio::task::spawn_blocking(move || copier.copy_similar(&extents)).await;
@@ -104,8 +114,12 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             pages,
             urgent: kind == Kind::Demand,
         };
-        let frame = shared.holding.frames().and_then(|frames| frames.heads().position(first.start));
         let page = first.start / PAGE_BLOCKS;
+        // Who has the frame has the block, and not yet its digest.
+        let frame = match shared.holding.tree.knows_page(page) {
+            true => shared.holding.frames().and_then(|frames| frames.heads().position(first.start)),
+            false => None,
+        };
         let pick = |tried: &[_], _| shared.sources.for_page(page, frame, tried);
         let terms = Terms { kind, bytes: blocks * 2048, patience: Duration::ZERO };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {

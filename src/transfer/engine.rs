@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bootcache_nbd::disk::SharedDisk;
@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::block::Extent;
 use crate::choose::{Chooser, Weights, by_name, policy};
-use crate::local_cache::LocalCache;
+use crate::local_cache::{Fetch, LocalCache};
 use crate::peer::holding::{Frames, Holding};
 use crate::peer::message::{Hello, PROTOCOL_VERSION};
 use crate::peer::transport::Security;
@@ -143,7 +143,8 @@ pub(super) struct Shared {
     pub(super) demand_wake: Notify,
     pub(super) missed: Missed,
     pub(super) fill_rate: AtomicU64,
-    pub(super) similar: OnceLock<Similar>,
+    /// The other images here, while blocks are looked for in them.
+    similar: Mutex<Option<Arc<Similar>>>,
     /// It is not known yet whether boot frames should be looked for in other images.
     pub(super) probing: AtomicBool,
     /// Boot frames are first looked for in other images.
@@ -174,6 +175,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             sources: Sources::new(
                 holding.root(),
+                holding.manifest.boot.as_ref().map(|boot| boot.heads_digest),
                 options.hello(),
                 options.security.clone(),
                 Arc::clone(&options.chooser),
@@ -188,7 +190,7 @@ impl Engine {
             missed: Missed::open(dir, holding.root()),
             fill_rate: AtomicU64::new(options.fill_rate),
             fill: CancellationToken::new(),
-            similar: OnceLock::new(),
+            similar: Mutex::new(None),
             probing: AtomicBool::new(options.similar.is_some()),
             copies_boot: AtomicBool::new(false),
             stop,
@@ -203,7 +205,8 @@ impl Engine {
         for source in sources {
             shared.sources.add(*source, true);
         }
-        shared.cache.set_fetch(Arc::clone(&shared) as Arc<_>);
+        let fetch: Arc<dyn Fetch> = Arc::clone(&shared) as Arc<_>;
+        shared.cache.set_fetch(&fetch);
         let tasks = TaskTracker::new();
         let (tell, done) = watch::channel(false);
         let run = {
@@ -343,6 +346,7 @@ impl Shared {
                 tokio::time::sleep(SAVE_RETRY).await;
                 fill::run(self).await;
             }
+            self.set_similar(None);
             // Readers that came before the end have what they waited for; later ones find everything here.
             tell.send_replace(true);
             tracing::info!(image = %self.holding.root().short(), "the image is complete: no source is needed any more");
@@ -353,7 +357,17 @@ impl Shared {
             () = self.sources.meet(&self.holding) => {}
             () = self.save_often() => {}
         }
+        self.set_similar(None);
         self.stop.cancel();
+    }
+
+    /// The index of other images here, once it is built and as long as it is needed.
+    pub(super) fn similar(&self) -> Option<Arc<Similar>> {
+        self.similar.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_similar(&self, similar: Option<Arc<Similar>>) {
+        *self.similar.lock().unwrap_or_else(PoisonError::into_inner) = similar;
     }
 
     async fn save_often(self: &Arc<Self>) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::block::Extent;
@@ -106,7 +106,8 @@ fn order(shared: &Shared, draw: &mut Draw) -> Vec<u64> {
 }
 
 async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowance: &mut Allowance) {
-    let mut running = FuturesUnordered::new();
+    // Tasks of their own: what has come is kept at once, whatever is waited for here. They end with this.
+    let mut running = JoinSet::new();
     let mut under_way = 0_u64;
     for (at, page) in pages.iter().copied().enumerate() {
         if !shared.holding.tree.knows_page(page) {
@@ -120,22 +121,23 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
             let size = window.request().min(BLOCKS_MAX);
             let part = Extent::new(next, size.min(end - next));
             next = part.end();
-            let absent = shared.cache.absent(part);
-            let Some(flight) = shared.flights.take(absent, BLOCKS_MAX, false) else { continue };
-            let blocks: u64 = flight.extents.iter().map(|extent| extent.count).sum();
             while !running.is_empty()
-                && (running.len() >= REQUESTS_MAX || (under_way + blocks) as f64 > window.blocks)
+                && (running.len() >= REQUESTS_MAX || (under_way + part.count) as f64 > window.blocks)
             {
-                if let Some((count, took)) = running.next().await {
+                if let Some(Ok((count, took))) = running.join_next().await {
                     under_way -= count;
                     window.note(count, took);
                 }
             }
             make_way(shared).await;
             allowance.spend(shared).await;
+            // A guest that needs these blocks now does not wait for what was not yet asked for.
+            let absent = shared.cache.absent(part);
+            let Some(flight) = shared.flights.take(absent, BLOCKS_MAX, false) else { continue };
+            let blocks: u64 = flight.extents.iter().map(|extent| extent.count).sum();
             under_way += blocks;
             let shared = Arc::clone(shared);
-            running.push(async move {
+            running.spawn(async move {
                 let began = Instant::now();
                 fetch(&shared, &flight.extents, Kind::Fill).await;
                 (blocks, began.elapsed())
@@ -143,8 +145,10 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
         }
         shared.holding.note_page(page);
     }
-    while let Some((count, took)) = running.next().await {
-        window.note(count, took);
+    while let Some(ended) = running.join_next().await {
+        if let Ok((count, took)) = ended {
+            window.note(count, took);
+        }
     }
     pages.iter().for_each(|page| shared.holding.note_page(*page));
 }

@@ -147,7 +147,8 @@ pub fn open(
     let cache = Arc::new(cache);
     let frames = manifest.boot.as_ref().and_then(|boot| {
         let found = BootCache::open(&dir.join("boot"), manifest.root).ok()?;
-        (found.heads_digest() == boot.heads_digest).then(|| Frames::check(found).ok()).flatten()
+        let ours = found.heads_digest() == boot.heads_digest && found.heads().size() == manifest.size;
+        ours.then(|| Frames::check(found).ok()).flatten()
     });
     let blocks = Blocks::Cache(Arc::clone(&cache));
     let holding = Arc::new(Holding::new(manifest, blocks, KnownTree::Partial(tree), frames));

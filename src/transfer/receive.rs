@@ -82,6 +82,9 @@ pub(super) fn blocks(
         return Err(Wrong::Lie("an answer has blocks that were not asked for"));
     }
     let length: u64 = extents.iter().map(|extent| bytes_of(holding, *extent)).sum();
+    if length > asked.iter().map(|extent| extent.bytes()).sum() {
+        return Err(Wrong::Lie("an answer has blocks more than once"));
+    }
     let length = usize::try_from(length).expect("a request is for 1 MiB at most");
     let unpacked;
     let data = match packed {
@@ -231,7 +234,81 @@ fn audit(holding: &Holding, cache: &LocalCache, run: Extent) {
                 image = %holding.root().short(), block,
                 "a block is not what the image says: fetching it again; check this disk, and record the image again"
             );
-            cache.forget(block);
+            if let Err(error) = cache.forget(block) {
+                tracing::error!(image = %holding.root().short(), block, %error, "cannot take a wrong block back: remove the image");
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::image::manifest::{ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
+    use crate::image::partial_tree::PartialTree;
+    use crate::image::tree::Tree;
+    use crate::image::tree_builder::build_from;
+    use crate::peer::holding::{Blocks, KnownTree};
+
+    const BLOCKS: u64 = 2 * PAGE_BLOCKS;
+
+    /// An image whose block 1 is data and whose other blocks are zero, of which nothing is here.
+    fn nothing_here() -> (tempfile::TempDir, Tree, Holding, Arc<LocalCache>) {
+        let dir = tempfile::tempdir().unwrap();
+        let source =
+            File::options().read(true).write(true).create_new(true).open(dir.path().join("source")).unwrap();
+        source.set_len(BLOCKS * BLOCK_SIZE).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&source, &[7; BLOCK_BYTES], BLOCK_SIZE).unwrap();
+        build_from(&source, BLOCKS * BLOCK_SIZE, &dir.path().join("whole")).unwrap();
+        let tree = Tree::open(&dir.path().join("whole"), None).unwrap();
+        LocalCache::create(dir.path(), tree.root(), tree.size()).unwrap();
+        let cache = Arc::new(LocalCache::open(dir.path(), tree.root(), tree.size()).unwrap());
+        let partial =
+            PartialTree::create(&dir.path().join("tree"), tree.root(), tree.size(), tree.top_bytes())
+                .unwrap();
+        let manifest = Manifest {
+            version: MANIFEST_VERSION,
+            size: tree.size(),
+            root: tree.root(),
+            raw_blake3: None,
+            kind: ImageKind::Vm,
+            source_format: SourceFormat::Raw,
+            base: None,
+            allocated: BLOCK_SIZE,
+            boot: None,
+        };
+        let holding =
+            Holding::new(manifest, Blocks::Cache(Arc::clone(&cache)), KnownTree::Partial(partial), None);
+        (dir, tree, holding, cache)
+    }
+
+    fn answer(extents: Vec<(u64, u32)>, packed: bool) -> Answer {
+        Answer::Blocks { groups: Vec::new(), pages: Vec::new(), extents, packed }
+    }
+
+    #[test]
+    fn an_answer_that_repeats_blocks_is_a_lie_before_anything_is_made_of_its_length() {
+        let (_dir, _, holding, cache) = nothing_here();
+        let asked = [Extent::new(0, 256)];
+        let many = answer(vec![(0, 256); 400_000], true);
+        let error = blocks(&holding, &cache, &many, &[], &asked).unwrap_err();
+        assert!(matches!(error, Wrong::Lie(what) if what.contains("more than once")), "{error}");
+        assert!(blocks(&holding, &cache, &answer(vec![(0, 2), (1, 255)], false), &[0; 9], &asked).is_err());
+    }
+
+    #[test]
+    fn what_came_before_its_digest_and_was_wrong_leaves_a_hole_where_zeroes_belong() {
+        let (dir, tree, holding, cache) = nothing_here();
+        // As a boot frame that lies: data in a block that is zero.
+        cache.insert(0, &[9; 2 * BLOCK_BYTES]).unwrap();
+        holding.tree.add_group(0, tree.group_bytes(0)).unwrap();
+        holding.tree.add_page(0, &tree.page_bytes(0)).unwrap();
+        learn_page(&holding, &cache, 0);
+        assert!(cache.has(Extent::new(0, 1)) && !cache.has(Extent::new(1, 1)));
+        let file = std::fs::read(dir.path().join("disk")).unwrap();
+        assert!(file.iter().all(|byte| *byte == 0), "nothing of it is left in the file");
     }
 }

@@ -116,7 +116,7 @@ impl Similar {
 impl Shared {
     /// Copies what other images on this node have of `extents`, as far as its digests are known. Blocking.
     pub(super) fn copy_similar(&self, extents: &[Extent]) {
-        let Some(similar) = self.similar.get() else { return };
+        let Some(similar) = self.similar() else { return };
         let absent = extents.iter().flat_map(|extent| self.cache.absent(*extent));
         for block in absent.flat_map(Extent::blocks) {
             let Some(digest) = self.holding.tree.block_digest(block) else { continue };
@@ -146,7 +146,8 @@ async fn probe(shared: &Arc<Shared>) -> Vec<u64> {
     let (root, base) = (shared.holding.root(), shared.holding.manifest.base);
     let built = tokio::task::spawn_blocking(move || Similar::build(&store, root, base)).await;
     let Ok(Some(similar)) = built else { return Vec::new() };
-    let similar = shared.similar.get_or_init(|| similar);
+    let similar = Arc::new(similar);
+    shared.set_similar(Some(Arc::clone(&similar)));
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
         if shared.stream.is_over() {
             return Vec::new();

@@ -40,6 +40,8 @@ pub(super) struct State {
     pub(super) demoted_until: Option<Instant>,
     /// The last attempt to connect to it failed.
     pub(super) unreachable: bool,
+    /// Its boot cache of the image is another one: of it, only blocks are of use.
+    pub(super) other_boot: bool,
     latency: Option<Latency>,
     /// The best rate seen lately, in bytes a second.
     rate: f64,
@@ -134,6 +136,14 @@ impl Source {
             link.urgent.close();
             link.bulk.close();
         }
+    }
+
+    /// Whether it is of no use to wait for it: it cannot be reached, is banned, or has another boot cache.
+    pub(super) fn cannot_be_asked(&self) -> bool {
+        let state = self.state();
+        state.unreachable
+            || state.other_boot
+            || state.banned_until.is_some_and(|until| until > Instant::now())
     }
 
     /// Whether it may not be spoken to.

@@ -37,13 +37,15 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// As above, for the connection that carries bulk: a frame on a slow link takes its time.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Sources found by asking others, beside those that were named.
-const FOUND_MAX: usize = 64;
+const FOUND_MAX: usize = 256;
 /// Attempts to reach a source that was only found.
 const FOUND_ATTEMPTS: u32 = 25;
 
 /// The nodes that may be asked, and the choice among them.
 pub(super) struct Sources {
     root: Digest,
+    /// The boot cache that is being fetched, by the digest of its heads.
+    boot: Option<Digest>,
     hello: Hello,
     security: Security,
     list: Mutex<Vec<Arc<Source>>>,
@@ -87,6 +89,7 @@ impl std::fmt::Debug for Sources {
 impl Sources {
     pub(super) fn new(
         root: Digest,
+        boot: Option<Digest>,
         hello: Hello,
         security: Security,
         chooser: Arc<dyn Chooser>,
@@ -101,6 +104,7 @@ impl Sources {
         let draw = Draw::new(hello.key);
         Arc::new(Self {
             root,
+            boot,
             hello,
             security,
             list: Mutex::new(Vec::new()),
@@ -134,13 +138,24 @@ impl Sources {
         self.all().iter().any(|source| source.state().link.is_some() && !source.is_banned())
     }
 
-    /// Adds the source at `address`, and keeps it connected.
-    pub(super) fn add(self: &Arc<Self>, address: SocketAddr, configured: bool) {
+    /// Whether there are sources that can be asked, and none of them has the boot cache that is being fetched: the image
+    /// was recorded again, or elsewhere.
+    pub(super) fn only_other_boots(&self) -> bool {
+        let all = self.all();
+        let mut up = all.iter().filter(|source| source.state().link.is_some()).peekable();
+        up.peek().is_some() && up.all(|source| source.state().other_boot)
+    }
+
+    /// Adds the source at `address`, and keeps it connected; whether it is one of the sources now.
+    pub(super) fn add(self: &Arc<Self>, address: SocketAddr, configured: bool) -> bool {
         let source = {
             let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
             let found = list.iter().filter(|source| !source.configured).count();
-            if list.iter().any(|source| source.address == address) || (!configured && found >= FOUND_MAX) {
-                return;
+            if list.iter().any(|source| source.address == address) {
+                return true;
+            }
+            if !configured && found >= FOUND_MAX {
+                return false;
             }
             let source = Source::new(address, configured);
             list.push(Arc::clone(&source));
@@ -155,6 +170,7 @@ impl Sources {
             }
             sources.forget(&source);
         });
+        true
     }
 
     fn forget(&self, source: &Arc<Source>) {
@@ -231,15 +247,16 @@ impl Sources {
             .await
             .map_err(|_| SourceError::Silent)??;
         let Answer::Described { have, peers } = &answered.answer else { return Err(SourceError::Absent) };
-        match Manifest::from_bytes(answered.bulk()) {
-            Ok(manifest) if manifest.root == self.root => {}
+        let boot = match Manifest::from_bytes(answered.bulk()) {
+            Ok(manifest) if manifest.root == self.root => manifest.boot,
             _ => return Err(SourceError::OtherImage),
-        }
+        };
         let origin = have.origin;
         let key = connection.key();
         {
             let mut state = source.state();
             state.set_have(have.clone());
+            state.other_boot = boot.map(|boot| boot.heads_digest) != self.boot;
             state.key = Some(key);
             state.node = connection.node().to_owned();
         }
@@ -301,7 +318,9 @@ impl Sources {
         let mut comers = holding.comers();
         loop {
             match comers.recv().await {
-                Ok(peer) if peer.key != self.hello.key => self.add(peer.address, false),
+                Ok(peer) if peer.key != self.hello.key => {
+                    self.add(peer.address, false);
+                }
                 // Who was missed is told of at the next ping.
                 Ok(_) | Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => std::future::pending().await,
@@ -311,11 +330,13 @@ impl Sources {
 
     /// Connects to `peer`, if it is not; whether it can be asked within `patience`.
     pub(super) async fn reach(self: &Arc<Self>, peer: Peer, patience: Duration) -> bool {
-        self.add(peer.address, false);
+        if !self.add(peer.address, false) {
+            return false;
+        }
         let until = Instant::now() + patience;
         while self.by_key(peer.key).is_none() {
             let changed = self.changed.notified();
-            let in_vain = |source: &Arc<Source>| source.address == peer.address && source.state().unreachable;
+            let in_vain = |source: &Arc<Source>| source.address == peer.address && source.cannot_be_asked();
             if self.all().iter().any(in_vain) {
                 return false;
             }
@@ -326,11 +347,12 @@ impl Sources {
         true
     }
 
-    /// Any source that can be asked and was not tried.
+    /// Any source that can be asked, has the boot cache and was not tried.
     pub(super) fn any(&self, tried: &[PeerKey]) -> Option<Arc<Source>> {
         self.all().into_iter().find(|source| {
             let state = source.state();
-            state.link.is_some() && state.key.is_some_and(|key| !tried.contains(&PeerKey(key)))
+            let usable = state.link.is_some() && !state.other_boot;
+            usable && state.key.is_some_and(|key| !tried.contains(&PeerKey(key)))
         })
     }
 
@@ -347,7 +369,7 @@ impl Sources {
     pub(super) fn by_key(&self, key: u64) -> Option<Arc<Source>> {
         self.all().into_iter().find(|source| {
             let state = source.state();
-            state.key == Some(key) && state.link.is_some()
+            state.key == Some(key) && state.link.is_some() && !state.other_boot
         })
     }
 
@@ -402,7 +424,9 @@ impl Sources {
             true => Has::Complete,
             false => Has::Stream(state.have.frames),
         };
-        let (mut candidates, sources) = self.candidates(seen, has);
+        let (mut candidates, mut sources) = self.candidates(seen, has);
+        sources.retain(|_, source| !source.state().other_boot);
+        candidates.retain(|key, _| sources.contains_key(key));
         if why == Why::Late {
             candidates.retain(|_, candidate| !relay::is_full(candidate));
         }

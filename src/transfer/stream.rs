@@ -32,6 +32,8 @@ const RELAY_PATIENCE: Duration = Duration::from_millis(600);
 const RELAY_PATIENCE_MAX: Duration = Duration::from_secs(5);
 /// How long a node that the origin points to may take to be reached, before the origin is asked again.
 const REACH_PATIENCE: Duration = Duration::from_secs(1);
+/// For how long nobody but sources with another boot cache may be there before the stream is given up.
+const OTHER_BOOT_PATIENCE: Duration = Duration::from_secs(5);
 /// A stream that has brought nothing for so long has stalled; what guests wait for is then fetched by itself.
 const STALLED_MIN: Duration = Duration::from_millis(400);
 /// However slow it was before.
@@ -124,11 +126,45 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Brings the heads of the boot cache, if the image has one.
+/// Brings the heads of the boot cache, if the image has one and somebody can give them.
 pub(super) async fn prepare(shared: &Arc<Shared>) {
+    let mut others = Patience::new(OTHER_BOOT_PATIENCE);
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
+        if others.is_over(shared.sources.only_other_boots()) {
+            return told_of_other_boots(shared);
+        }
         fetch_heads(shared).await;
     }
+}
+
+/// A time for which something must not last.
+struct Patience {
+    limit: Duration,
+    since: Option<Instant>,
+}
+
+impl Patience {
+    const fn new(limit: Duration) -> Self {
+        Self { limit, since: None }
+    }
+
+    /// Whether it has lasted too long, given whether it `lasts` now.
+    fn is_over(&mut self, lasts: bool) -> bool {
+        match lasts {
+            true => self.since.get_or_insert_with(Instant::now).elapsed() >= self.limit,
+            false => {
+                self.since = None;
+                false
+            }
+        }
+    }
+}
+
+fn told_of_other_boots(shared: &Shared) {
+    tracing::warn!(
+        image = %shared.holding.root().short(),
+        "the sources have another boot cache of this image: going on without it; remove and pull the image to have theirs"
+    );
 }
 
 /// Brings the boot cache, if the image has one; ends when all of it is here.
@@ -137,7 +173,7 @@ pub(super) async fn run(shared: &Arc<Shared>) {
         return;
     }
     prepare(shared).await;
-    let frames = shared.holding.frames().expect("the heads have come");
+    let Some(frames) = shared.holding.frames() else { return };
     let lengths: Vec<u64> = frames.heads().frames().iter().map(|frame| u64::from(frame.length)).collect();
     let mut missing = (0..frames.count()).filter(|index| !frames.has(*index)).peekable();
     shared.stream.asked_us.get_or_init(|| micros(shared.stream.epoch.elapsed()));
@@ -183,7 +219,11 @@ async fn fetch_heads(shared: &Arc<Shared>) {
         let (root, digest) = (shared.holding.root(), boot.heads_digest);
         let bytes = reply.answered.bulk().to_vec();
         let made = tokio::task::spawn_blocking(move || BootCache::create(&path, root, bytes, digest)).await;
+        let size = shared.holding.manifest.size;
         match made {
+            Ok(Ok(boot)) if boot.heads().size() != size => {
+                shared.caught(&reply.source, "the heads of the boot cache are of a disk of another size");
+            }
             Ok(Ok(boot)) => {
                 shared.holding.set_frames(Frames::unchecked(boot, false));
                 shared.stream.progress();
@@ -229,7 +269,11 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
     }
     let mut tried: Vec<PeerKey> = Vec::new();
     let mut pointed_to = None;
+    let mut others = Patience::new(OTHER_BOOT_PATIENCE);
     loop {
+        if others.is_over(shared.sources.only_other_boots()) {
+            return;
+        }
         let wait = tried.is_empty() || pointed_to.is_some();
         let pick = |tried: &[PeerKey], why| {
             // What comes later in the stream has time, and its hedge would only add to what the first one waits for.

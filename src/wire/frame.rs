@@ -177,7 +177,7 @@ pub fn decode_bulk<T: DeserializeOwned>(payload: &[u8]) -> Result<(T, &[u8]), Fr
     let error = |head| FrameError::Head { payload: payload.len(), head };
     let (length, rest) = payload.split_first_chunk::<4>().ok_or_else(|| error(4))?;
     let head_length = u32::from_be_bytes(*length) as usize;
-    if head_length > rest.len() {
+    if head_length > rest.len().min(BULK_HEAD_MAX) {
         return Err(error(head_length));
     }
     let (head, bulk) = rest.split_at(head_length);

@@ -99,6 +99,12 @@ impl Sample {
         Self::of("sibling".parse().unwrap(), disk, self.boot_blocks.clone())
     }
 
+    /// The same disk, recorded again: the boot cache has its blocks in another order.
+    pub(crate) fn recorded_again(&self) -> Self {
+        let boot_blocks = self.boot_blocks.iter().rev().copied().collect();
+        Self::of(self.name.clone(), self.disk.clone(), boot_blocks)
+    }
+
     fn of(name: ImageName, disk: Vec<u8>, boot_blocks: Vec<u64>) -> Self {
         let mut sample = Self { name, disk, boot_blocks, boot_bytes: 0, dir: tempfile::tempdir().unwrap() };
         sample.boot_bytes = sample.publish();

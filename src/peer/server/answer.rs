@@ -44,7 +44,8 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
     if let Ask::Frame { root, index, wait: true } = ask
         && let Some(holding) = session.image(server, &Wanted::Root(root)).await
     {
-        if let Some(other) = elsewhere(server, session, &holding, index) {
+        let there_is = holding.frames().is_some_and(|frames| (index as usize) < frames.count());
+        if there_is && let Some(other) = elsewhere(server, session, &holding, index) {
             return send(queues, class, id, (Answer::Elsewhere(other), Vec::new()), Fate::Send).await;
         }
         promise =

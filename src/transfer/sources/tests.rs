@@ -11,8 +11,15 @@ fn noting_an_answer_and_choosing_a_source_do_not_wait_for_each_other() {
     let hello = Hello { version: 1, node: String::new(), key: 1, listen: None };
     let chooser = Arc::from(by_name(policy::NAMES[0], &Weights::default()).unwrap());
     let root = Digest::of(b"an image");
-    let sources =
-        Sources::new(root, hello, Security::default(), chooser, Arc::default(), CancellationToken::new());
+    let sources = Sources::new(
+        root,
+        None,
+        hello,
+        Security::default(),
+        chooser,
+        Arc::default(),
+        CancellationToken::new(),
+    );
     let source = Source::new("127.0.0.1:1".parse().unwrap(), true);
     source.state().key = Some(2);
     sources.list.lock().unwrap().push(Arc::clone(&source));

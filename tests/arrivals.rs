@@ -1,0 +1,94 @@
+//! The images that are on their way to a node's daemon: more names and sources for one, and what is left of it in the end.
+
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
+mod nodes;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bootcache::name::ImageName;
+use bootcache::transfer::{Arrivals, Options, Plan, Target};
+use nodes::{Node, Sample, SlowLink, image_name};
+
+const DEADLINE: Duration = Duration::from_secs(120);
+
+fn arrivals(node: &Node) -> Arrivals {
+    Arrivals::new(node.store(), Arc::clone(&node.catalogue), Options::default())
+}
+
+fn plan(sources: &[SocketAddr]) -> Plan {
+    Plan { sources: sources.to_vec(), fill: true, fill_rate: 0 }
+}
+
+fn target(name: &ImageName) -> Target {
+    Target { name: name.clone(), root: None, verify: false }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_name_for_an_image_on_its_way_leaves_those_who_read_it_alone() {
+    let sample = Sample::new(8 << 20, 3);
+    let origin = Node::origin(&sample, None).await;
+    let slow = SlowLink::new(origin.address, 1 << 20).await;
+    let node = Node::empty(None).await;
+    let arrivals = arrivals(&node);
+    let root = arrivals.pull(&target(&sample.name), &plan(&[slow.address])).await.unwrap();
+    let engine = arrivals.get(root).unwrap();
+    let disk = engine.disk();
+    let reads = tokio::spawn(async move {
+        let mut bytes = vec![0; 4 << 20];
+        disk.read(4 << 20, &mut bytes).await.map(|()| bytes)
+    });
+    let other: ImageName = "other".parse().unwrap();
+    let by_root = Target { name: other.clone(), root: Some(root), verify: false };
+    assert_eq!(arrivals.pull(&by_root, &plan(&[origin.address])).await.unwrap(), root);
+    assert!(Arc::ptr_eq(&engine, &arrivals.get(root).unwrap()), "there are two engines for one image");
+    assert_eq!(node.store().root_of(&other).unwrap(), Some(root));
+    let bytes = tokio::time::timeout(DEADLINE, reads).await.expect("the read ends").unwrap().unwrap();
+    assert!(bytes == sample.bytes(4 << 20, 4 << 20));
+    assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("all of it comes"));
+    arrivals.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sources_that_are_added_are_asked_again_by_the_daemon_that_goes_on() {
+    let sample = Sample::new(4 << 20, 5);
+    let origin = Node::origin(&sample, None).await;
+    let slow = SlowLink::new(origin.address, 512 << 10).await;
+    let node = Node::empty(None).await;
+    let before = arrivals(&node);
+    let nobody = SlowLink::new(origin.address, 32 << 10).await;
+    let only_boot = Plan { fill: false, ..plan(&[nobody.address]) };
+    let root = before.pull(&target(&sample.name), &only_boot).await.unwrap();
+    before.pull(&target(&sample.name), &plan(&[slow.address])).await.unwrap();
+    before.stop().await;
+    nobody.kill();
+
+    let after = arrivals(&node);
+    after.resume().await;
+    let engine = after.get(root).expect("it goes on");
+    assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("from the source that was added"));
+    after.stop().await;
+    assert!(node.read_file() == sample.disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_all_here_can_be_removed_and_pulled_again() {
+    let sample = Sample::new(4 << 20, 7);
+    let origin = Node::origin(&sample, None).await;
+    let node = Node::empty(None).await;
+    let arrivals = arrivals(&node);
+    for round in 0..2 {
+        let root = arrivals.pull(&target(&sample.name), &plan(&[origin.address])).await.unwrap();
+        let engine = arrivals.get(root).unwrap();
+        assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("all of it comes"), "{round}");
+        drop(engine);
+        let until = std::time::Instant::now() + DEADLINE;
+        while let Err(error) = node.store().remove(&image_name()) {
+            assert!(std::time::Instant::now() < until, "{round}: {error}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    arrivals.stop().await;
+}
