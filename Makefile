@@ -19,8 +19,8 @@ guests: setup ## the disks that the tests boot: a tiny one and a Debian (kept in
 build: setup ## the release binary, target/release/bootcache
 	$(CARGO) build --release --locked
 
-demo: ## the main job, with figures: import, record and boot a real Debian, through libvirt
-	@scripts/demo
+demo: ## the main job, with figures: import, record and boot a real Debian, through libvirt (PAIRS=10: more boots)
+	@scripts/demo $(if $(PAIRS),--pairs $(PAIRS))
 
 test: guests ## all tests, the end-to-end ones with real QEMU, libvirt and Docker too
 	$(CARGO) test --locked --workspace --no-fail-fast

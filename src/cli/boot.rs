@@ -50,7 +50,7 @@ pub(crate) struct Args {
     /// Give the VM a network card on this bridge (libvirt only); may be given several times
     #[arg(long, conflicts_with = "qemu")]
     bridge: Vec<String>,
-    /// When it has booted: serial:REGEX, tcp:PORT or idle:SECONDS [default: what the recording used]
+    /// When it has booted: serial:REGEX, tcp:PORT (of one VM) or idle:SECONDS [default: what the recording used]
     #[arg(long, value_name = "CONDITION")]
     until: Option<Until>,
     /// Give up after this many seconds
