@@ -25,8 +25,13 @@ serve() {
 }
 
 step libvirtd
-libvirtd -d >/tmp/libvirtd.log 2>&1
-for try in $(seq 300); do virsh list >/dev/null 2>&1 && break; sleep 1; done
+libvirtd >/tmp/libvirtd.log 2>&1 &
+libvirtd=$!
+for try in $(seq 300); do
+	virsh list >/dev/null 2>&1 && break
+	kill -0 $libvirtd 2>/dev/null || fail "libvirtd has ended"
+	sleep 1
+done
 virsh version || fail "libvirtd does not answer"
 
 step image
