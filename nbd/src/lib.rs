@@ -19,7 +19,7 @@ pub mod server;
 
 pub use client::Client;
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
-pub use limits::Limits;
+pub use limits::{Limits, SharedLimits};
 pub use server::{Export, ExportStats, Exports, Server, Tls};
 
 /// The README's program compiles.

@@ -1,6 +1,11 @@
 //! What clients may ask of a server, all of them together and each alone.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::sync::Semaphore;
+
+use crate::connection::Pieces;
 
 /// Bounds that hold whatever clients do. [`Limits::default`] is right for a host's VMs.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +46,28 @@ impl Default for Limits {
             bytes_per_connection: 8 << 20,
             bytes: 96 << 20,
             stall_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// [`Limits`] of which `connections` and `bytes` hold for several servers together, those of its clones, and all others
+/// for each server by itself: who opens an export often on one socket does not shut others out of another.
+#[derive(Debug, Clone)]
+pub struct SharedLimits {
+    pub(crate) limits: Limits,
+    pub(crate) connections: Arc<Semaphore>,
+    /// What all connections together may have in flight, in bytes.
+    pub(crate) bytes: Arc<Semaphore>,
+    pub(crate) pieces: Pieces,
+}
+
+impl From<Limits> for SharedLimits {
+    fn from(limits: Limits) -> Self {
+        Self {
+            connections: Arc::new(Semaphore::new(limits.connections)),
+            bytes: Arc::new(Semaphore::new(limits.bytes)),
+            pieces: Pieces::default(),
+            limits,
         }
     }
 }

@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 
 use crate::connection;
 use crate::disk::{BoxFuture, SharedDisk};
-use crate::limits::Limits;
+use crate::limits::{Limits, SharedLimits};
 use crate::negotiate::{self, Agreed, Stream};
 
 /// What clients have asked of an export so far, all connections together.
@@ -115,7 +115,7 @@ pub struct Server {
 pub(crate) struct Shared {
     pub(crate) exports: Arc<dyn Exports>,
     pub(crate) limits: Limits,
-    /// What all connections together may have in flight, in bytes.
+    /// As in [`SharedLimits`], which other servers may have too.
     pub(crate) bytes: Arc<Semaphore>,
     pub(crate) pieces: connection::Pieces,
     connections: Arc<Semaphore>,
@@ -131,14 +131,15 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    /// A server of `exports` within `limits`.
-    pub fn new(exports: Arc<dyn Exports>, limits: Limits, tls: Tls) -> Self {
+    /// A server of `exports` within `limits`: [`Limits`] of its own, or [`SharedLimits`] with others.
+    pub fn new(exports: Arc<dyn Exports>, limits: impl Into<SharedLimits>, tls: Tls) -> Self {
+        let SharedLimits { limits, connections, bytes, pieces } = limits.into();
         let shared = Shared {
             exports,
             limits,
-            bytes: Arc::new(Semaphore::new(limits.bytes)),
-            pieces: connection::Pieces::default(),
-            connections: Arc::new(Semaphore::new(limits.connections)),
+            bytes,
+            pieces,
+            connections,
             per_export: Mutex::default(),
             handshakes: Mutex::default(),
             accepted: AtomicU64::new(0),

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bootcache_nbd::{Limits, Server, Tls};
+use bootcache_nbd::{Server, Tls};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -114,7 +114,7 @@ pub async fn run(
     node.arrivals().resume().await;
     node.reopen_vms().await?;
 
-    let server = Server::new(exports, Limits::default(), Tls::Off);
+    let server = Server::new(exports, node.nbd_limits().clone(), Tls::Off);
     for (listener, tls) in tcp {
         if let Ok(address) = listener.local_addr() {
             let scheme = if matches!(tls, Tls::Required(_)) { "nbds" } else { "nbd" };

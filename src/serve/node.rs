@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use bootcache_nbd::{Export, ExportStats, SharedDisk};
+use bootcache_nbd::{Export, ExportStats, Limits, SharedDisk, SharedLimits};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -141,6 +141,7 @@ pub struct Node {
     store: Store,
     catalogue: Arc<Catalogue>,
     arrivals: Arrivals,
+    nbd_limits: SharedLimits,
     _lock: StoreLock,
     started: Instant,
     /// One thing is opened or closed at a time, so that nothing is ever opened twice.
@@ -172,7 +173,8 @@ impl Node {
         let catalogue = Catalogue::new(store.clone(), move || sampler.load());
         let arrivals = Arrivals::new(store.clone(), Arc::clone(&catalogue), options);
         let started = Instant::now();
-        Ok(Self { store, catalogue, arrivals, _lock: lock, started, inner: Mutex::default() })
+        let nbd_limits = Limits::default().into();
+        Ok(Self { store, catalogue, arrivals, nbd_limits, _lock: lock, started, inner: Mutex::default() })
     }
 
     /// The images of this node, as its peer server finds them.
@@ -183,6 +185,11 @@ impl Node {
     /// The images that are on their way to this node.
     pub const fn arrivals(&self) -> &Arrivals {
         &self.arrivals
+    }
+
+    /// What all NBD clients of this node together may ask for, on whatever socket.
+    pub const fn nbd_limits(&self) -> &SharedLimits {
+        &self.nbd_limits
     }
 
     /// The store.
@@ -470,7 +477,7 @@ impl Node {
         }
         let export = self.overlay_export(&mut inner, name)?;
         let dir = self.store.vm_dir(name);
-        let socket = VmSocket::open(&dir, export, owner).map_err(at(&dir))?;
+        let socket = VmSocket::open(&dir, export, owner, self.nbd_limits.clone()).map_err(at(&dir))?;
         let info = socket.info(name);
         inner.vms.insert(name.clone(), socket);
         Ok(info)

@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bootcache_nbd::{Export, Limits, Server, Tls};
+use bootcache_nbd::{Export, Server, SharedLimits, Tls};
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -31,13 +31,18 @@ pub(super) struct VmSocket {
 
 impl VmSocket {
     /// Opens the socket in the VM's folder `dir`, and records that it is open.
-    pub(super) fn open(dir: &Path, export: Export, owner: Option<Owner>) -> io::Result<Self> {
+    pub(super) fn open(
+        dir: &Path,
+        export: Export,
+        owner: Option<Owner>,
+        limits: SharedLimits,
+    ) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
         let path = dir.join(SOCKET_FILE);
         let listener = bind(&path, owner)?;
         write_atomic(&dir.join(RECORD_FILE), &serde_json::to_vec(&owner)?)?;
         let name = export.name.clone();
-        let server = Server::new(Arc::new(export), Limits::default(), Tls::Off);
+        let server = Server::new(Arc::new(export), limits, Tls::Off);
         let cancel = CancellationToken::new();
         let until = cancel.clone();
         let server = tokio::spawn(async move { server.serve_unix(listener, until).await });

@@ -1,0 +1,129 @@
+//! Limits that several servers have together.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bootcache_nbd::client::{Address, Client, Policy};
+use bootcache_nbd::layers::{Gate, Gated, MemoryDisk, Operation};
+use bootcache_nbd::{BoxFuture, Export, Limits, Server, SharedDisk, SharedLimits, Tls};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+
+/// The most that one request takes of a budget at once.
+const PIECE: u32 = 256 << 10;
+
+/// Serves `disk` on a socket in `dir`, for as long as the test lasts.
+fn serve(dir: &Path, name: &str, disk: SharedDisk, limits: impl Into<SharedLimits>) -> PathBuf {
+    let path = dir.join(name);
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = Server::new(Arc::new(Export::new("disk", disk)), limits, Tls::Off);
+    tokio::spawn(async move { server.serve_unix(listener, CancellationToken::new()).await });
+    path
+}
+
+/// A connection by hand, if the server keeps it: it answers a read.
+async fn kept(path: &Path) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(path).await.unwrap();
+    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").await.unwrap();
+    stream.read_exact(&mut [0; 18 + 10]).await.unwrap();
+    let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+    request.resize(24, 0);
+    request.extend(16_u32.to_be_bytes());
+    let _ = stream.write_all(&request).await;
+    stream.read_exact(&mut [0; 16 + 16]).await.ok().map(|_| stream)
+}
+
+/// Holds every request until it is opened, and counts those that came.
+#[derive(Debug, Default)]
+struct Held {
+    came: AtomicUsize,
+    open: CancellationToken,
+}
+
+impl Gate for Held {
+    fn pass(&self, _: Operation) -> BoxFuture<'_, io::Result<()>> {
+        self.came.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async {
+            self.open.cancelled().await;
+            Ok(())
+        })
+    }
+}
+
+fn held() -> Arc<Gated<Held>> {
+    Arc::new(Gated::new(Arc::new(MemoryDisk::new(4 << 20)), Held::default()))
+}
+
+/// Whether so many requests have come to the disk within `time`.
+async fn came(disk: &Gated<Held>, count: usize, time: Duration) -> bool {
+    let arrive = async {
+        while disk.gate().came.load(Ordering::SeqCst) < count {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(time, arrive).await.is_ok()
+}
+
+/// Asks for `count` pieces at once.
+async fn ask(path: &Path, count: u64) -> tokio::task::JoinHandle<()> {
+    let client = Client::connect(Address::Unix(path.to_owned()), "disk", Policy::default()).await.unwrap();
+    tokio::spawn(async move {
+        let reads = (0..count).map(|number| client.read(number * u64::from(PIECE), PIECE));
+        assert!(futures_util::future::join_all(reads).await.iter().all(Result::is_ok));
+    })
+}
+
+const LONG: Duration = Duration::from_secs(20);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_of_shared_limits_have_so_many_connections_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { connections: 3, ..Limits::default() };
+    let shared = SharedLimits::from(limits);
+    let disk = || Arc::new(MemoryDisk::new(4096));
+    let first = serve(dir.path(), "first", disk(), shared.clone());
+    let second = serve(dir.path(), "second", disk(), shared);
+    let other = serve(dir.path(), "other", disk(), limits);
+
+    let _two = (kept(&first).await.unwrap(), kept(&first).await.unwrap());
+    let third = kept(&second).await.unwrap();
+    assert!(kept(&first).await.is_none() && kept(&second).await.is_none(), "a fourth is kept");
+    kept(&other).await.expect("it has limits of its own");
+    drop(third);
+    let place = async { while kept(&first).await.is_none() {} };
+    tokio::time::timeout(LONG, place).await.expect("the place is not free again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_of_shared_limits_have_so_many_bytes_in_flight_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { bytes: 4 * PIECE as usize, ..Limits::default() };
+    let shared = SharedLimits::from(limits);
+    let (greedy, modest, alone) = (held(), held(), held());
+    let first = serve(dir.path(), "first", Arc::clone(&greedy) as SharedDisk, shared.clone());
+    let second = serve(dir.path(), "second", Arc::clone(&modest) as SharedDisk, shared);
+    let other = serve(dir.path(), "other", Arc::clone(&alone) as SharedDisk, limits);
+
+    // One on the connection's reserve, and all that there is.
+    let all = ask(&first, 1 + 4).await;
+    assert!(came(&greedy, 5, LONG).await);
+    let two = ask(&second, 2).await;
+    assert!(came(&modest, 1, LONG).await, "a connection has its reserve");
+    assert!(!came(&modest, 2, Duration::from_millis(500)).await, "the bytes are the first server's");
+    let unhindered = ask(&other, 2).await;
+    assert!(came(&alone, 2, LONG).await, "it has limits of its own");
+
+    greedy.gate().open.cancel();
+    assert!(came(&modest, 2, LONG).await, "the bytes are free again");
+    modest.gate().open.cancel();
+    alone.gate().open.cancel();
+    for reads in [all, two, unhindered] {
+        tokio::time::timeout(LONG, reads).await.unwrap().unwrap();
+    }
+}
