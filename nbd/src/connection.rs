@@ -39,8 +39,6 @@ use crate::server::{ExportStats, Shared};
 const INPUT_BYTES: usize = 64 << 10;
 /// Replies gather up to this size; what is longer is sent by itself.
 const GATHER_BYTES: usize = 64 << 10;
-/// How long requests under way may take once the connection is to end.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves requests until the client leaves, breaks the protocol, or `cancel`.
 pub(crate) async fn serve(
@@ -88,7 +86,7 @@ pub(crate) async fn serve(
         () = agreed.export.closed.cancelled() => Ok(()),
         result = connection.run() => result,
     };
-    connection.drain().await;
+    connection.drain(shared.limits.drain_timeout).await;
     result
 }
 
@@ -130,14 +128,14 @@ impl Connection {
     }
 
     /// Lets what is under way end, so that a write that was being carried out is.
-    async fn drain(&mut self) {
+    async fn drain(&mut self, within: Duration) {
         self.tasks.close();
         let last = async {
             self.tasks.wait().await;
             let _ = self.flush().await;
             let _ = self.replies.writer.lock().await.shutdown().await;
         };
-        let _ = tokio::time::timeout(DRAIN_TIMEOUT, last).await;
+        let _ = tokio::time::timeout(within, last).await;
         self.gone.cancel();
     }
 

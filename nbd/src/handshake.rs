@@ -7,10 +7,6 @@ use crate::disk::Features;
 
 /// Bytes before an option's data: magic, option, length.
 pub const OPTION_HEADER_BYTES: usize = 16;
-/// Longest option data that is read: a name and as many queries as a connection may ask for.
-pub const OPTION_DATA_MAX: usize = 64 << 10;
-/// Most context queries in one option.
-const QUERIES_MAX: usize = 16;
 
 /// The server's greeting.
 pub fn greeting() -> [u8; 18] {
@@ -114,12 +110,13 @@ pub fn parse_go(data: &[u8]) -> Option<(&str, Vec<u16>)> {
     (rest.len() == 2 * count && wanted.len() == count).then_some((name, wanted))
 }
 
-/// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`: the export's name and the queries.
-pub fn parse_queries(data: &[u8]) -> Option<(&str, Vec<&str>)> {
+/// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`: the export's name and at most
+/// `queries_max` queries.
+pub fn parse_queries(data: &[u8], queries_max: usize) -> Option<(&str, Vec<&str>)> {
     let (name, rest) = string(data)?;
     let (count, mut rest) = rest.split_first_chunk::<4>()?;
     let count = u32::from_be_bytes(*count) as usize;
-    if count > QUERIES_MAX {
+    if count > queries_max {
         return None;
     }
     let mut queries = Vec::with_capacity(count);
@@ -169,6 +166,14 @@ mod tests {
         let mut data = 5000u32.to_be_bytes().to_vec();
         data.extend([b'a'; 5002]);
         assert_eq!(parse_go(&data), None);
-        assert_eq!(parse_queries(&[0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), None);
+        assert_eq!(parse_queries(&[0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], 1024), None);
+    }
+
+    #[test]
+    fn so_many_queries_are_taken_and_no_more() {
+        let mut data = vec![0, 0, 0, 0, 0, 0, 0, 2];
+        data.extend([0, 0, 0, 1, b'a', 0, 0, 0, 1, b'b']);
+        assert_eq!(parse_queries(&data, 2), Some(("", vec!["a", "b"])));
+        assert_eq!(parse_queries(&data, 1), None);
     }
 }

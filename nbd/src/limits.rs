@@ -6,8 +6,10 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 use crate::connection::Pieces;
+use crate::consts::STRING_MAX;
 
-/// Bounds that hold whatever clients do. [`Limits::default`] is right for a host's VMs.
+/// Bounds that hold whatever clients do. [`Limits::default`] is right for a host's VMs. A value with which no client could
+/// be served, such as zero connections, counts as the least with which one can, and an absurd one as the greatest.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Connections that have reached transmission, in all.
@@ -20,6 +22,11 @@ pub struct Limits {
     pub handshake_timeout: Duration,
     /// Options that a client may send.
     pub options: usize,
+    /// Longest option that is read, in bytes: 8 KiB to 1 MiB. One of up to 1 MiB is read away and refused, and a longer one
+    /// ends the connection.
+    pub option_bytes: usize,
+    /// Queries in an option about metadata contexts, at most 1024.
+    pub queries: usize,
     /// Largest payload of a read or write, in bytes.
     pub payload: u32,
     /// Requests of one connection that may wait for the disk at once.
@@ -31,6 +38,8 @@ pub struct Limits {
     /// Time that a client may leave a reply of at most [`PIECE_BYTES`] unread while less than half of `bytes` is free;
     /// then its connection ends. While memory is plenty it may take as long as it likes: its VM may be paused.
     pub stall_timeout: Duration,
+    /// Time for the requests under way to end when their connection does; what then waits for the disk is given up.
+    pub drain_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -41,11 +50,38 @@ impl Default for Limits {
             handshakes: 64,
             handshake_timeout: Duration::from_secs(10),
             options: 32,
+            option_bytes: 64 << 10,
+            queries: 16,
             payload: 32 << 20,
             requests: 128,
             bytes_per_connection: 8 << 20,
             bytes: 96 << 20,
             stall_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Limits {
+    /// The same, with each value between the least that serves a client and the greatest that is of use.
+    fn bounded(self) -> Self {
+        let permits = |count: usize, least: usize| count.clamp(least, Semaphore::MAX_PERMITS);
+        Self {
+            connections: permits(self.connections, 1),
+            connections_per_export: self.connections_per_export.max(1),
+            handshakes: self.handshakes.max(1),
+            handshake_timeout: self.handshake_timeout.max(Duration::from_secs(1)),
+            options: self.options.max(1),
+            option_bytes: self.option_bytes.clamp(2 * STRING_MAX, OPTION_SKIP_MAX),
+            queries: self.queries.min(1024),
+            // The largest block that an export may want requests to be multiples of.
+            payload: self.payload.max(64 << 10),
+            requests: permits(self.requests, 1),
+            // A request's share is a piece at most: with less in all it would wait for ever.
+            bytes_per_connection: permits(self.bytes_per_connection, PIECE_BYTES),
+            bytes: permits(self.bytes, PIECE_BYTES),
+            stall_timeout: self.stall_timeout.max(Duration::from_millis(10)),
+            drain_timeout: self.drain_timeout,
         }
     }
 }
@@ -63,6 +99,7 @@ pub struct SharedLimits {
 
 impl From<Limits> for SharedLimits {
     fn from(limits: Limits) -> Self {
+        let limits = limits.bounded();
         Self {
             connections: Arc::new(Semaphore::new(limits.connections)),
             bytes: Arc::new(Semaphore::new(limits.bytes)),
@@ -74,3 +111,5 @@ impl From<Limits> for SharedLimits {
 
 /// Payloads are moved in pieces of at most this many bytes.
 pub const PIECE_BYTES: usize = 256 << 10;
+/// Longest option data that is read away to answer that it is too long.
+pub(crate) const OPTION_SKIP_MAX: usize = 1 << 20;

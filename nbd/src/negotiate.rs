@@ -10,18 +10,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::chunk::Style;
 use crate::consts::{FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HANDSHAKE_FLAGS, STRING_MAX, option, reply};
 use crate::handshake::{
-    ExportInfo, OPTION_DATA_MAX, OPTION_HEADER_BYTES, export_info, greeting, list_entry, option_header,
-    option_reply, parse_go, parse_queries, transmission_flags,
+    ExportInfo, OPTION_HEADER_BYTES, export_info, greeting, list_entry, option_header, option_reply,
+    parse_go, parse_queries, transmission_flags,
 };
+use crate::limits::OPTION_SKIP_MAX;
 use crate::server::{Export, Shared, Tls};
 
 /// A connection's bytes, whatever carries them.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
-
-/// Longest option data that is read away to answer that it is too long; longer ones end the connection.
-const SKIP_MAX: usize = 1 << 20;
 
 /// What a handshake came to.
 #[derive(Debug)]
@@ -88,8 +86,8 @@ impl Session<'_> {
         let mut header = [0; OPTION_HEADER_BYTES];
         self.stream.read_exact(&mut header).await?;
         let (code, length) = option_header(header).ok_or_else(|| violation("an option without its magic"))?;
-        if length > OPTION_DATA_MAX {
-            if length > SKIP_MAX || code == option::EXPORT_NAME {
+        if length > self.shared.limits.option_bytes {
+            if length > OPTION_SKIP_MAX || code == option::EXPORT_NAME {
                 return Err(violation("an option of absurd length"));
             }
             let mut skipped = (&mut self.stream).take(length as u64);
@@ -224,7 +222,7 @@ impl Session<'_> {
         if self.style == Style::Simple {
             return self.say(code, reply::ERR_INVALID, b"metadata contexts need structured replies");
         }
-        let Some((name, queries)) = parse_queries(data) else {
+        let Some((name, queries)) = parse_queries(data, self.shared.limits.queries) else {
             return self.say(code, reply::ERR_INVALID, b"malformed metadata query");
         };
         let export = match self.shared.exports.open(name).await {

@@ -232,7 +232,7 @@ fn codecs_take_any_bytes() {
         if let Some((name, wanted)) = parse_go(bytes) {
             assert_eq!(4 + name.len() + 2 + 2 * wanted.len(), bytes.len());
         }
-        if let Some((name, queries)) = parse_queries(bytes) {
+        if let Some((name, queries)) = parse_queries(bytes, Limits::default().queries) {
             let told: usize = queries.iter().map(|query| 4 + query.len()).sum();
             assert_eq!(4 + name.len() + 4 + told, bytes.len());
         }

@@ -1,4 +1,4 @@
-//! Limits that several servers have together.
+//! Limits that servers are given: what several have together, what changes with them, and values that make no sense.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bootcache_nbd::client::{Address, Client, Policy};
+use bootcache_nbd::consts::reply::{ERR_TOO_BIG, ERR_UNSUP};
 use bootcache_nbd::layers::{Gate, Gated, MemoryDisk, Operation};
 use bootcache_nbd::{BoxFuture, Export, Limits, Server, SharedDisk, SharedLimits, Tls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -126,4 +127,80 @@ async fn servers_of_shared_limits_have_so_many_bytes_in_flight_together() {
     for reads in [all, two, unhindered] {
         tokio::time::timeout(LONG, reads).await.unwrap().unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_of_nothing_serve_a_client_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let nothing = Limits {
+        connections: 0,
+        connections_per_export: 0,
+        handshakes: 0,
+        handshake_timeout: Duration::ZERO,
+        // The client's own handshake needs some, and there is no least number that every client does with.
+        options: 8,
+        option_bytes: 0,
+        queries: 1,
+        payload: 0,
+        requests: 0,
+        bytes_per_connection: 0,
+        bytes: 0,
+        stall_timeout: Duration::ZERO,
+        drain_timeout: Duration::ZERO,
+    };
+    let disk = held();
+    disk.gate().open.cancel();
+    let path = serve(dir.path(), "nothing", disk, nothing);
+    let client = Client::connect(Address::Unix(path.clone()), "disk", Policy::default()).await.unwrap();
+    // Several at once, which wait for each other's budget.
+    let reads = (0..8).map(|number| client.read(number * 65536, 65536));
+    let reads = tokio::time::timeout(LONG, futures_util::future::join_all(reads)).await.expect("they hang");
+    assert!(reads.iter().all(Result::is_ok));
+    assert!(kept(&path).await.is_none(), "a second connection is kept");
+}
+
+/// The kind of the reply to an unknown option with so many bytes of data.
+async fn refused_as(path: &Path, length: usize) -> u32 {
+    let mut stream = UnixStream::connect(path).await.unwrap();
+    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x63").await.unwrap();
+    stream.write_all(&u32::try_from(length).unwrap().to_be_bytes()).await.unwrap();
+    stream.write_all(&vec![0; length]).await.unwrap();
+    let mut reply = [0; 18 + 20];
+    stream.read_exact(&mut reply).await.unwrap();
+    u32::from_be_bytes(reply[18 + 12..18 + 16].try_into().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn options_are_read_up_to_the_limit_and_read_away_beyond() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = || Arc::new(MemoryDisk::new(4096));
+    let usual = serve(dir.path(), "usual", disk(), Limits::default());
+    let long = Limits { option_bytes: 128 << 10, ..Limits::default() };
+    let long = serve(dir.path(), "long", disk(), long);
+    assert_eq!(refused_as(&usual, 64 << 10).await, ERR_UNSUP);
+    assert_eq!(refused_as(&usual, (64 << 10) + 1).await, ERR_TOO_BIG);
+    assert_eq!(refused_as(&long, 128 << 10).await, ERR_UNSUP);
+    assert_eq!(refused_as(&long, (128 << 10) + 1).await, ERR_TOO_BIG);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_hangs_is_given_up_after_the_time_to_drain() {
+    let disk = held();
+    let shown = Arc::clone(&disk) as SharedDisk;
+    let limits = Limits { drain_timeout: Duration::from_millis(50), ..Limits::default() };
+    let server = Server::new(Arc::new(Export::new("disk", shown)), limits, Tls::Off);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nbd.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let cancel = CancellationToken::new();
+    let until = cancel.clone();
+    let task = tokio::spawn(async move { server.serve_unix(listener, until).await });
+    let client = Client::connect(Address::Unix(path), "disk", Policy::default()).await.unwrap();
+    let read = tokio::spawn(async move { client.read(0, 4096).await });
+    assert!(came(&disk, 1, LONG).await);
+    let began = std::time::Instant::now();
+    cancel.cancel();
+    tokio::time::timeout(LONG, task).await.unwrap().unwrap();
+    assert!(began.elapsed() < Limits::default().drain_timeout, "{:?}", began.elapsed());
+    assert!(read.await.unwrap().is_err());
 }
