@@ -1,6 +1,7 @@
 //! Two clients' random operations against a vector of bytes, over a real socket.
 //!
-//! For `BOOTCACHE_MODEL_SECONDS`: 10 unless set, 120 in CI, and `make soak` takes half an hour.
+//! For `BOOTCACHE_MODEL_SECONDS`: 10 unless set, 120 in CI, and `make soak` takes half an hour. `BOOTCACHE_MODEL_SEED`
+//! has the operations of another run again.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -10,8 +11,11 @@ use std::time::{Duration, Instant};
 
 use bootcache_nbd::chunk::Style;
 use bootcache_nbd::client::{Address, Client, Policy};
+use bootcache_nbd::consts::flag::SEND_CACHE;
+use bootcache_nbd::disk::STATE_ZERO;
 use bootcache_nbd::layers::{FileDisk, MemoryDisk};
 use bootcache_nbd::{Export, Limits, Server, SharedDisk, Tls};
+use rustix::fs::{FallocateFlags, fallocate};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +48,15 @@ impl Random {
         }
         (base + start, length)
     }
+
+    /// Up to eight parts of `size` bytes that do not overlap, as (start, size): some of a few bytes, some long.
+    fn parts(&mut self, size: u32) -> Vec<(u32, u32)> {
+        let mut cuts: Vec<u32> = (0..self.below(8)).map(|_| self.below(size)).collect();
+        cuts.extend([0, size]);
+        cuts.sort_unstable();
+        let parts = cuts.windows(2).map(|pair| (pair[0], pair[1] - pair[0]));
+        parts.filter(|(_, size)| *size > 1).collect()
+    }
 }
 
 async fn serve(disk: SharedDisk, path: &Path) -> CancellationToken {
@@ -55,50 +68,122 @@ async fn serve(disk: SharedDisk, path: &Path) -> CancellationToken {
     cancel
 }
 
-/// One client's operations on its half of the disk, against its own vector.
-async fn hammer(client: Client, base: u32, size: u32, seed: u64, until: Instant) -> u64 {
+/// What a trimmed range reads as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trimmed {
+    /// Zeroes: on memory, and in a file on a file system that can punch holes.
+    Zeroes,
+    /// What it was before: in a file on one that cannot.
+    Untouched,
+}
+
+/// One request, on a range that no other in flight touches.
+struct Ask {
+    what: What,
+    offset: u32,
+    length: u32,
+}
+
+enum What {
+    Write { data: Vec<u8>, fua: bool },
+    Zero { no_hole: bool },
+    Trim,
+    Flush,
+    Cache,
+    Status,
+    Read,
+}
+
+impl Ask {
+    fn random(random: &mut Random, (offset, length): (u32, u32)) -> Self {
+        let what = match random.below(14) {
+            0..=3 => What::Write {
+                data: (0..length).map(|_| random.next().to_le_bytes()[0]).collect(),
+                fua: random.below(20) == 0,
+            },
+            4 => What::Zero { no_hole: random.below(2) == 0 },
+            5..=6 => What::Trim,
+            7 => What::Flush,
+            8 => What::Cache,
+            9 => What::Status,
+            _ => What::Read,
+        };
+        Self { what, offset, length }
+    }
+
+    /// Asks, and compares the answer with what the range's bytes are `expected` to be.
+    async fn carry_out(&self, client: &Client, expected: &[u8]) {
+        let (offset, length) = (u64::from(self.offset), u64::from(self.length));
+        match &self.what {
+            What::Write { data, fua } => client.write(offset, data, *fua).await.unwrap(),
+            What::Zero { no_hole } => client.zero(offset, length, *no_hole).await.unwrap(),
+            What::Trim => client.trim(offset, length).await.unwrap(),
+            What::Flush => client.flush().await.unwrap(),
+            // Nothing changes, whether the disk can do it or not.
+            What::Cache => {
+                let can = client.description().flags & SEND_CACHE != 0;
+                assert_eq!(client.prefetch(offset, length).await.is_ok(), can);
+            }
+            What::Status => {
+                let mut at = 0;
+                for extent in client.status(offset, length).await.unwrap() {
+                    let end = (at + usize::try_from(extent.length).unwrap()).min(expected.len());
+                    let zero = extent.flags & STATE_ZERO != 0;
+                    assert!(!zero || expected[at..end].iter().all(|byte| *byte == 0), "not zero");
+                    at = end;
+                }
+            }
+            What::Read => {
+                let data = client.read(offset, self.length).await.unwrap();
+                assert!(data == expected, "{length} bytes at {offset} differ");
+            }
+        }
+    }
+
+    /// What the answered request has made of the range's bytes.
+    fn apply(&self, bytes: &mut [u8], trimmed: Trimmed) {
+        match &self.what {
+            What::Write { data, .. } => bytes.copy_from_slice(data),
+            What::Zero { .. } => bytes.fill(0),
+            What::Trim if trimmed == Trimmed::Zeroes => bytes.fill(0),
+            What::Trim | What::Flush | What::Cache | What::Status | What::Read => {}
+        }
+    }
+}
+
+/// One client's operations on its half of the disk, up to eight at once, against its own vector.
+async fn hammer(client: Client, base: u32, size: u32, trimmed: Trimmed, seed: u64, until: Instant) -> u64 {
     let mut random = Random(seed);
     let mut model = vec![0_u8; size as usize];
     let mut operations = 0;
     while Instant::now() < until {
-        operations += 1;
-        let (offset, length) = random.range(base, size);
-        let local = (offset - base) as usize..(offset - base + length) as usize;
-        match random.below(10) {
-            0..=3 => {
-                let data: Vec<u8> = (0..length).map(|_| random.next().to_le_bytes()[0]).collect();
-                client.write(offset.into(), &data, random.below(20) == 0).await.unwrap();
-                model[local].copy_from_slice(&data);
-            }
-            4 => {
-                client.zero(offset.into(), length.into(), random.below(2) == 0).await.unwrap();
-                model[local].fill(0);
-            }
-            5 => client.flush().await.unwrap(),
-            6 => {
-                let extents = client.status(offset.into(), length.into()).await.unwrap();
-                let mut at = (offset - base) as usize;
-                for extent in extents {
-                    let end = (at + usize::try_from(extent.length).unwrap()).min(model.len());
-                    let zero = extent.flags & bootcache_nbd::disk::STATE_ZERO != 0;
-                    assert!(!zero || model[at..end].iter().all(|byte| *byte == 0), "seed {seed}: not zero");
-                    at = end;
-                }
-            }
-            _ => {
-                let data = client.read(offset.into(), length).await.unwrap();
-                assert!(data == model[local], "seed {seed}: {length} bytes at {offset} differ");
-            }
+        let asks: Vec<Ask> = random
+            .parts(size)
+            .into_iter()
+            .map(|(start, size)| {
+                let range = random.range(base + start, size);
+                Ask::random(&mut random, range)
+            })
+            .collect();
+        let local = |ask: &Ask| (ask.offset - base) as usize..(ask.offset - base + ask.length) as usize;
+        let answers = asks.iter().map(|ask| ask.carry_out(&client, &model[local(ask)]));
+        futures_util::future::join_all(answers).await;
+        for ask in &asks {
+            ask.apply(&mut model[local(ask)], trimmed);
         }
+        operations += asks.len() as u64;
     }
     operations
 }
 
-async fn two_clients(disk: SharedDisk) {
+async fn two_clients(disk: SharedDisk, trimmed: Trimmed) {
     let usual = if std::env::var_os("CI").is_some() { 120 } else { 10 };
     let seconds = std::env::var("BOOTCACHE_MODEL_SECONDS").ok().and_then(|text| text.parse().ok());
     let seconds = seconds.unwrap_or(usual);
-    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let seed = std::env::var("BOOTCACHE_MODEL_SEED").map_or_else(|_| now(), |text| text.parse().unwrap());
+    // First: a failed assertion in a task tells no seed.
+    println!("seed {seed}");
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nbd.sock");
     let cancel = serve(disk, &path).await;
@@ -108,24 +193,26 @@ async fn two_clients(disk: SharedDisk) {
         let style = if half == 1 { Style::Structured } else { Style::Extended };
         let policy = Policy { connections: 1 + usize::from(half == 1), style, ..Policy::default() };
         let client = Client::connect(Address::Unix(path.clone()), "disk", policy).await.unwrap();
-        clients.spawn(hammer(client, half * (SIZE / 2), SIZE / 2, seed + u64::from(half), until));
+        clients.spawn(hammer(client, half * (SIZE / 2), SIZE / 2, trimmed, seed + u64::from(half), until));
     }
     let operations: u64 = clients.join_all().await.iter().sum();
     assert!(operations > 100, "only {operations} operations");
-    println!("{operations} operations, seed {seed}");
+    println!("{operations} operations");
     cancel.cancel();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_clients_on_memory_agree_with_a_vector_of_bytes() {
-    two_clients(Arc::new(MemoryDisk::new(SIZE as usize))).await;
+    two_clients(Arc::new(MemoryDisk::new(SIZE as usize)), Trimmed::Zeroes).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_clients_on_a_file_agree_with_a_vector_of_bytes() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(SIZE.into()).unwrap();
-    two_clients(Arc::new(FileDisk::new(file, false).unwrap())).await;
+    let punch = fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, SIZE.into());
+    let trimmed = if punch.is_ok() { Trimmed::Zeroes } else { Trimmed::Untouched };
+    two_clients(Arc::new(FileDisk::new(file, false).unwrap()), trimmed).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,7 +19,9 @@ use crate::disk::{
 ///
 /// What is in the page cache is read inline by `preadv2(RWF_NOWAIT)`; everything else runs on tokio's blocking
 /// threads, by way of a buffer of their own: a thread that outlives its dropped future must not write into the caller's,
-/// and the copy (30 µs for 256 KiB) is small beside the device. Writes go into the page cache inline. After a failed sync every later write and flush fails too: the kernel reports a lost page only once.
+/// and the copy (30 µs for 256 KiB) is small beside the device. Writes go into the page cache inline. After a failed sync
+/// every later write and flush fails too: the kernel reports a lost page only once. What is trimmed reads as zeroes, or as
+/// before where the file system cannot punch holes.
 #[derive(Debug, Clone)]
 pub struct FileDisk {
     shared: Arc<Shared>,

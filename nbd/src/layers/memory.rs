@@ -5,7 +5,7 @@ use std::sync::{PoisonError, RwLock};
 
 use crate::disk::{Attempt, BoxFuture, Disk, Features, ZeroFlags};
 
-/// A writable disk in memory.
+/// A writable disk in memory. What is trimmed reads as zeroes.
 #[derive(Debug)]
 pub struct MemoryDisk {
     bytes: RwLock<Vec<u8>>,
