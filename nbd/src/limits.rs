@@ -16,7 +16,7 @@ pub struct Limits {
     pub connections: usize,
     /// Connections to one export.
     pub connections_per_export: usize,
-    /// Connections that are still in the handshake; one more ends the oldest of them.
+    /// Connections that are still in the handshake; one more ends the oldest that has sent nothing, else the oldest.
     pub handshakes: usize,
     /// Time to reach transmission.
     pub handshake_timeout: Duration,

@@ -30,14 +30,19 @@ pub(crate) struct Agreed {
     pub(crate) contexts: Vec<&'static str>,
 }
 
-/// Leads a client through the handshake; `None` when it left in order.
+/// Greets a client and waits for its flags.
+pub(crate) async fn greet(stream: &mut Box<dyn Stream>) -> io::Result<u32> {
+    stream.write_all(&greeting()).await?;
+    stream.read_u32().await
+}
+
+/// Leads a client that sent these flags through the handshake; `None` when it left in order.
 pub(crate) async fn server(
-    mut stream: Box<dyn Stream>,
+    stream: Box<dyn Stream>,
+    client_flags: u32,
     shared: &Shared,
     tls: &Tls,
 ) -> io::Result<Option<(Box<dyn Stream>, Agreed)>> {
-    stream.write_all(&greeting()).await?;
-    let client_flags = stream.read_u32().await?;
     let fixed_newstyle = client_flags & u32::from(FLAG_FIXED_NEWSTYLE) != 0;
     if client_flags & !u32::from(HANDSHAKE_FLAGS) != 0 || !fixed_newstyle {
         return Err(violation("unknown client flags"));

@@ -5,8 +5,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -120,8 +120,15 @@ pub(crate) struct Shared {
     pub(crate) pieces: connection::Pieces,
     connections: Arc<Semaphore>,
     per_export: Mutex<HashMap<String, usize>>,
-    handshakes: Mutex<VecDeque<(u64, CancellationToken)>>,
-    accepted: AtomicU64,
+    handshakes: Mutex<VecDeque<Arc<Handshake>>>,
+}
+
+/// A connection that has not reached transmission.
+#[derive(Debug, Default)]
+struct Handshake {
+    /// It has sent its flags: a client, and not somebody who only connects.
+    spoke: AtomicBool,
+    evicted: CancellationToken,
 }
 
 impl std::fmt::Debug for Server {
@@ -142,7 +149,6 @@ impl Server {
             connections,
             per_export: Mutex::default(),
             handshakes: Mutex::default(),
-            accepted: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared), tls }
     }
@@ -185,10 +191,14 @@ impl Server {
             };
             match accepted {
                 Ok(stream) => {
+                    if self.handshakes_are_full() {
+                        // Those that have left, or have sent what they have to, are seen before one is ended.
+                        tokio::task::yield_now().await;
+                    }
                     let (server, cancel) = (self.clone(), cancel.child_token());
                     // Here and not in the task: tasks start in any order, and the oldest is the one to leave.
-                    let (number, evicted) = self.enter_handshake();
-                    tasks.spawn(async move { server.connection(stream, number, evicted, cancel).await });
+                    let handshake = self.enter_handshake();
+                    tasks.spawn(async move { server.connection(stream, handshake, cancel).await });
                 }
                 Err(error) => {
                     // Out of descriptors, as a rule: connections that end will free some.
@@ -208,27 +218,29 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let (number, evicted) = self.enter_handshake();
-        self.connection(Box::new(stream), number, evicted, cancel).await;
+        let handshake = self.enter_handshake();
+        self.connection(Box::new(stream), handshake, cancel).await;
     }
 
     /// One connection, from greeting to end.
     async fn connection(
         &self,
-        stream: Box<dyn Stream>,
-        number: u64,
-        evicted: CancellationToken,
+        mut stream: Box<dyn Stream>,
+        handshake: Arc<Handshake>,
         cancel: CancellationToken,
     ) {
+        let negotiation = async {
+            let flags = negotiate::greet(&mut stream).await?;
+            handshake.spoke.store(true, Ordering::Relaxed);
+            negotiate::server(stream, flags, &self.shared, &self.tls).await
+        };
         let negotiated = tokio::select! {
             () = cancel.cancelled() => Err(io::Error::other("the server ends")),
-            () = evicted.cancelled() => Err(io::Error::other("newer connections needed the place")),
-            result = tokio::time::timeout(
-                self.shared.limits.handshake_timeout,
-                negotiate::server(stream, &self.shared, &self.tls),
-            ) => result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+            () = handshake.evicted.cancelled() => Err(io::Error::other("newer connections needed the place")),
+            result = tokio::time::timeout(self.shared.limits.handshake_timeout, negotiation) =>
+                result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         };
-        self.leave_handshake(number);
+        self.leave_handshake(&handshake);
         let (stream, agreed) = match negotiated {
             Ok(Some(agreed)) => agreed,
             Ok(None) => return,
@@ -249,23 +261,31 @@ impl Server {
         }
     }
 
-    /// Counts a connection into the handshake; the oldest one leaves when there are too many.
-    fn enter_handshake(&self) -> (u64, CancellationToken) {
-        let token = CancellationToken::new();
-        let number = self.shared.accepted.fetch_add(1, Ordering::Relaxed);
-        let mut waiting = self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.push_back((number, token.clone()));
-        if waiting.len() > self.shared.limits.handshakes
-            && let Some((_, oldest)) = waiting.pop_front()
-        {
-            oldest.cancel();
+    /// Counts a connection into the handshake. When there are too many, the oldest that has said nothing leaves, else
+    /// the oldest.
+    fn enter_handshake(&self) -> Arc<Handshake> {
+        let handshake = Arc::new(Handshake::default());
+        let mut waiting = self.handshakes();
+        if waiting.len() >= self.shared.limits.handshakes {
+            let silent = waiting.iter().position(|other| !other.spoke.load(Ordering::Relaxed));
+            if let Some(other) = waiting.remove(silent.unwrap_or(0)) {
+                other.evicted.cancel();
+            }
         }
-        (number, token)
+        waiting.push_back(Arc::clone(&handshake));
+        handshake
     }
 
-    fn leave_handshake(&self, number: u64) {
-        let mut waiting = self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.retain(|(other, _)| *other != number);
+    fn leave_handshake(&self, handshake: &Arc<Handshake>) {
+        self.handshakes().retain(|other| !Arc::ptr_eq(other, handshake));
+    }
+
+    fn handshakes_are_full(&self) -> bool {
+        self.handshakes().len() >= self.shared.limits.handshakes
+    }
+
+    fn handshakes(&self) -> MutexGuard<'_, VecDeque<Arc<Handshake>>> {
+        self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -204,3 +204,25 @@ async fn what_hangs_is_given_up_after_the_time_to_drain() {
     assert!(began.elapsed() < Limits::default().drain_timeout, "{:?}", began.elapsed());
     assert!(read.await.unwrap().is_err());
 }
+
+/// Once the oldest left whatever it had sent: who only connected, fast enough, shut clients out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_says_nothing_leaves_the_handshake_before_who_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { handshakes: 2, ..Limits::default() };
+    let path = serve(dir.path(), "nbd.sock", Arc::new(MemoryDisk::new(4096)), limits);
+    let mut client = UnixStream::connect(&path).await.unwrap();
+    client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x63\0\0\0\0").await.unwrap();
+    client.read_exact(&mut [0; 18 + 20]).await.unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..3 {
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        stream.read_exact(&mut [0; 18]).await.unwrap();
+        silent.push(stream);
+    }
+    for stream in &mut silent[..2] {
+        assert!(!matches!(stream.read(&mut [0; 1]).await, Ok(1..)), "a silent one is still there");
+    }
+    client.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk").await.unwrap();
+    client.read_exact(&mut [0; 10]).await.expect("the one that spoke has left");
+}
