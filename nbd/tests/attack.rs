@@ -1,9 +1,12 @@
-//! What clients do that mean harm, or break: the server stays up, stays small, and serves a good client all along.
+//! What clients do that mean harm, or break: the server stays up, stays small, and serves good clients all along, one that
+//! is there and others that connect meanwhile.
+
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bootcache_nbd::client::{Address, Client, Policy};
@@ -14,77 +17,134 @@ use tokio_util::sync::CancellationToken;
 
 const SIZE: usize = 64 << 20;
 
-/// A server with a short patience for handshakes, so that the tests need not wait long.
-async fn server() -> (SocketAddr, CancellationToken) {
-    let limits = Limits {
-        handshake_timeout: Duration::from_secs(2),
-        connections_per_export: 400,
-        ..Limits::default()
-    };
-    let disk = Arc::new(MemoryDisk::new(SIZE));
-    let server = Server::new(Arc::new(Export::new("disk", disk)), limits, Tls::Off);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let cancel = CancellationToken::new();
-    let until = cancel.clone();
-    tokio::spawn(async move { server.serve_tcp(listener, until).await });
-    (address, cancel)
+/// What this process may grow by in an attack, the attackers' own memory included.
+const GROWTH_MAX: u64 = 256 << 20;
+
+/// One attack at a time: they are measured.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// A server under attack, and a good client that reads for as long as it lasts.
+struct Attacked {
+    address: SocketAddr,
+    name: &'static str,
+    before: u64,
+    over: CancellationToken,
+    /// Good clients that connected meanwhile, and tries of theirs that failed.
+    clients: AtomicUsize,
+    refused: AtomicUsize,
+    beside: tokio::task::JoinHandle<Beside>,
+    _server: tokio_util::sync::DropGuard,
+    _turn: tokio::sync::MutexGuard<'static, ()>,
+}
+
+/// What the good client met.
+struct Beside {
+    took: Vec<Duration>,
+    resident_max: u64,
+}
+
+impl Attacked {
+    /// Starts a server with a short patience for handshakes, so that the tests need not wait long.
+    async fn start(name: &'static str) -> Self {
+        let turn = TURN.lock().await;
+        let limits = Limits {
+            handshake_timeout: Duration::from_secs(2),
+            connections_per_export: 400,
+            ..Limits::default()
+        };
+        // Its memory is there before the attack: what grows is the server.
+        let mut content = vec![1; SIZE];
+        content.fill(0);
+        let disk = Arc::new(MemoryDisk::from(content));
+        let server = Server::new(Arc::new(Export::new("disk", disk)), limits, Tls::Off);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let cancel = CancellationToken::new();
+        let until = cancel.clone();
+        tokio::spawn(async move { server.serve_tcp(listener, until).await });
+
+        let client = connect(address).await.unwrap();
+        let before = resident();
+        let over = CancellationToken::new();
+        let until = over.clone();
+        let beside = tokio::spawn(async move {
+            let mut beside = Beside { took: Vec::new(), resident_max: 0 };
+            while !until.is_cancelled() {
+                let began = Instant::now();
+                let read = tokio::time::timeout(Duration::from_secs(10), client.read(60 << 20, 4096));
+                assert!(read.await.expect("a good client waits").unwrap() == [0; 4096], "other bytes");
+                beside.took.push(began.elapsed());
+                beside.resident_max = beside.resident_max.max(resident());
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            beside
+        });
+        let _server = cancel.drop_guard();
+        let (clients, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { address, name, before, over, clients, refused, beside, _server, _turn: turn }
+    }
+
+    /// Runs an attack; good clients come and go meanwhile, and one more comes behind it.
+    async fn run<T: Send + 'static>(&self, attack: impl FnOnce(SocketAddr) -> T + Send + 'static) -> T {
+        let address = self.address;
+        let attack = tokio::task::spawn_blocking(move || attack(address));
+        while !attack.is_finished() {
+            self.good_client_is_served().await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.good_client_is_served().await;
+        attack.await.unwrap()
+    }
+
+    /// Every request of a client that connects only now is answered. It tries again when its place in the handshake was
+    /// needed for newer connections before it could say a word.
+    async fn good_client_is_served(&self) {
+        let served = async {
+            self.clients.fetch_add(1, Ordering::Relaxed);
+            let client = loop {
+                match connect(self.address).await {
+                    Ok(client) => break client,
+                    Err(_) => self.refused.fetch_add(1, Ordering::Relaxed),
+                };
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            };
+            for number in 0..50_u64 {
+                client.write(number * 4096, &[7; 4096], false).await.unwrap();
+                assert!(client.read(number * 4096, 4096).await.unwrap() == [7; 4096], "other bytes");
+            }
+            client.close().await;
+        };
+        tokio::time::timeout(Duration::from_secs(10), served).await.expect("a good client was not served");
+    }
+
+    /// The attack is over: every read beside it was answered, and the process has stayed small.
+    async fn survived(self) {
+        self.good_client_is_served().await;
+        self.over.cancel();
+        let Beside { mut took, resident_max } = self.beside.await.expect("the good client was not served");
+        took.sort();
+        let (Some(p50), Some(p99)) = (took.get(took.len() / 2), took.get(took.len() * 99 / 100)) else {
+            panic!("no read beside the attack");
+        };
+        let grown = resident_max.max(resident()).saturating_sub(self.before);
+        let (clients, refused) = (self.clients.into_inner(), self.refused.into_inner());
+        let (name, count, mib) = (self.name, took.len(), grown >> 20);
+        println!(
+            "{name}: {count} reads beside it, p50 {p50:.1?}, p99 {p99:.1?}; {clients} more clients, {refused} tries \
+             refused; grew by {mib} MiB"
+        );
+        assert!(grown < GROWTH_MAX, "grew by {mib} MiB");
+    }
+}
+
+async fn connect(address: SocketAddr) -> std::io::Result<Client> {
+    Client::connect(Address::Tcp(address), "disk", Policy::default()).await
 }
 
 /// Memory of this process in bytes.
 fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}
-
-/// A good client beside an attack: every read is answered, also of one that connects only now.
-async fn good_client_is_served(address: SocketAddr) {
-    let deadline = Duration::from_secs(10);
-    let served = async {
-        let client = Client::connect(Address::Tcp(address), "disk", Policy::default()).await.unwrap();
-        for number in 0..50_u64 {
-            client.write(number * 4096, &[7; 4096], false).await.unwrap();
-            assert_eq!(client.read(number * 4096, 4096).await.unwrap(), [7; 4096]);
-        }
-        client.close().await;
-    };
-    tokio::time::timeout(deadline, served).await.expect("a good client was not served");
-}
-
-/// A good client that reads and writes for as long as an attack lasts, and others that connect meanwhile.
-struct Beside {
-    stop: CancellationToken,
-    task: tokio::task::JoinHandle<Vec<Duration>>,
-}
-
-impl Beside {
-    async fn start(address: SocketAddr) -> Self {
-        let client = Client::connect(Address::Tcp(address), "disk", Policy::default()).await.unwrap();
-        let stop = CancellationToken::new();
-        let until = stop.clone();
-        let task = tokio::spawn(async move {
-            let mut took = Vec::new();
-            while !until.is_cancelled() {
-                let began = Instant::now();
-                let read = tokio::time::timeout(Duration::from_secs(10), client.read(60 << 20, 4096));
-                assert_eq!(read.await.expect("a good client waits").unwrap(), [0; 4096]);
-                took.push(began.elapsed());
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-            took
-        });
-        Self { stop, task }
-    }
-
-    /// The attack is over: every read was answered. How soon is printed; the bench has the figures.
-    async fn served(self, attack: &str) {
-        self.stop.cancel();
-        let mut took = self.task.await.expect("the good client was not served");
-        took.sort();
-        let p99 = took.len() * 99 / 100;
-        println!("{attack}: {} reads beside it, p99 {:?}", took.len(), took.get(p99).or_else(|| took.last()));
-        assert!(!took.is_empty());
-    }
 }
 
 /// How many: fewer in the tests, all that the reliability goals name with `BOOTCACHE_ATTACK=full`.
@@ -112,36 +172,28 @@ fn request(command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
     bytes
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_connections_shut_nobody_out_and_are_dropped() {
-    let (address, _cancel) = server().await;
-    let beside = Beside::start(address).await;
-    let mut silent = blocking(move || {
-        (0..many(200, 1000)).map(|_| TcpStream::connect(address).unwrap()).collect::<Vec<_>>()
-    })
-    .await;
-    good_client_is_served(address).await;
+    let attacked = Attacked::start("silent connections").await;
+    let count = many(200, 1000);
+    let silent = move |address| (0..count).map(|_| TcpStream::connect(address).unwrap()).collect::<Vec<_>>();
+    let mut silent = attacked.run(silent).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let dropped = blocking(move || {
+    let all_dropped = attacked.run(move |_| {
         silent.iter_mut().all(|stream| {
             stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
             let mut rest = Vec::new();
             stream.read_to_end(&mut rest).is_ok() || !rest.is_empty()
         })
     });
-    assert!(dropped.await, "a silent connection is still open");
-    beside.served("silent connections").await;
+    assert!(all_dropped.await, "a silent connection is still open");
+    attacked.survived().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handshakes_of_one_byte_a_second_are_dropped() {
-    let (address, _cancel) = server().await;
-    let beside = Beside::start(address).await;
-    let slow = blocking(move || {
+    let attacked = Attacked::start("slow handshakes").await;
+    let slow = attacked.run(|address| {
         let mut streams: Vec<_> = (0..many(50, 200)).map(|_| TcpStream::connect(address).unwrap()).collect();
         let began = Instant::now();
         for byte in b"\0\0\0\x03IHAVEOPT\0\0\0\x03\0\0\0\0" {
@@ -153,17 +205,14 @@ async fn handshakes_of_one_byte_a_second_are_dropped() {
         }
         began.elapsed()
     });
-    good_client_is_served(address).await;
     assert!(slow.await < Duration::from_secs(8), "they were served for as long as they liked");
-    beside.served("slow handshakes").await;
+    attacked.survived().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_ask_for_everything_and_never_read_cost_little() {
-    let (address, _cancel) = server().await;
-    let before = resident();
-    let beside = Beside::start(address).await;
-    let greedy = blocking(move || {
+    let attacked = Attacked::start("clients that never read").await;
+    let greedy = attacked.run(|address| {
         let mut streams = Vec::new();
         for _ in 0..8 {
             let mut stream = open(address);
@@ -175,24 +224,17 @@ async fn clients_that_ask_for_everything_and_never_read_cost_little() {
             }
             streams.push(stream);
         }
+        std::thread::sleep(Duration::from_secs(1));
         streams
     });
-    let streams = greedy.await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    good_client_is_served(address).await;
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 256 << 20, "grew by {} MiB", grown >> 20);
-    drop(streams);
-    good_client_is_served(address).await;
-    beside.served("clients that never read").await;
+    drop(greedy.await);
+    attacked.survived().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_sent_writes_and_resets_with_reads_pending_end_nothing_else() {
-    let (address, _cancel) = server().await;
-    let before = resident();
-    let beside = Beside::start(address).await;
-    let half = blocking(move || {
+    let attacked = Attacked::start("half-sent writes and resets").await;
+    let half = attacked.run(|address| {
         let mut streams = Vec::new();
         for cookie in 0..many(50, 100) as u64 {
             let mut stream = open(address);
@@ -201,10 +243,9 @@ async fn half_sent_writes_and_resets_with_reads_pending_end_nothing_else() {
             streams.push(stream);
         }
         streams
-    })
-    .await;
-    good_client_is_served(address).await;
-    blocking(move || {
+    });
+    let half = half.await;
+    let resets = attacked.run(|address| {
         for cookie in 0..many(100, 1000) as u64 {
             let mut stream = open(address);
             for number in 0..20 {
@@ -213,54 +254,50 @@ async fn half_sent_writes_and_resets_with_reads_pending_end_nothing_else() {
             // Closing with unread replies makes the kernel reset the connection.
             drop(stream);
         }
-    })
-    .await;
-    good_client_is_served(address).await;
+    });
+    resets.await;
     drop(half);
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 256 << 20, "grew by {} MiB", grown >> 20);
-    beside.served("half-sent writes and resets").await;
+    attacked.survived().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_connects_and_floods_of_whole_disk_requests_are_survived() {
-    let (address, _cancel) = server().await;
-    let beside = Beside::start(address).await;
-    let floods = blocking(move || {
+    let attacked = Attacked::start("connects, whole-disk trims and zeroes").await;
+    let floods = attacked.run(|address| {
         for _ in 0..many(1000, 10_000) {
             drop(TcpStream::connect(address).unwrap());
         }
         let mut stream = open(address);
-        let reader = stream.try_clone().unwrap();
+        let mut reader = stream.try_clone().unwrap();
         let drain = std::thread::spawn(move || {
             let mut sink = [0; 4096];
-            let mut reader = reader;
             let mut answers = 0;
             while answers < 300 * 16 {
-                answers += reader.read(&mut sink).unwrap();
+                let got = reader.read(&mut sink).unwrap();
+                assert!(got > 0, "the connection has ended");
+                answers += got;
             }
         });
+        // All but what good clients write to.
+        let start = 1 << 20;
         for cookie in 0..100 {
             for command in [4, 6, 3] {
-                let length = if command == 3 { 0 } else { u32::try_from(SIZE).unwrap() };
-                stream.write_all(&request(command, cookie, 0, length)).unwrap();
+                let (offset, length) = if command == 3 { (0, 0) } else { (start, SIZE - start) };
+                let (offset, length) = (offset as u64, u32::try_from(length).unwrap());
+                stream.write_all(&request(command, cookie, offset, length)).unwrap();
             }
         }
         drain.join().unwrap();
     });
     floods.await;
-    beside.served("connects, whole-disk trims and zeroes").await;
-    let client = Client::connect(Address::Tcp(address), "disk", Policy::default()).await.unwrap();
-    assert_eq!(client.read(0, 4).await.unwrap(), [0; 4]);
+    attacked.survived().await;
 }
 
 /// Status of the whole disk, asked for again and again by clients that do not read, costs what their budgets allow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn floods_of_block_status_are_survived() {
-    let (address, _cancel) = server().await;
-    let before = resident();
-    let beside = Beside::start(address).await;
-    let streams = blocking(move || {
+    let attacked = Attacked::start("block status").await;
+    let floods = attacked.run(|address| {
         let mut streams = Vec::new();
         for _ in 0..many(4, 16) {
             let mut stream = TcpStream::connect(address).unwrap();
@@ -283,20 +320,17 @@ async fn floods_of_block_status_are_survived() {
             streams.push(stream);
         }
         streams
-    })
-    .await;
-    good_client_is_served(address).await;
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 256 << 20, "grew by {} MiB", grown >> 20);
-    beside.served("block status").await;
+    });
+    let streams = floods.await;
+    attacked.good_client_is_served().await;
     drop(streams);
-    good_client_is_served(address).await;
+    attacked.survived().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lengths_that_lie_end_the_connection_or_get_an_error() {
-    let (address, _cancel) = server().await;
-    blocking(move || {
+    let attacked = Attacked::start("lengths that lie").await;
+    let lies = attacked.run(|address| {
         // An option of 4 GiB.
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -304,21 +338,9 @@ async fn lengths_that_lie_end_the_connection_or_get_an_error() {
         let mut rest = Vec::new();
         let _ = stream.read_to_end(&mut rest);
         assert_eq!(rest.len(), 18, "only the greeting is expected");
-        // A metadata query that is far too long, within an option that is just taken.
-        let mut stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        let mut bytes = b"\0\0\0\x03IHAVEOPT\0\0\0\x08\0\0\0\0IHAVEOPT\0\0\0\x0a".to_vec();
-        let query = vec![b'x'; 60_000];
-        bytes.extend(u32::try_from(4 + 4 + 4 + 4 + query.len()).unwrap().to_be_bytes());
-        bytes.extend(4_u32.to_be_bytes());
-        bytes.extend(b"disk");
-        bytes.extend(1_u32.to_be_bytes());
-        bytes.extend(u32::try_from(query.len()).unwrap().to_be_bytes());
-        bytes.extend(&query);
-        stream.write_all(&bytes).unwrap();
-        let mut replies = [0; 18 + 20 + 20];
-        stream.read_exact(&mut replies).unwrap();
-        assert_eq!(&replies[18 + 20 + 12..18 + 20 + 16], [0x80, 0, 0, 3], "ERR_INVALID is expected");
+        for _ in 0..1000 {
+            ask_with_a_query_that_is_too_long(address);
+        }
         // Offsets that overflow.
         let mut stream = open(address);
         for (offset, length) in [(u64::MAX, 4096), (u64::MAX - 100, u32::MAX), (1 << 63, 1)] {
@@ -330,7 +352,25 @@ async fn lengths_that_lie_end_the_connection_or_get_an_error() {
         // Bytes that are no request end the connection.
         stream.write_all(&[0xff; 28]).unwrap();
         assert_eq!(stream.read(&mut [0; 16]).unwrap_or(0), 0);
-    })
-    .await;
-    good_client_is_served(address).await;
+    });
+    lies.await;
+    attacked.survived().await;
+}
+
+/// A metadata query that is far too long, within an option that is just taken.
+fn ask_with_a_query_that_is_too_long(address: SocketAddr) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut bytes = b"\0\0\0\x03IHAVEOPT\0\0\0\x08\0\0\0\0IHAVEOPT\0\0\0\x0a".to_vec();
+    let query = vec![b'x'; 60_000];
+    bytes.extend(u32::try_from(4 + 4 + 4 + 4 + query.len()).unwrap().to_be_bytes());
+    bytes.extend(4_u32.to_be_bytes());
+    bytes.extend(b"disk");
+    bytes.extend(1_u32.to_be_bytes());
+    bytes.extend(u32::try_from(query.len()).unwrap().to_be_bytes());
+    bytes.extend(&query);
+    stream.write_all(&bytes).unwrap();
+    let mut replies = [0; 18 + 20 + 20];
+    stream.read_exact(&mut replies).unwrap();
+    assert_eq!(&replies[18 + 20 + 12..18 + 20 + 16], [0x80, 0, 0, 3], "ERR_INVALID is expected");
 }
