@@ -31,6 +31,7 @@ mod facts;
 mod host;
 mod instance;
 mod journal;
+mod output;
 mod parts;
 mod registrar;
 mod server;

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bootcache_nbd::BoxFuture;
+use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 
 use crate::name::HostName;
@@ -181,6 +182,9 @@ pub struct LibvirtGuest {
     pub network_bytes: [u64; 2],
 }
 
+/// What an instance writes, as it comes.
+pub type Log = BoxStream<'static, Result<bytes::Bytes, HypervisorError>>;
+
 /// Runs instances of one type. Calls for different instances may come at once, those for one instance come one by one.
 pub trait Hypervisor: Send + Sync + 'static {
     /// What it runs.
@@ -201,6 +205,10 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// What it is doing; `None` if there is none of that name.
     fn info<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<Option<Info>, HypervisorError>>;
+
+    /// What the instance has written and will write, from its first byte to its end; `None` when all that it writes is
+    /// in the file for its serial line.
+    fn log<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<Option<Log>, HypervisorError>>;
 
     /// The names of all instances that carry this node's mark, in whatever state: what an earlier agent left too.
     fn list(&self) -> BoxFuture<'_, Result<Vec<HostName>, HypervisorError>>;

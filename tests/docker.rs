@@ -8,12 +8,20 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use bootcache::agent::{Agent, MemoryDataPlane, Options, Services};
 use bootcache::digest::Digest;
 use bootcache::hypervisor::docker::Docker;
-use bootcache::hypervisor::{Hypervisor, HypervisorError, Launch, Nic, Root, Running};
+use bootcache::hypervisor::{Hypervisor, HypervisorError, InstanceType, Launch, Nic, Root, Running};
+use bootcache::image::manifest::ImageKind;
+use bootcache::name::ImageName;
 use bootcache::network::{NetworkSpec, Networks};
+use bootcache::peer::transport::Security;
+use bootcache::tls::Role;
+use bootcache::wire::cluster::{AskNode, InstanceOrder, InstanceStatus, Needed, Part, RunPart, UpWhen};
+use bootcache::wire::link::Link;
 use support::container;
 use support::host::Host;
 use support::net::{Net, Rate};
@@ -130,6 +138,91 @@ async fn a_container_is_started_once_limited_watched_and_forgotten() {
     engine.delete(&one.name).await.unwrap();
     assert_eq!(engine.info(&one.name).await.unwrap(), None);
     assert!(engine.list().await.unwrap().is_empty());
+}
+
+fn order(name: &str, script: &str, time_limit_s: u32) -> InstanceOrder {
+    InstanceOrder {
+        name: name.parse().unwrap(),
+        kind: InstanceType::Container,
+        image: "box".parse().unwrap(),
+        cpus: 1,
+        memory_mib: 64,
+        nics: Vec::new(),
+        env: BTreeMap::new(),
+        command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        privileged: false,
+        template: None,
+        up_when: UpWhen::Serial("service is [r]eady".to_owned()),
+        time_limit_s,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_is_up_when_its_log_says_so() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up(folder.path(), &net, 0);
+    let address = host.docker();
+    let archive = folder.path().join("box.tar");
+    container::root_fs(&archive, 0);
+    docker(&address, &["import", archive.to_str().unwrap(), "box"]);
+
+    let engine = Arc::new(Docker::new(&address, "node-a".parse().unwrap()));
+    let image: ImageName = "box".parse().unwrap();
+    let services = Services {
+        data_plane: Arc::new(MemoryDataPlane::with_image(image.clone(), ImageKind::Container, 4096)),
+        hypervisors: vec![Arc::clone(&engine) as Arc<dyn Hypervisor>],
+        networks: None,
+        container_images: None,
+    };
+    let options = Options::new("node-a".parse().unwrap(), folder.path().join("agent"));
+    let agent = Agent::start(options, services).await.unwrap();
+    let stream = Security::default().connect_to(agent.address(), Role::Node).await.unwrap();
+    let mut link = Link::new(stream);
+
+    let needed = Needed { root: Digest::of(b"box"), name: image, size: 4096, sources: Vec::new() };
+    let instances = vec![
+        order("slow", "echo starting; sleep 3; echo service is ready; sleep 1000", 60),
+        order("errs", "head -c 300000 /bin/busybox; echo service is ready >&2; sleep 1000", 60),
+        order("brief", "echo the service is ready", 60),
+        order("mute", "echo; echo no configuration >&2; sleep 1000", 2),
+        order("dead", "echo no memory", 60),
+    ];
+    let part = Part { networks: Vec::new(), images: vec![needed], instances, report: None };
+    let run = RunPart { cluster: "lab".to_owned(), task: 1, part };
+    link.call(&run, Duration::from_secs(10)).await.unwrap();
+    let expected = [
+        ("brief", InstanceStatus::Stopped, ""),
+        ("dead", InstanceStatus::Failed, "it ended before it was up: the last that it wrote is: no memory"),
+        ("errs", InstanceStatus::Running, ""),
+        (
+            "mute",
+            InstanceStatus::Failed,
+            "it was not up after 2 s: the last that it wrote is: no configuration",
+        ),
+        ("slow", InstanceStatus::Running, ""),
+    ];
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let found = loop {
+        let mut found = link.call(&AskNode {}, Duration::from_secs(10)).await.unwrap().instances;
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        let seen = found.iter().map(|i| (i.name.as_str(), i.status, i.reason.as_deref().unwrap_or("")));
+        if seen.eq(expected) {
+            break found;
+        }
+        assert!(Instant::now() < deadline, "{found:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    let up_ms = |index: usize| found[index].up_ms;
+    assert!(up_ms(4) >= Some(3000), "it was not up before it said so: {found:?}");
+    assert!(up_ms(0).is_some() && up_ms(3).is_none(), "{found:?}");
+    agent.stop().await;
+    for name in engine.list().await.unwrap() {
+        engine.delete(&name).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

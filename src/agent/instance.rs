@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use regex::bytes::Regex;
-use tokio::io::AsyncReadExt;
 use tokio::sync::OnceCell;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::journal::Step;
+use super::output::Output;
 use super::{Shared, facts, parts};
 use crate::hypervisor::{Hypervisor, HypervisorError, InstanceType, Launch, Root, Running};
 use crate::network::NetworkSpec;
@@ -20,13 +20,11 @@ use crate::wire::cluster::{InstanceOrder, Needed, UpWhen};
 
 /// How often a hypervisor is asked how an instance is.
 const WATCH: Duration = Duration::from_secs(2);
-/// How often a serial log is looked at.
-const SERIAL: Duration = Duration::from_millis(50);
+/// How long what an instance has written is still read after it has ended.
+const LAST_LOOK: Duration = Duration::from_secs(2);
 /// How often a launch is tried that a hypervisor could not be reached for, and how long apart.
 const LAUNCHES: u32 = 10;
 const LAUNCH_PAUSE: Duration = Duration::from_secs(2);
-/// The most serial output that a match may span, in bytes.
-const WINDOW: usize = 8192;
 
 /// Something that all instances of a part need, made by the first that comes.
 pub(super) type Once = Arc<OnceCell<()>>;
@@ -183,19 +181,30 @@ impl Job {
             UpWhen::Serial(pattern) => {
                 let pattern =
                     Regex::new(pattern).map_err(|_| "until is not a regular expression".to_owned())?;
-                let path = self.shared.services.data_plane.serial(&self.order.name);
-                tokio::select! {
-                    () = said(&path, &pattern) => {}
-                    () = self.ended() => return Err("it ended before it was up".to_owned()),
-                    () = tokio::time::sleep(limit) => {
-                        return Err(format!("it was not up after {} s: see {}", limit.as_secs(), path.display()));
-                    }
-                }
+                self.wait_until_written(&pattern, limit).await?;
             }
         }
         let up_ms = u64::try_from(ordered.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.shared.parts.set_up(self.task, &self.order.name, up_ms);
         self.come_to(Step::Up).await
+    }
+
+    /// Waits until the instance has written what matches `pattern`.
+    async fn wait_until_written(&self, pattern: &Regex, limit: Duration) -> Result<(), String> {
+        let (hypervisor, name) = (self.hypervisor()?.as_ref(), &self.order.name);
+        let serial = self.shared.services.data_plane.serial(name);
+        let mut output = Output::default();
+        tokio::select! {
+            () = output.follow(hypervisor, name, &serial, pattern) => Ok(()),
+            () = self.ended() => {
+                // A short command has written its last words and ended before they were looked at.
+                let rest = tokio::time::timeout(LAST_LOOK, output.follow(hypervisor, name, &serial, pattern)).await;
+                rest.map_err(|_| format!("it ended before it was up: {}", output.last_line()))
+            }
+            () = tokio::time::sleep(limit) => {
+                Err(format!("it was not up after {} s: {}", limit.as_secs(), output.last_line()))
+            }
+        }
     }
 
     /// Watches the instance until it has ended.
@@ -228,30 +237,6 @@ impl Job {
                 }
             }
             tokio::time::sleep(WATCH).await;
-        }
-    }
-}
-
-/// Returns when the file at `path` matches `pattern`; it may still have to be made, and grows.
-async fn said(path: &std::path::Path, pattern: &Regex) {
-    let mut file = loop {
-        match tokio::fs::File::open(path).await {
-            Ok(file) => break file,
-            Err(_) => tokio::time::sleep(SERIAL).await,
-        }
-    };
-    let mut window = Vec::new();
-    let mut chunk = [0; 4096];
-    loop {
-        match file.read(&mut chunk).await {
-            Ok(0) | Err(_) => tokio::time::sleep(SERIAL).await,
-            Ok(length) => {
-                window.extend_from_slice(&chunk[..length]);
-                if pattern.is_match(&window) {
-                    return;
-                }
-                window.drain(..window.len().saturating_sub(WINDOW));
-            }
         }
     }
 }

@@ -14,14 +14,15 @@ use bollard::models::{
     HostConfig, HostConfigLogConfig, NetworkConnectRequest, NetworkingConfig,
 };
 use bollard::query_parameters::{
-    CreateContainerOptions, ListContainersOptions, RemoveContainerOptions, StatsOptions, StopContainerOptions,
+    CreateContainerOptions, ListContainersOptions, LogsOptions, RemoveContainerOptions, StatsOptions,
+    StopContainerOptions,
 };
 use bootcache_nbd::BoxFuture;
 use futures_util::StreamExt;
 use tokio::sync::OnceCell;
 
 use super::cpu::CpuUse;
-use super::{Hypervisor, HypervisorError, Info, InstanceType, Launch, Nic, Root, Running};
+use super::{Hypervisor, HypervisorError, Info, InstanceType, Launch, Log, Nic, Root, Running};
 use crate::name::HostName;
 
 mod images;
@@ -69,21 +70,7 @@ impl Docker {
 
     /// What a failed call comes to.
     fn failed(&self, action: &str, error: Error) -> HypervisorError {
-        match error {
-            Error::DockerResponseServerError { message, .. }
-            | Error::DockerStreamError { error: message } => {
-                HypervisorError::Refused(format!("Docker: cannot {action}: {}", message.trim_end()))
-            }
-            Error::RequestTimeoutError => HypervisorError::TimedOut(format!(
-                "Docker at {} did not {action} within {DEADLINE:?}: see whether dockerd hangs",
-                self.address
-            )),
-            error => HypervisorError::Unreachable(format!(
-                "Docker at {} cannot be reached ({}): start dockerd",
-                self.address,
-                innermost(&error)
-            )),
-        }
+        failed(&self.address, action, error)
     }
 
     /// The container of that name, if it is the node's.
@@ -305,6 +292,19 @@ impl Hypervisor for Docker {
         Box::pin(self.info(name))
     }
 
+    fn log<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<Option<Log>, HypervisorError>> {
+        Box::pin(async move {
+            let options = LogsOptions { follow: true, stdout: true, stderr: true, ..LogsOptions::default() };
+            let address = self.address.clone();
+            let pieces = self.client().await?.logs(name.as_str(), Some(options));
+            let pieces = pieces.map(move |piece| match piece {
+                Ok(piece) => Ok(piece.into_bytes()),
+                Err(error) => Err(failed(&address, "read the log of a container", error)),
+            });
+            Ok(Some(pieces.boxed()))
+        })
+    }
+
     fn list(&self) -> BoxFuture<'_, Result<Vec<HostName>, HypervisorError>> {
         Box::pin(self.list())
     }
@@ -314,6 +314,22 @@ impl Hypervisor for Docker {
             let answer = self.client().await?.ping().await;
             answer.map(drop).map_err(|error| self.failed("answer", error))
         })
+    }
+}
+
+/// What a failed call of the engine at `address` comes to.
+fn failed(address: &str, action: &str, error: Error) -> HypervisorError {
+    match error {
+        Error::DockerResponseServerError { message, .. } | Error::DockerStreamError { error: message } => {
+            HypervisorError::Refused(format!("Docker: cannot {action}: {}", message.trim_end()))
+        }
+        Error::RequestTimeoutError => HypervisorError::TimedOut(format!(
+            "Docker at {address} did not {action} within {DEADLINE:?}: see whether dockerd hangs"
+        )),
+        error => HypervisorError::Unreachable(format!(
+            "Docker at {address} cannot be reached ({}): start dockerd",
+            innermost(&error)
+        )),
     }
 }
 

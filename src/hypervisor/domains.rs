@@ -14,7 +14,7 @@ use super::cpu::CpuUse;
 use super::domain::{Card, Domain, install_emulator};
 use super::libvirt::Libvirt;
 use super::{
-    Hypervisor, HypervisorError, Info, InstanceType, Launch, LibvirtError, LibvirtGuest, Root, Running,
+    Hypervisor, HypervisorError, Info, InstanceType, Launch, LibvirtError, LibvirtGuest, Log, Root, Running,
     template,
 };
 use crate::name::HostName;
@@ -160,6 +160,10 @@ impl Hypervisor for Domains {
                 network_bytes: guest.network_bytes,
             }))
         })
+    }
+
+    fn log<'a>(&'a self, _name: &'a HostName) -> BoxFuture<'a, Result<Option<Log>, HypervisorError>> {
+        Box::pin(async { Ok(None) })
     }
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<HostName>, HypervisorError>> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bootcache_nbd::BoxFuture;
 
-use super::{Hypervisor, HypervisorError, Info, InstanceType, Launch, Running};
+use super::{Hypervisor, HypervisorError, Info, InstanceType, Launch, Log, Running};
 use crate::name::HostName;
 
 /// A call of a hypervisor.
@@ -207,6 +207,10 @@ impl Hypervisor for MemoryHypervisor {
 
     fn info<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<Option<Info>, HypervisorError>> {
         Box::pin(self.call(Verb::Info, |state| state.instances.get(name).map(Instance::info)))
+    }
+
+    fn log<'a>(&'a self, _name: &'a HostName) -> BoxFuture<'a, Result<Option<Log>, HypervisorError>> {
+        Box::pin(async { Ok(None) })
     }
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<HostName>, HypervisorError>> {

@@ -19,7 +19,7 @@ pub fn root_fs(archive: &Path, payload: usize) {
     std::fs::create_dir(&bin).expect("a folder");
     std::fs::copy(super::find("busybox").expect("busybox-static is installed"), bin.join("busybox"))
         .expect("a copy");
-    for applet in ["sh", "sleep", "nc", "ping", "ip", "cat", "id", "echo", "hostname"] {
+    for applet in ["sh", "sleep", "nc", "ping", "ip", "cat", "id", "echo", "head", "hostname"] {
         std::os::unix::fs::symlink("busybox", bin.join(applet)).expect("a link");
     }
     let report = bin.join("report");
