@@ -31,6 +31,9 @@ pub enum Request {
         image: ImageName,
         /// Name of the overlay, and of its export.
         name: HostName,
+        /// Bytes that a guest sees, no fewer than the image has; left out, just as many.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<u64>,
     },
     /// Lists overlays.
     OverlayList,

@@ -102,7 +102,7 @@ pub struct Usage {
 }
 
 impl Overlay {
-    /// Makes an empty overlay in the folder `dir`, which is made if it is missing, over an image of `size` bytes.
+    /// Makes an empty overlay in the folder `dir`, which is made if it is missing, over an image of `size` bytes, or fewer.
     ///
     /// Durable when it returns. The diff comes first: a folder without an index is no overlay.
     pub fn create(dir: &Path, base: Digest, size: u64) -> Result<(), OverlayError> {
@@ -125,7 +125,8 @@ impl Overlay {
         read_index(&dir.join(INDEX_FILE)).map(|(header, _)| header)
     }
 
-    /// Opens the overlay in `dir` over `base`, whose root digest must be `base_root`.
+    /// Opens the overlay in `dir` over `base`, whose root digest must be `base_root`. A larger overlay has zeroes behind
+    /// the end of its base.
     pub fn open(dir: &Path, base: SharedDisk, base_root: Digest) -> Result<Self, OverlayError> {
         let (index, diff) = (dir.join(INDEX_FILE), dir.join(DIFF_FILE));
         let diff_error = |error: io::Error| match error.kind() {
@@ -146,6 +147,7 @@ impl Overlay {
                 map_of(header.size, &runs)
             }
         };
+        let base = padded(base, header.size);
         let overlay = Self::assemble(log, map, &indexed, Arc::new(diff_file), base);
         if header.base != base_root {
             return Err(OverlayError::OtherBase { expected: header.base.short(), found: base_root.short() });
@@ -252,9 +254,12 @@ pub(crate) fn open_increment(
         return Err(OverlayError::OtherSize { expected: header.size, found: base.size() });
     }
     let map = Arc::new(map_of(header.size, &runs));
-    let base =
-        if base.size() == header.size { base } else { Arc::new(Padded { disk: base, size: header.size }) };
-    Ok((header, Layer { map, diff: disk, base, size: header.size }))
+    Ok((header, Layer { map, diff: disk, base: padded(base, header.size), size: header.size }))
+}
+
+/// `base` with zeroes behind its end, when it is smaller than `size`.
+fn padded(base: SharedDisk, size: u64) -> SharedDisk {
+    if base.size() < size { Arc::new(Padded { disk: base, size }) } else { base }
 }
 
 impl Disk for Overlay {

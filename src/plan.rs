@@ -108,6 +108,9 @@ pub struct Group {
     /// Memory, such as `512M`.
     #[serde(default)]
     pub memory: Memory,
+    /// Size of a VM's disk, such as `8G`, the image's at least; without it, as large as the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskSize>,
     /// Network cards, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<Card>,
@@ -178,23 +181,50 @@ impl Serialize for Memory {
 
 impl<'de> Deserialize<'de> for Memory {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Number(u32),
-            Text(String),
-        }
-        const RULE: &str = "memory is a number of MiB, or one with M or G, such as \"512M\"";
-        match Written::deserialize(deserializer).map_err(|_| serde::de::Error::custom(RULE))? {
-            Written::Number(mib) => Ok(Self(mib)),
-            Written::Text(text) => {
-                let (digits, shift) = match text.strip_suffix('G') {
-                    Some(digits) => (digits, 1024),
-                    None => (text.strip_suffix('M').unwrap_or(&text), 1),
-                };
-                let number = digits.parse::<u32>().ok().and_then(|number| number.checked_mul(shift));
-                number.map(Self).ok_or_else(|| serde::de::Error::custom(RULE))
-            }
+        mebibytes(deserializer, "memory is a number of MiB, or one with M or G, such as \"512M\"").map(Self)
+    }
+}
+
+/// The size of a disk in MiB; written as [`Memory`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskSize(pub u32);
+
+impl DiskSize {
+    /// The same in bytes.
+    pub const fn bytes(self) -> u64 {
+        (self.0 as u64) << 20
+    }
+}
+
+impl Serialize for DiskSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u32(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for DiskSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        mebibytes(deserializer, "disk is a number of MiB, or one with M or G, such as \"8G\"").map(Self)
+    }
+}
+
+/// A number of MiB; `rule` is what to say of anything else.
+fn mebibytes<'de, D: Deserializer<'de>>(deserializer: D, rule: &str) -> Result<u32, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Number(u32),
+        Text(String),
+    }
+    match Written::deserialize(deserializer).map_err(|_| serde::de::Error::custom(rule))? {
+        Written::Number(mib) => Ok(mib),
+        Written::Text(text) => {
+            let (digits, factor) = match text.strip_suffix('G') {
+                Some(digits) => (digits, 1024),
+                None => (text.strip_suffix('M').unwrap_or(&text), 1),
+            };
+            let number = digits.parse::<u32>().ok().and_then(|number| number.checked_mul(factor));
+            number.ok_or_else(|| serde::de::Error::custom(rule))
         }
     }
 }

@@ -117,6 +117,7 @@ const ROUTED: &str = r#"
     image = "tiny"
     nodes = ["n0"]
     memory = "96M"
+    disk = "1G"
     networks = [{ network = "left", address = "10.55.0.1" }, { network = "right", address = "10.56.0.1" }]
     until = "report"
     [[groups]]
@@ -166,6 +167,8 @@ fn a_router_instance_is_the_only_way_from_one_network_to_another() {
     {
         assert!(!cluster.pings(of(from), to), "{from} reaches {to}");
     }
+    let overlays = cluster.status(0)["overlays"].clone();
+    assert_eq!(overlays[0]["size"], 1_u64 << 30, "its disk is not as large as the plan says: {overlays}");
     // It is the router that forwards, not the node.
     let router = of("10.55.0.1");
     let name = router["name"].as_str().unwrap();

@@ -147,6 +147,7 @@ fn order(name: &str, script: &str, time_limit_s: u32) -> InstanceOrder {
         image: "box".parse().unwrap(),
         cpus: 1,
         memory_mib: 64,
+        disk_bytes: None,
         nics: Vec::new(),
         env: BTreeMap::new(),
         command: ["sh", "-c", script].map(str::to_owned).to_vec(),

@@ -40,11 +40,11 @@ impl Serve {
         Client::connect(&self.store.dir().join(CONTROL_SOCKET)).await?.call(request).await
     }
 
-    async fn open(&self, image: &ImageName, vm: &HostName) -> Result<OpenDisk, String> {
+    async fn open(&self, image: &ImageName, vm: &HostName, size: Option<u64>) -> Result<OpenDisk, String> {
         let text = |error: ControlError| error.to_string();
         // It is there already when a start was interrupted: the VM's disk stays what it was.
         if self.call(&Request::OverlayShow { name: vm.clone() }).await.is_err() {
-            let request = Request::OverlayCreate { image: image.clone(), name: vm.clone() };
+            let request = Request::OverlayCreate { image: image.clone(), name: vm.clone(), size };
             self.call(&request).await.map_err(text)?;
         }
         let open = Request::VmOpen { name: vm.clone(), owner: self.owner };
@@ -116,8 +116,9 @@ impl DataPlane for Serve {
         &'a self,
         image: &'a ImageName,
         vm: &'a HostName,
+        size: Option<u64>,
     ) -> BoxFuture<'a, Result<OpenDisk, String>> {
-        Box::pin(self.open(image, vm))
+        Box::pin(self.open(image, vm, size))
     }
 
     fn serial(&self, vm: &HostName) -> PathBuf {

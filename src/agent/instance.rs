@@ -107,7 +107,8 @@ impl Job {
             InstanceType::Vm => {
                 let (owner, image, name) =
                     (Arc::clone(data_plane), image.name.clone(), self.order.name.clone());
-                let open = self.whole(async move { owner.open_disk(&image, &name).await }).await??;
+                let size = self.order.disk_bytes;
+                let open = self.whole(async move { owner.open_disk(&image, &name, size).await }).await??;
                 (Root::Disk(open.disk), open.serial)
             }
             InstanceType::Container => {

@@ -37,11 +37,12 @@ pub trait DataPlane: Send + Sync + 'static {
     /// Makes the image readable, now or as it comes. An image that is here, or on its way, is left as it is.
     fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), String>>;
 
-    /// Opens the disk of a VM, made from the image if there is none yet.
+    /// Opens the disk of a VM, made from the image if there is none yet: of `size` bytes, or as large as the image.
     fn open_disk<'a>(
         &'a self,
         image: &'a ImageName,
         vm: &'a HostName,
+        size: Option<u64>,
     ) -> BoxFuture<'a, Result<OpenDisk, String>>;
 
     /// The file for the serial line of a VM whose disk is open.
@@ -125,6 +126,7 @@ impl DataPlane for MemoryDataPlane {
         &'a self,
         image: &'a ImageName,
         vm: &'a HostName,
+        _size: Option<u64>,
     ) -> BoxFuture<'a, Result<OpenDisk, String>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), image.clone());
         let disk = DomainDisk::Nbd { socket: PathBuf::from("/nowhere"), export: vm.to_string() };

@@ -66,7 +66,7 @@ pub(super) struct Guest {
 impl Guest {
     /// Makes the overlay and the socket, and starts the guest; undoes what it did when that fails.
     pub(super) async fn start(plan: &Plan, client: &mut Client, name: HostName) -> anyhow::Result<Self> {
-        let request = Request::OverlayCreate { image: plan.image.clone(), name: name.clone() };
+        let request = Request::OverlayCreate { image: plan.image.clone(), name: name.clone(), size: None };
         client.call(&request).await?;
         match Self::start_on_overlay(plan, client, &name).await {
             Ok(guest) => Ok(guest),

@@ -23,6 +23,9 @@ enum Command {
         image: ImageName,
         /// What to call it: 1 to 63 of a-z 0-9 -
         name: HostName,
+        /// How large it is, such as 20G: the image's size or more, and without this just as large
+        #[arg(long, value_parser = super::size::parse)]
+        size: Option<u64>,
     },
     /// List the overlays
     #[command(visible_alias = "ls")]
@@ -59,8 +62,9 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
 
 async fn carry_out(session: &mut Session, command: Command, json: bool) -> anyhow::Result<()> {
     match command {
-        Command::Create { image, name } => {
-            let Reply::Overlay(info) = session.call(Request::OverlayCreate { image, name }).await? else {
+        Command::Create { image, name, size } => {
+            let Reply::Overlay(info) = session.call(Request::OverlayCreate { image, name, size }).await?
+            else {
                 bail!("the daemon answered out of turn");
             };
             if json {

@@ -110,6 +110,15 @@ fn images(tx: &database::Tx<'_>, plan: &Plan) -> Result<HashMap<ImageName, Neede
         };
         match database::find_image(tx, &group.image)? {
             Some((root, kind, size)) if kind == wanted => {
+                if let Some(disk) = group.disk.filter(|disk| disk.bytes() < size) {
+                    let message = format!(
+                        "a disk of {} MiB is smaller than image '{}': say {} MiB or more, or leave it out",
+                        disk.0,
+                        group.image,
+                        size.div_ceil(1 << 20)
+                    );
+                    mistakes.push(mistake(index, "disk", message));
+                }
                 let needed = Needed { name: group.image.clone(), root, size, sources: Vec::new() };
                 images.insert(group.image.clone(), needed);
             }

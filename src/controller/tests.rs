@@ -379,6 +379,8 @@ async fn plans_that_cannot_be_are_refused_whole() {
     assert!(refused(|p| p.nodes = vec!["n9".parse().unwrap()]).await.contains("no node 'n9'"));
     assert!(refused(|p| p.groups[0].count = Some(0)).await.contains("0 instances"));
     assert!(refused(|p| p.groups[0].kind = InstanceType::Container).await.contains("is for vms"));
+    let small = refused(|p| p.groups[0].disk = Some(crate::plan::DiskSize(1023))).await;
+    assert!(small.contains("a disk of 1023 MiB is smaller than image 'debian': say 1024 MiB"), "{small}");
     assert!(refused(|p| p.groups[0].memory.0 = 4 << 20).await.contains("more than node 'n1' has"));
     let privileged = |p: &mut Plan| {
         p.groups[0].kind = InstanceType::Container;

@@ -1,4 +1,4 @@
-//! A disk with zeroes behind its end: the base of an increment that is larger than it.
+//! A disk with zeroes behind its end: the base of an increment or an overlay that is larger than it.
 //!
 //! Read-only. Requests lie within the padded size.
 
@@ -6,6 +6,8 @@ use std::io;
 
 use bootcache_nbd::disk::{BASE_ALLOCATION, STATE_HOLE, STATE_ZERO};
 use bootcache_nbd::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent};
+
+use crate::local_cache::{CONTEXT_PRESENT, STATE_PRESENT};
 
 /// `disk`, as large as `size`.
 pub(crate) struct Padded {
@@ -66,7 +68,11 @@ impl Disk for Padded {
         if own > 0 {
             return self.disk.status(context, offset, own, extents_max);
         }
-        let flags = if context == BASE_ALLOCATION { STATE_HOLE | STATE_ZERO } else { 0 };
+        let flags = match context {
+            BASE_ALLOCATION => STATE_HOLE | STATE_ZERO,
+            CONTEXT_PRESENT => STATE_PRESENT,
+            _ => 0,
+        };
         Box::pin(async move { Ok(vec![StatusExtent { length, flags }]) })
     }
 

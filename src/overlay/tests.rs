@@ -330,8 +330,8 @@ async fn an_overlay_is_refused_over_another_image_a_second_time_and_when_damaged
     drop(overlay);
     let other = Digest([8; 32]);
     assert!(matches!(Overlay::open(dir.path(), base.clone(), other), Err(OverlayError::OtherBase { .. })));
-    let small = MemoryBase::patterned(4096);
-    assert!(matches!(Overlay::open(dir.path(), small, ROOT), Err(OverlayError::OtherSize { .. })));
+    let large = MemoryBase::patterned(9 * BLOCK_BYTES);
+    assert!(matches!(Overlay::open(dir.path(), large, ROOT), Err(OverlayError::OtherSize { .. })));
     let index = dir.path().join(INDEX_FILE);
     let good = std::fs::read(&index).unwrap();
     for at in 0..good.len() {

@@ -12,6 +12,8 @@ use crate::name::HostName;
 const CPUS_MAX: u32 = 256;
 /// Least and most memory of an instance, in MiB.
 const MEMORY_MIB: std::ops::RangeInclusive<u32> = 4..=(4 << 20);
+/// Least and most disk of a VM, in MiB: no more than an image may have, so that it can become one.
+const DISK_MIB: std::ops::RangeInclusive<u32> = 1..=(8 << 20);
 /// Most network cards of an instance.
 const CARDS_MAX: usize = 8;
 /// Longest name of a network card of Linux (IFNAMSIZ - 1).
@@ -212,6 +214,13 @@ fn group(plan: &Plan, group: &Group, place: &mut Place<'_>) {
             MEMORY_MIB.end() >> 20
         ));
     }
+    if group.disk.is_some_and(|disk| !DISK_MIB.contains(&disk.0)) {
+        place.key("disk").wrong(format!(
+            "a disk has {} MiB to {} TiB, and its image's size at least",
+            DISK_MIB.start(),
+            DISK_MIB.end() >> 20
+        ));
+    }
     if !(1..=86_400).contains(&group.time_limit) {
         place.key("time_limit").wrong("the time limit is from 1 to 86400 seconds");
     }
@@ -239,6 +248,9 @@ fn only_for_one_kind(group: &Group, place: &mut Place<'_>) {
         InstanceType::Container => {
             if group.template.is_some() {
                 place.key("template").wrong("this is for VMs: a container has no domain");
+            }
+            if group.disk.is_some() {
+                place.key("disk").wrong("this is for VMs: a container has no disk of its own");
             }
             let sound = |name: &String| {
                 !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("BOOTCACHE_")
@@ -335,7 +347,7 @@ mod tests {
     #[test]
     fn every_mistake_is_told_with_its_place() {
         type Change = fn(&mut Plan);
-        let cases: [(&str, Change); 18] = [
+        let cases: [(&str, Change); 20] = [
             ("groups: a plan has 1 to 256 groups", |p| p.groups.clear()),
             ("groups: a plan has at most 10000 instances", |p| p.groups[0].count = Some(1_000_000_000)),
             ("groups[0].count: 0 instances", |p| p.groups[0].count = Some(0)),
@@ -367,6 +379,10 @@ mod tests {
             ("networks.lan.bridge: the name of a bridge", |p| network(p).bridge = Some("a/b".into())),
             ("groups[0].cpus: an instance has", |p| p.groups[0].cpus = 0),
             ("groups[0].memory: an instance has", |p| p.groups[0].memory.0 = 1),
+            ("groups[0].disk: a disk has 1 MiB to 8 TiB", |p| {
+                p.groups[0].disk = Some(super::super::DiskSize(0))
+            }),
+            ("groups[1].disk: this is for VMs", |p| p.groups[1].disk = Some(super::super::DiskSize(64))),
             ("groups[0].command: this is for containers", |p| p.groups[0].command = vec!["sh".into()]),
             ("groups[1].template: this is for VMs", |p| p.groups[1].template = Some("x".into())),
             ("groups[1].nodes: 'n1' is not among", |p| p.nodes = vec!["n2".parse().unwrap()]),

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::check::{Mistake, Step};
 use super::place::Placed;
-use super::{Group, Network, Plan, UntilUp};
+use super::{DiskSize, Group, Network, Plan, UntilUp};
 use crate::digest::Digest;
 use crate::hypervisor::Nic;
 use crate::name::{HostName, ImageName};
@@ -123,6 +123,7 @@ fn order(
         image: group.image.clone(),
         cpus: group.cpus,
         memory_mib: group.memory.0,
+        disk_bytes: group.disk.map(DiskSize::bytes),
         nics,
         env: group.env.clone(),
         command: group.command.clone(),

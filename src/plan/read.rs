@@ -107,6 +107,7 @@ type = "vm"
 image = "debian"
 count = 2
 memory = "1G"
+disk = "8G"
 until = "report"
 networks = [{ network = "lan", address = "10.0.0.10" }]
 "#;
@@ -119,6 +120,7 @@ networks = [{ network = "lan", address = "10.0.0.10" }]
     fn toml_and_json_of_the_same_shape_are_the_same_plan() {
         let plan = parse(GOOD).unwrap();
         assert_eq!(plan.groups[0].memory.0, 1024);
+        assert_eq!(plan.groups[0].disk.map(crate::plan::DiskSize::bytes), Some(8 << 30));
         let json = serde_json::to_string(&plan).unwrap();
         assert_eq!(parse(&json).unwrap(), plan);
         let packed = rmp_serde::to_vec_named(&plan).unwrap();
@@ -132,8 +134,12 @@ networks = [{ network = "lan", address = "10.0.0.10" }]
         assert!(unknown[0].starts_with("line 9: unknown field `cuont`"), "{unknown:?}");
         let zero = errors(&GOOD.replace("count = 2", "count = 0"));
         assert!(zero[0].starts_with("line 9: "), "{zero:?}");
+        let small = errors(&GOOD.replace("\"8G\"", "0"));
+        assert!(small[0].starts_with("line 11: a disk has 1 MiB"), "{small:?}");
+        let odd = errors(&GOOD.replace("8G", "8X"));
+        assert!(odd[0].starts_with("line 11: disk is a number of MiB"), "{odd:?}");
         let outside = errors(&GOOD.replace("10.0.0.10", "10.0.1.10"));
-        assert!(outside[0].starts_with("line 12: ") && outside[0].contains("10.0.0.0/24"), "{outside:?}");
+        assert!(outside[0].starts_with("line 13: ") && outside[0].contains("10.0.0.0/24"), "{outside:?}");
     }
 
     #[test]

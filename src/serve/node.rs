@@ -20,6 +20,7 @@ use crate::block::BLOCK_SIZE;
 use crate::control::{ImageStatus, OverlayInfo, Owner, Reply, Request, Status, VmInfo};
 use crate::digest::Digest;
 use crate::image::increment::{IncrementError, publish_sealed};
+use crate::image::tree::SIZE_MAX;
 use crate::image_disk::ImageDisk;
 use crate::load::Sampler;
 use crate::local_cache::Reader;
@@ -61,6 +62,19 @@ pub enum NodeError {
     /// An image or overlay has the name already.
     #[error("the name '{0}' is taken: choose another, or remove what has it")]
     Taken(String),
+    /// The overlay cannot have that size.
+    #[error(
+        "an overlay cannot have {size} bytes on image '{image}': take a multiple of 4096 from {least}, the image's \
+         size, to {SIZE_MAX}"
+    )]
+    OverlaySize {
+        /// What was asked for.
+        size: u64,
+        /// The image.
+        image: ImageName,
+        /// The image's size.
+        least: u64,
+    },
     /// Somebody uses the overlay.
     #[error("overlay '{0}' is in use: stop its VM first")]
     InUse(HostName),
@@ -94,7 +108,6 @@ pub(super) struct OpenImage {
 struct OpenOverlay {
     overlay: Overlay,
     base: Digest,
-    size: u64,
     /// Ends the connections to it.
     closed: CancellationToken,
     stats: Arc<ExportStats>,
@@ -203,8 +216,8 @@ impl Node {
     pub async fn handle(&self, request: Request) -> Result<Reply, NodeError> {
         match request {
             Request::Status => self.status().await.map(Reply::Status),
-            Request::OverlayCreate { image, name } => {
-                self.create_overlay(&image, &name).await.map(Reply::Overlay)
+            Request::OverlayCreate { image, name, size } => {
+                self.create_overlay(&image, &name, size).await.map(Reply::Overlay)
             }
             Request::OverlayList => self.overlays().await.map(Reply::Overlays),
             Request::OverlayShow { name } => {
@@ -346,7 +359,6 @@ impl Node {
             }
             let meta = OverlayMeta::read(&dir)?;
             let entry = self.store.image(meta.base)?;
-            let size = entry.manifest.size;
             let image = self.open_image(inner, entry, 0)?;
             let cache = self.arrivals.get(meta.base).map(|engine| Arc::clone(engine.cache()));
             let reader = cache.map(|cache| Arc::new(Reader::new(cache)));
@@ -356,14 +368,25 @@ impl Node {
             let overlay = Overlay::open(&dir, below, meta.base)?;
             let closed = CancellationToken::new();
             let stats = Arc::default();
-            let open = OpenOverlay { overlay, base: meta.base, size, closed, stats, reader, _image: image };
+            let open = OpenOverlay { overlay, base: meta.base, closed, stats, reader, _image: image };
             inner.overlays.insert(name.clone(), open);
         }
         Ok(&inner.overlays[name])
     }
 
-    async fn create_overlay(&self, image: &ImageName, name: &HostName) -> Result<OverlayInfo, NodeError> {
+    /// Makes an overlay of `size` bytes, or as large as its image.
+    async fn create_overlay(
+        &self,
+        image: &ImageName,
+        name: &HostName,
+        size: Option<u64>,
+    ) -> Result<OverlayInfo, NodeError> {
         let entry = self.store.resolve(image)?;
+        let least = entry.manifest.size;
+        let size = size.unwrap_or(least);
+        if size < least || (size != least && !size.is_multiple_of(BLOCK_SIZE)) || size > SIZE_MAX {
+            return Err(NodeError::OverlaySize { size, image: image.clone(), least });
+        }
         let dir = self.store.overlay_dir(name);
         if let Ok(taken) = name.as_str().parse::<ImageName>()
             && self.store.root_of(&taken)?.is_some()
@@ -378,7 +401,7 @@ impl Node {
         let _image = self.open_image(&mut inner, entry.clone(), 0)?;
         let scratch = self.store.scratch("overlay")?;
         let made = scratch.join("overlay");
-        Overlay::create(&made, entry.root, entry.manifest.size)?;
+        Overlay::create(&made, entry.root, size)?;
         OverlayMeta::new(entry.root).write(&made)?;
         fs::rename(&made, &dir).map_err(at(&dir))?;
         crate::store::atomic::sync_dir(&self.store.dir().join("overlays")).map_err(at(&dir))?;
@@ -404,7 +427,7 @@ impl Node {
             name: name.clone(),
             base: open.base,
             image: self.store.names()?.into_iter().find(|(_, root)| *root == open.base).map(|(name, _)| name),
-            size: open.size,
+            size: bootcache_nbd::Disk::size(&open.overlay),
             data: open.overlay.usage().data_blocks * BLOCK_SIZE,
             connections: open.connections(),
             reads: open.stats.reads.load(Ordering::Relaxed),
@@ -553,8 +576,12 @@ mod tests {
     }
 
     async fn create(node: &Node, name: &str) -> Result<Reply, NodeError> {
-        let request = Request::OverlayCreate { image: "base".parse().unwrap(), name: name.parse().unwrap() };
-        node.handle(request).await
+        create_of(node, name, None).await
+    }
+
+    async fn create_of(node: &Node, name: &str, size: Option<u64>) -> Result<Reply, NodeError> {
+        let (image, name) = ("base".parse().unwrap(), name.parse().unwrap());
+        node.handle(Request::OverlayCreate { image, name, size }).await
     }
 
     async fn read(disk: &SharedDisk, offset: u64) -> u8 {
@@ -574,6 +601,39 @@ mod tests {
         b.write(100, &[2], false).await.unwrap();
         assert_eq!((read(&a, 100).await, read(&b, 100).await, read(&a, 101).await), (1, 2, 7));
         assert_eq!(read(&node.export("base").await.unwrap().disk, 100).await, 7);
+    }
+
+    #[tokio::test]
+    async fn an_overlay_may_be_larger_than_its_image_and_becomes_an_image_of_its_size() {
+        const IMAGE: u64 = 64 << 10;
+        const SIZE: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        for bad in [0, IMAGE - 4096, IMAGE + 1, !4095] {
+            let error = create_of(&node, "a", Some(bad)).await.unwrap_err();
+            assert!(matches!(error, NodeError::OverlaySize { .. }), "{error}");
+        }
+        let Reply::Overlay(info) = create_of(&node, "a", Some(SIZE)).await.unwrap() else { panic!() };
+        assert_eq!(info.size, SIZE);
+        let disk = node.export("a").await.unwrap().disk;
+        assert_eq!((disk.size(), read(&disk, IMAGE - 1).await, read(&disk, IMAGE).await), (SIZE, 7, 0));
+        disk.write(IMAGE - 1, &[1, 2], false).await.unwrap();
+        disk.write(SIZE - 1, &[3], true).await.unwrap();
+        drop(disk);
+        node.close().await.unwrap();
+        drop(node);
+
+        let node = Node::open(Store::open(dir.path()).unwrap()).unwrap();
+        let commit = Request::OverlayCommit { name: "a".parse().unwrap(), image: "more".parse().unwrap() };
+        node.handle(commit).await.unwrap();
+        for export in ["a", "more"] {
+            let disk = node.export(export).await.unwrap().disk;
+            let mut found = Vec::new();
+            for offset in [IMAGE - 2, IMAGE - 1, IMAGE, IMAGE + 1, SIZE - 2, SIZE - 1] {
+                found.push(read(&disk, offset).await);
+            }
+            assert_eq!((disk.size(), found), (SIZE, vec![7, 1, 2, 0, 0, 3]), "{export}");
+        }
     }
 
     #[tokio::test]

@@ -579,6 +579,9 @@ pub struct InstanceOrder {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Bytes of a VM's disk, as many as its image has at least; left out, just as many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
     /// Network cards.
     pub nics: Vec<Nic>,
     /// Environment of a container.
