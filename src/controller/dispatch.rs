@@ -1,13 +1,15 @@
 //! Gives nodes the orders that they have still to be given: what is in the database and was not acknowledged.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use tracing::{info, warn};
 
 use super::database::{self, Host, Order, OrderKind};
 use super::{DatabaseError, Shared, now_ms, sources};
+use crate::name::ImageName;
 use crate::wire::cluster::{EndPart, Fetch, RunPart};
 use crate::wire::link::CallError;
 
@@ -15,23 +17,37 @@ use crate::wire::link::CallError;
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How soon a node that is ending its part is asked again.
 const END_PAUSE: Duration = Duration::from_millis(300);
+/// How soon a node that lacks a boot cache is asked again to fetch it: it may be fetching.
+const STANDING_PAUSE: Duration = Duration::from_secs(10);
 /// Nodes that are given orders at once.
 const AT_ONCE: usize = 64;
 
 /// Gives orders whenever there may be some, until the controller ends.
 pub(super) async fn run(shared: Arc<Shared>) {
+    let mut asked = Asked::new();
     loop {
         tokio::select! {
             () = shared.cancel.cancelled() => return,
             () = shared.orders.notified() => {}
         }
-        if let Err(error) = dispatch(&shared).await {
+        if let Err(error) = dispatch(&shared, &mut asked).await {
             warn!("orders could not be given: {error}");
         }
     }
 }
 
-async fn dispatch(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
+/// Nodes that were asked to fetch boot caches, and when.
+type Asked = HashMap<(i64, ImageName), Instant>;
+
+/// Those of `missing` that are to be asked for now; they count as asked then.
+fn due(asked: &mut Asked, missing: Vec<(i64, ImageName)>, now: Instant) -> Vec<(i64, ImageName)> {
+    asked.retain(|_, at| now.duration_since(*at) < STANDING_PAUSE);
+    let due: Vec<_> = missing.into_iter().filter(|pair| !asked.contains_key(pair)).collect();
+    asked.extend(due.iter().cloned().map(|pair| (pair, now)));
+    due
+}
+
+async fn dispatch(shared: &Arc<Shared>, asked: &mut Asked) -> Result<(), DatabaseError> {
     let (orders, hosts, standing) = shared
         .database
         .run::<_, DatabaseError, _>(|tx| {
@@ -49,12 +65,15 @@ async fn dispatch(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
             }
         })
         .await;
-    for (host_id, image) in standing {
-        let Some(host) = host(host_id) else { continue };
-        if let Err(error) = fetch(shared, host, &image, true).await {
-            warn!("node '{}' does not get the boot cache of '{image}': {error}", host.name);
-        }
-    }
+    let fetches = due(asked, standing, Instant::now());
+    let fetches = fetches.into_iter().filter_map(|(host_id, image)| Some((host(host_id)?, image)));
+    futures_util::stream::iter(fetches)
+        .for_each_concurrent(AT_ONCE, |(host, image)| async move {
+            if let Err(error) = fetch(shared, host, &image, true).await {
+                warn!("node '{}' does not get the boot cache of '{image}': {error}", host.name);
+            }
+        })
+        .await;
     Ok(())
 }
 
@@ -120,7 +139,7 @@ fn again_soon(shared: &Arc<Shared>) {
 pub(super) async fn fetch(
     shared: &Arc<Shared>,
     host: &Host,
-    image: &crate::name::ImageName,
+    image: &ImageName,
     boot_only: bool,
 ) -> Result<(), CallError> {
     let failed = |error: DatabaseError| {
@@ -131,4 +150,23 @@ pub(super) async fn fetch(
     let Some(image) = sources::needed(shared, image, host.id).await.map_err(failed)? else { return Ok(()) };
     let order = Fetch { cluster: shared.cluster.clone(), image, boot_only };
     shared.nodes.call(host.address, &order, ORDER_TIMEOUT).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_asked_again_for_what_it_still_lacks_after_a_while() {
+        let mut asked = Asked::new();
+        let pair = |host_id, image: &str| (host_id, image.parse::<ImageName>().unwrap());
+        let (one, two) = (pair(1, "debian"), pair(2, "debian"));
+        let began = Instant::now();
+        assert_eq!(due(&mut asked, vec![one.clone()], began), std::slice::from_ref(&one));
+        let both = vec![one.clone(), two.clone()];
+        assert_eq!(due(&mut asked, both.clone(), began + STANDING_PAUSE / 2), [two]);
+        assert_eq!(due(&mut asked, both, began + STANDING_PAUSE), [one]);
+        assert!(due(&mut asked, Vec::new(), began + 3 * STANDING_PAUSE).is_empty());
+        assert!(asked.is_empty());
+    }
 }

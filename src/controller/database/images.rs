@@ -70,22 +70,29 @@ pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere])
     let mut strangers = Vec::new();
     for image in images {
         let root = image.root.to_string();
-        let known: Option<(i64, String)> = tx
-            .query_row("SELECT img_id, root FROM image WHERE img_name = ?1", [image.name.as_str()], |row| {
-                Ok((row.get(0)?, row.get(1)?))
-            })
+        let known: Option<(i64, String, i64)> = tx
+            .query_row(
+                "SELECT img_id, root, bt_size FROM image WHERE img_name = ?1",
+                [image.name.as_str()],
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+            )
             .optional()?;
+        // A node that took the image before it was recorded waits for no boot cache, and has none.
+        let recorded_later = known.as_ref().is_some_and(|(.., size)| *size > 0) && image.boot_bytes == 0;
         let (name, size) = (image.name.as_str(), number(image.size));
         let boot_bytes = number(image.boot_bytes);
         let img_id: i64 = match known {
-            Some((_, other)) if other != root => {
+            Some((_, other, _)) if other != root => {
                 strangers.push(image.name.clone());
                 continue;
             }
-            Some((id, _)) => {
+            Some((id, ..)) => {
                 // A boot cache may be recorded later, or anew.
                 let sql = "UPDATE image SET bt_size = ?1 WHERE img_id = ?2 AND bt_size < ?1";
-                tx.execute(sql, params![boot_bytes, id])?;
+                if tx.execute(sql, params![boot_bytes, id])? > 0 {
+                    let sql = "UPDATE host_img SET boot_complete = 0 WHERE img_id = ?1 AND NOT complete";
+                    tx.execute(sql, [id])?;
+                }
                 id
             }
             None => tx.query_row(
@@ -104,7 +111,7 @@ pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere])
                 number(image.allocated),
                 number(image.received),
                 image.complete,
-                image.boot_complete,
+                image.complete || (image.boot_complete && !recorded_later),
             ],
         )?;
     }
@@ -174,13 +181,15 @@ fn holder_names(tx: &Transaction<'_>, img_id: i64, complete: bool) -> Result<Vec
     names.map(|name| parsed(&name?)).collect()
 }
 
-/// What nodes that are online lack of the boot caches of all images: node and image.
+/// What nodes that are online lack of the boot caches of all images, node and image: those that have nothing of the
+/// image, and those that have a part of it without its boot cache.
 pub(crate) fn without_boot_cache(tx: &Transaction<'_>) -> Result<Vec<(i64, ImageName)>> {
     let mut statement = tx.prepare_cached(
         "SELECT host.host_id, img_name FROM host, image
          WHERE status = 'online' AND peer IS NOT NULL AND bt_size > 0 AND NOT EXISTS (
-             SELECT 1 FROM host_img WHERE host_img.host_id = host.host_id AND host_img.img_id = image.img_id
-         )",
+             SELECT 1 FROM host_img
+             WHERE host_img.host_id = host.host_id AND host_img.img_id = image.img_id AND (complete OR boot_complete)
+         ) ORDER BY host.host_id, img_name",
     )?;
     let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)))?;
     rows.map(|row| {
@@ -188,4 +197,75 @@ pub(crate) fn without_boot_cache(tx: &Transaction<'_>) -> Result<Vec<(i64, Image
         Ok((host_id, parsed(&name)?))
     })
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::database::{Database, hosts};
+    use crate::wire::cluster::RegisterCompute;
+
+    fn node(tx: &Transaction<'_>, name: &str) -> i64 {
+        let node = RegisterCompute {
+            node: name.parse().unwrap(),
+            ip: None,
+            port: 1,
+            kinds: Vec::new(),
+            cpus: 1,
+            memory_bytes: 1,
+            addresses: Vec::new(),
+        };
+        let address = SocketAddr::from(([127, 0, 0, 1], 1));
+        let host_id = hosts::register(tx, &node, address, 0).unwrap();
+        hosts::set_peer(tx, host_id, Some(address)).unwrap();
+        host_id
+    }
+
+    fn image(boot_bytes: u64, complete: bool, boot_complete: bool) -> ImageHere {
+        ImageHere {
+            name: "debian".parse().unwrap(),
+            root: Digest::of(b"debian"),
+            kind: ImageKind::Vm,
+            size: 1 << 20,
+            boot_bytes,
+            present: 1,
+            allocated: 9,
+            complete,
+            boot_complete,
+            received: 1,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_boot_cache_is_lacked_by_whoever_has_not_all_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            let [origin, other] = ["n1", "n2"].map(|name| node(tx, name));
+            let has = |host_id, image: ImageHere| register(tx, host_id, &[image]).unwrap();
+            let lack = || -> Vec<i64> {
+                without_boot_cache(tx).unwrap().into_iter().map(|(host_id, _)| host_id).collect()
+            };
+            // Nothing was recorded yet.
+            has(origin, image(0, true, true));
+            has(other, image(0, false, true));
+            assert!(lack().is_empty());
+            // It is recorded: the other one began without a boot cache, and says that it waits for none.
+            has(origin, image(7, true, true));
+            assert_eq!(lack(), [other]);
+            has(other, image(0, false, true));
+            assert_eq!(lack(), [other]);
+            // It has begun to fetch the boot cache, has it, has lost it all, and has everything.
+            has(other, image(7, false, false));
+            assert_eq!(lack(), [other]);
+            has(other, image(7, false, true));
+            assert!(lack().is_empty());
+            register(tx, other, &[]).unwrap();
+            assert_eq!(lack(), [other]);
+            has(other, image(0, true, true));
+            assert!(lack().is_empty());
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
 }
