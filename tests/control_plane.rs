@@ -302,6 +302,25 @@ fn mistakes_are_one_clear_line() {
     }
 }
 
+#[test]
+fn a_database_that_another_program_holds_is_one_clear_line() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (controller, _) = controller(dir.path(), &[]);
+    drop(controller);
+    let database = dir.path().join("controller/bootcache.db");
+    let other = rusqlite::Connection::open(&database).expect("the database");
+    other.execute_batch("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE").expect("nobody else has it");
+    let began = Instant::now();
+    let locked = refused(bootcache(dir.path()).args(["controller", "--listen", "127.0.0.1:0"]));
+    assert!(
+        locked.contains("the database is locked by another program: end it") && locked.lines().count() == 1,
+        "{locked}"
+    );
+    assert!(began.elapsed() < START, "it waited for {:?}", began.elapsed());
+    drop(other);
+    drop(self::controller(dir.path(), &[]));
+}
+
 /// A node with a real data plane, which runs no instances; its daemon is ended on drop too.
 struct DataNode {
     store: PathBuf,
