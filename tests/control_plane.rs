@@ -321,6 +321,44 @@ fn a_database_that_another_program_holds_is_one_clear_line() {
     drop(self::controller(dir.path(), &[]));
 }
 
+#[test]
+fn deploy_waits_until_all_is_up_and_an_interrupt_leaves_the_task_running() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_controller, address) = controller(dir.path(), &[]);
+    let _agent = agent("n1", dir.path(), address);
+    eventually("the node has an image", || has_image(dir.path()));
+    let path = plan(dir.path(), 3);
+    let said = support::run(bootcache(dir.path()).args(["deploy", "--wait"]).arg(&path));
+    assert!(said.starts_with("task 1: 3 of 3 instances are up in "), "{said}");
+
+    // These wait for a report that nobody gives.
+    let text = fs::read_to_string(&path).expect("the plan");
+    fs::write(&path, format!("{text}until = \"report\"\n")).expect("a plan");
+    let mut waiting = Process::start(bootcache(dir.path()).args(["deploy", "--wait"]).arg(&path));
+    let booting = || {
+        let tasks = json(dir.path(), &["tasks"]);
+        tasks[1]["status"] == "starting" && tasks[1]["nodes"]["n1"]["booting"] == 3
+    };
+    eventually("the second task boots", booting);
+    waiting.signal(rustix::process::Signal::INT);
+    assert_eq!(waiting.wait(SOON).code(), Some(130));
+    let said = waiting.said();
+    assert!(said.contains("task 2 goes on: `bootcache tasks` shows it, `bootcache end 2` ends it"), "{said}");
+    assert!(booting(), "the task did not go on");
+
+    let mut limited = bootcache(dir.path());
+    limited.args(["deploy", "--wait", "--timeout", "1"]).arg(&path);
+    let said = refused(&mut limited);
+    assert!(
+        said.contains("task 3 is not up after 1 s, and goes on: `bootcache instances` shows it"),
+        "{said}"
+    );
+    for task in ["2", "3"] {
+        support::run(bootcache(dir.path()).args(["end", task]));
+    }
+    assert_eq!(json(dir.path(), &["tasks"]).as_array().map(Vec::len), Some(1));
+}
+
 /// A node with a real data plane, which runs no instances; its daemon is ended on drop too.
 struct DataNode {
     store: PathBuf,

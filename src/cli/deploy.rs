@@ -157,24 +157,30 @@ impl View {
         if !self.shown {
             return;
         }
-        let style = ProgressStyle::with_template("{prefix:12} {bar:20} {pos:>4}/{len:<4} {wide_msg}")
-            .expect("the template is sound");
-        for (name, (all, up)) in &task.nodes {
+        let style =
+            ProgressStyle::with_template("{prefix:12!} {bar:10} {wide_msg}").expect("the template is sound");
+        for (name, counts) in &task.nodes {
+            let all = counts.values().sum();
             let bar = self.nodes.entry(name.clone()).or_insert_with(|| {
-                let bar = ProgressBar::new(*all).with_style(style.clone()).with_prefix(name.to_string());
+                let bar = ProgressBar::new(all).with_style(style.clone()).with_prefix(name.to_string());
                 self.bars.insert_before(&self.whole, bar)
             });
-            bar.set_position(*up);
-            bar.set_message(
-                nodes.iter().find(|node| node.name == *name).map_or_else(String::new, on_the_way),
-            );
+            bar.set_position(counts.get(&InstanceStatus::Running).copied().unwrap_or(0));
+            bar.set_message(node_text(counts, nodes.iter().find(|node| node.name == *name)));
         }
-        self.whole.set_message(format!("task {}: {}", task.task, super::list::counts(task)));
+        self.whole.set_message(format!("task {}: {}", task.task, super::list::counts(&task.instances)));
     }
 
     fn clear(&self) {
         self.nodes.values().chain([&self.whole]).for_each(ProgressBar::finish_and_clear);
     }
+}
+
+/// How the instances of a node are, and then what is coming to it, which is cut where the line ends.
+fn node_text(counts: &BTreeMap<InstanceStatus, u64>, node: Option<&NodeRow>) -> String {
+    let coming = node.map_or_else(String::new, on_the_way);
+    let separator = if coming.is_empty() { "" } else { "; " };
+    format!("{}{separator}{coming}", super::list::counts(counts))
 }
 
 /// What is coming to a node: the images that are not all there.
@@ -229,4 +235,20 @@ pub(crate) fn end(globals: &super::Globals, args: &EndArgs) -> anyhow::Result<Ex
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What name, bar and the spaces between leave of 80 columns.
+    const ROOM: usize = 80 - 12 - 1 - 10 - 1;
+
+    #[test]
+    fn a_node_s_states_fit_a_line_of_eighty_columns() {
+        use InstanceStatus::{Booting, Failed, Preparing, Running};
+        let counts = |each: u64| [Preparing, Booting, Running, Failed].map(|status| (status, each)).into();
+        assert_eq!(node_text(&counts(7), None), "7 preparing, 7 booting, 7 running, 7 failed");
+        assert!(node_text(&counts(1024), None).len() <= ROOM);
+    }
 }

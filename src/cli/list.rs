@@ -1,10 +1,11 @@
 //! `bootcache nodes`, `images`, `tasks` and `instances`: what the controller knows.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::bail;
-use bootcache::wire::cluster::{Found, ImageRow, InstanceRow, NodeRow, Query, TaskRow};
+use bootcache::wire::cluster::{Found, ImageRow, InstanceRow, InstanceStatus, NodeRow, Query, TaskRow};
 use comfy_table::{Table, presets};
 use indicatif::{HumanBytes, HumanDuration};
 
@@ -143,16 +144,16 @@ fn show_tasks(tasks: &[TaskRow]) {
             task.task.to_string(),
             task.name.to_string(),
             task.status.to_string(),
-            counts(task),
+            counts(&task.instances),
             seconds(task.up_ms),
         ]);
     }
     show_table(&lines, "there are no tasks: `bootcache deploy PLAN` starts one");
 }
 
-/// How many instances of a task are in each state.
-pub(super) fn counts(task: &TaskRow) -> String {
-    let counts: Vec<_> = task.instances.iter().map(|(status, count)| format!("{count} {status}")).collect();
+/// How many instances are in each state.
+pub(super) fn counts(instances: &BTreeMap<InstanceStatus, u64>) -> String {
+    let counts: Vec<_> = instances.iter().map(|(status, count)| format!("{count} {status}")).collect();
     counts.join(", ")
 }
 

@@ -503,8 +503,8 @@ pub struct TaskRow {
     pub up_ms: Option<u64>,
     /// Its instances by state.
     pub instances: BTreeMap<InstanceStatus, u64>,
-    /// How many there are on each node, and how many of them are up.
-    pub nodes: BTreeMap<HostName, (u64, u64)>,
+    /// The same on each node.
+    pub nodes: BTreeMap<HostName, BTreeMap<InstanceStatus, u64>>,
 }
 
 /// An instance, as users see it.

@@ -209,15 +209,21 @@ pub(crate) fn rows(tx: &Transaction<'_>, task: Option<i64>) -> Result<Vec<TaskRo
     Ok(tasks)
 }
 
-fn per_node(tx: &Transaction<'_>, task: i64) -> Result<BTreeMap<crate::name::HostName, (u64, u64)>> {
+/// A task's instances by node and state.
+fn per_node(
+    tx: &Transaction<'_>,
+    task: i64,
+) -> Result<BTreeMap<crate::name::HostName, BTreeMap<InstanceStatus, u64>>> {
     let mut statement = tx.prepare_cached(
-        "SELECT host.name, count(*), sum(inst_status = 'running')
-         FROM instance JOIN host USING (host_id) WHERE task_id = ?1 GROUP BY host_id",
+        "SELECT host.name, inst_status, count(*)
+         FROM instance JOIN host USING (host_id) WHERE task_id = ?1 GROUP BY host_id, inst_status",
     )?;
-    let rows = statement.query_map([task], |row| Ok((row.get::<_, String>(0)?, row.get(1)?, row.get(2)?)))?;
-    rows.map(|row| {
-        let (name, count, up) = row?;
-        Ok((parsed(&name)?, (unsigned(count), unsigned(up))))
-    })
-    .collect()
+    let mut rows = statement.query([task])?;
+    let mut nodes: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+    while let Some(row) = rows.next()? {
+        let node = parsed(&row.get::<_, String>(0)?)?;
+        let status = instances::status_of_word(&row.get::<_, String>(1)?)?;
+        nodes.entry(node).or_default().insert(status, unsigned(row.get(2)?));
+    }
+    Ok(nodes)
 }
