@@ -184,6 +184,12 @@ fn say(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     answer
 }
 
+/// Where the first node's agent listens.
+fn agent_address(store: &Path) -> SocketAddr {
+    let nodes = json(store, &["nodes"]);
+    nodes[0]["address"].as_str().and_then(|text| text.parse().ok()).expect("an address")
+}
+
 fn resident_kib(process: &Process) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", process.id())).expect("it runs");
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
@@ -196,19 +202,13 @@ fn bad_bytes_change_nothing_and_cost_nothing() {
     let (controller, address) = controller(dir.path(), &[]);
     let agent = agent("n1", dir.path(), address);
     eventually("the node has an image", || has_image(dir.path()));
-    let agent_address: SocketAddr = json(dir.path(), &["nodes"])[0]["address"]
-        .as_str()
-        .and_then(|text| text.parse().ok())
-        .expect("an address");
-    let before = resident_kib(&controller);
-    let frame = |kind: u8, payload: &[u8]| {
-        let mut bytes = vec![b'M', b'F', b'D', kind];
-        bytes.extend(u32::try_from(payload.len()).expect("short").to_be_bytes());
-        bytes.extend(payload);
-        bytes
-    };
-    // {"id":1,"version":1,"body":{"task":1}} and the like, as recorded from the Python client.
-    let end = b"\x83\xa2id\x01\xa7version\x01\xa4body\x81\xa4task\x01";
+    let agent_address = agent_address(dir.path());
+    let path = plan(dir.path(), 2);
+    support::run(bootcache(dir.path()).args(["deploy", "--wait"]).arg(path));
+    let before = (resident_kib(&controller), resident_kib(&agent));
+    let known = lasting(dir.path());
+    // {"id":1,"version":1,"body":{"task":99}} and the like, as recorded from the Python client.
+    let end = b"\x83\xa2id\x01\xa7version\x01\xa4body\x81\xa4task\x63";
     let other_version = b"\x83\xa2id\x01\xa7version\x02\xa4body\x81\xa4task\x01";
     let unknown_field = b"\x83\xa2id\x01\xa7version\x01\xa4body\x82\xa4task\x01\xa1x\x01";
     let corpus: Vec<(Vec<u8>, &str)> = vec![
@@ -242,9 +242,103 @@ fn bad_bytes_change_nothing_and_cost_nothing() {
     // An order of another cluster.
     let cluster = b"\x83\xa2id\x01\xa7version\x01\xa4body\x82\xa7cluster\xa1x\xa4task\x01";
     assert!(String::from_utf8_lossy(&say(agent_address, &frame(9, cluster))).contains("another cluster"));
-    assert!(resident_kib(&controller) < before + (64 << 10), "bad bytes have cost memory");
-    assert!(json(dir.path(), &["tasks"]).as_array().is_some_and(Vec::is_empty));
-    drop(agent);
+    assert!(resident_kib(&controller) < before.0 + (64 << 10), "bad bytes have cost the controller memory");
+    assert!(resident_kib(&agent) < before.1 + (64 << 10), "bad bytes have cost the agent memory");
+    assert_eq!(lasting(dir.path()), known);
+}
+
+/// A frame as it is on the wire.
+fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![b'M', b'F', b'D', kind];
+    bytes.extend(u32::try_from(payload.len()).expect("short").to_be_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+/// What a controller knows, without what changes by itself.
+fn lasting(store: &Path) -> [Value; 4] {
+    let passing = ["load", "score", "memory_free", "silent_ms", "troubles", "cpu", "memory_bytes"];
+    ["tasks", "instances", "images", "nodes"].map(|what| {
+        let mut rows = json(store, &[what]);
+        for row in rows.as_array_mut().expect("a list").iter_mut().filter_map(Value::as_object_mut) {
+            passing.iter().for_each(|field| drop(row.remove(*field)));
+        }
+        rows
+    })
+}
+
+#[test]
+fn nonsense_is_warned_of_once_a_second_at_most() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (controller, address) = controller(dir.path(), &[]);
+    let node = DataNode::start(dir.path(), "n1", address);
+    eventually("the node is known", || {
+        json(dir.path(), &["nodes"]).as_array().is_some_and(|rows| !rows.is_empty())
+    });
+    let agent_address = agent_address(dir.path());
+    let end = b"\x83\xa2id\x01\xa7version\x01\xa4body\x81\xa4task\x63";
+    let other_version = b"\x83\xa2id\x01\xa7version\x02\xa4body\x81\xa4task\x01";
+    for (process, address) in [(&controller, address), (&node.agent, agent_address)] {
+        let began = Instant::now();
+        for _ in 0..200 {
+            say(address, b"GET / HTTP/1.1\r\n\r\n");
+        }
+        process.wait_for("is closed: not an MFD frame", SOON);
+        let cases: [(Vec<u8>, &str); 4] = [
+            (b"MFD\x04\xff\xff\xff\xff".to_vec(), "is over the limit"),
+            (frame(0x7f, end), "makes no sense: frames of type 0x7f are not known here"),
+            (frame(9, b"\xc1"), "makes no sense: "),
+            (frame(9, other_version), "makes no sense: the protocol's version here is 1"),
+        ];
+        for (bytes, expected) in cases {
+            eventually(expected, || {
+                say(address, &bytes);
+                process.said().contains(expected)
+            });
+        }
+        let told = process.said().lines().filter(|line| line.contains("from 127.0.0.1:")).count();
+        let seconds = usize::try_from(began.elapsed().as_secs()).expect("a short test");
+        assert!(told <= seconds + 1, "{told} warnings in {seconds} s:\n{}", process.said());
+        assert!(process.said().contains("more since the last warning"), "{}", process.said());
+    }
+}
+
+#[test]
+fn deploy_waits_until_all_is_up_and_an_interrupt_leaves_the_task_running() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_controller, address) = controller(dir.path(), &[]);
+    let _agent = agent("n1", dir.path(), address);
+    eventually("the node has an image", || has_image(dir.path()));
+    let path = plan(dir.path(), 3);
+    let said = support::run(bootcache(dir.path()).args(["deploy", "--wait"]).arg(&path));
+    assert!(said.starts_with("task 1: 3 of 3 instances are up in "), "{said}");
+
+    // These wait for a report that nobody gives.
+    let text = fs::read_to_string(&path).expect("the plan");
+    fs::write(&path, format!("{text}until = \"report\"\n")).expect("a plan");
+    let mut waiting = Process::start(bootcache(dir.path()).args(["deploy", "--wait"]).arg(&path));
+    let booting = || {
+        let tasks = json(dir.path(), &["tasks"]);
+        tasks[1]["status"] == "starting" && tasks[1]["nodes"]["n1"]["booting"] == 3
+    };
+    eventually("the second task boots", booting);
+    waiting.signal(rustix::process::Signal::INT);
+    assert_eq!(waiting.wait(SOON).code(), Some(130));
+    let said = waiting.said();
+    assert!(said.contains("task 2 goes on: `bootcache tasks` shows it, `bootcache end 2` ends it"), "{said}");
+    assert!(booting(), "the task did not go on");
+
+    let mut limited = bootcache(dir.path());
+    limited.args(["deploy", "--wait", "--timeout", "1"]).arg(&path);
+    let said = refused(&mut limited);
+    assert!(
+        said.contains("task 3 is not up after 1 s, and goes on: `bootcache instances` shows it"),
+        "{said}"
+    );
+    for task in ["2", "3"] {
+        support::run(bootcache(dir.path()).args(["end", task]));
+    }
+    assert_eq!(json(dir.path(), &["tasks"]).as_array().map(Vec::len), Some(1));
 }
 
 #[test]
@@ -321,60 +415,26 @@ fn a_database_that_another_program_holds_is_one_clear_line() {
     drop(self::controller(dir.path(), &[]));
 }
 
-#[test]
-fn deploy_waits_until_all_is_up_and_an_interrupt_leaves_the_task_running() {
-    let dir = tempfile::tempdir().expect("a folder");
-    let (_controller, address) = controller(dir.path(), &[]);
-    let _agent = agent("n1", dir.path(), address);
-    eventually("the node has an image", || has_image(dir.path()));
-    let path = plan(dir.path(), 3);
-    let said = support::run(bootcache(dir.path()).args(["deploy", "--wait"]).arg(&path));
-    assert!(said.starts_with("task 1: 3 of 3 instances are up in "), "{said}");
-
-    // These wait for a report that nobody gives.
-    let text = fs::read_to_string(&path).expect("the plan");
-    fs::write(&path, format!("{text}until = \"report\"\n")).expect("a plan");
-    let mut waiting = Process::start(bootcache(dir.path()).args(["deploy", "--wait"]).arg(&path));
-    let booting = || {
-        let tasks = json(dir.path(), &["tasks"]);
-        tasks[1]["status"] == "starting" && tasks[1]["nodes"]["n1"]["booting"] == 3
-    };
-    eventually("the second task boots", booting);
-    waiting.signal(rustix::process::Signal::INT);
-    assert_eq!(waiting.wait(SOON).code(), Some(130));
-    let said = waiting.said();
-    assert!(said.contains("task 2 goes on: `bootcache tasks` shows it, `bootcache end 2` ends it"), "{said}");
-    assert!(booting(), "the task did not go on");
-
-    let mut limited = bootcache(dir.path());
-    limited.args(["deploy", "--wait", "--timeout", "1"]).arg(&path);
-    let said = refused(&mut limited);
-    assert!(
-        said.contains("task 3 is not up after 1 s, and goes on: `bootcache instances` shows it"),
-        "{said}"
-    );
-    for task in ["2", "3"] {
-        support::run(bootcache(dir.path()).args(["end", task]));
-    }
-    assert_eq!(json(dir.path(), &["tasks"]).as_array().map(Vec::len), Some(1));
-}
-
 /// A node with a real data plane, which runs no instances; its daemon is ended on drop too.
 struct DataNode {
     store: PathBuf,
-    _agent: Process,
+    agent: Process,
 }
 
 impl DataNode {
     fn start(dir: &Path, name: &str, controller: SocketAddr) -> Self {
+        Self::start_with(dir, name, controller, &[])
+    }
+
+    fn start_with(dir: &Path, name: &str, controller: SocketAddr, more: &[&str]) -> Self {
         let store = dir.join(name);
         let mut command = bootcache(&store);
         command.args(["agent", "--no-vms", "--no-containers", "--name", name]);
         command.args(["--controller", &controller.to_string()]);
         command.args(["--peer-listen", &format!("127.0.0.1:{}", support::free_port())]);
-        let agent = Process::start(&mut command);
+        let agent = Process::start(command.args(more));
         agent.wait_for("ready", START);
-        Self { store, _agent: agent }
+        Self { store, agent }
     }
 
     fn has(&self, image: &str) -> bool {

@@ -1,5 +1,6 @@
 //! The agent's end of connections: the controller's questions and orders.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,12 +9,15 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use super::{Shared, facts, parts};
+use crate::peer::transport::Transport;
 use crate::tls::Role;
 use crate::wire::cluster::{
     Accepted, AskNode, Done, EndPart, Ended, Fault, FaultCode, Fetch, INSTANCES_MAX, NodeState, RunPart,
 };
 use crate::wire::frame::FrameType;
+use crate::wire::io::WireError;
 use crate::wire::link::{self, Answer, Arrived};
+use crate::wire::warnings::Warnings;
 
 /// Connections at once: the controller needs one.
 const CONNECTIONS_MAX: usize = 16;
@@ -22,7 +26,7 @@ const DATA_PLANE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves the controller until the agent ends.
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let (places, warnings) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Warnings::default()));
     loop {
         let accepted = tokio::select! {
             () = shared.cancel.cancelled() => return,
@@ -31,30 +35,45 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
         let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
         match accepted {
             (Ok((stream, from)), Ok(place)) => {
-                let owner = Arc::clone(&shared);
+                let (owner, warnings) = (Arc::clone(&shared), Arc::clone(&warnings));
                 shared.tasks.spawn(async move {
                     let shared = owner;
                     match shared.options.security.accept_from(stream).await {
-                        Ok((mut stream, caller)) if caller.is(Role::Controller) => {
-                            let answer = |request| handle(&shared, request);
-                            if let Err(error) = link::answer(&mut stream, &shared.cancel, answer).await {
-                                debug!("the connection from {from} ended: {error}");
-                            }
+                        Ok((stream, caller)) if caller.is(Role::Controller) => {
+                            converse(&shared, stream, from, &warnings).await;
                         }
-                        Ok(_) => warn!("{from} is refused: its certificate is not the controller's"),
-                        Err(error) => warn!("a connection from {from} is refused: {error}"),
+                        Ok(_) => warnings
+                            .tell(format_args!("{from} is refused: its certificate is not the controller's")),
+                        Err(error) => {
+                            warnings.tell(format_args!("a connection from {from} is refused: {error}"))
+                        }
                     }
                     drop(place);
                 });
             }
-            (Ok((_, from)), Err(_)) => {
-                warn!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")
-            }
+            (Ok((_, from)), Err(_)) => warnings
+                .tell(format_args!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")),
             (Err(error), _) => {
                 warn!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
+    }
+}
+
+async fn converse(
+    shared: &Arc<Shared>,
+    mut stream: Box<dyn Transport>,
+    from: SocketAddr,
+    warnings: &Warnings,
+) {
+    let nonsense =
+        |fault: &Fault| warnings.tell(format_args!("a request from {from} makes no sense: {fault}"));
+    let handler = |request| handle(shared, request);
+    match link::answer(&mut stream, &shared.cancel, nonsense, handler).await {
+        Ok(()) => {}
+        Err(WireError::Io(error)) => debug!("the connection from {from} ended: {error}"),
+        Err(error) => warnings.tell(format_args!("the connection from {from} is closed: {error}")),
     }
 }
 

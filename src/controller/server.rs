@@ -17,7 +17,9 @@ use crate::wire::cluster::{
     RegisterCompute, RegisterImage, Registered,
 };
 use crate::wire::frame::FrameType;
+use crate::wire::io::WireError;
 use crate::wire::link::{self, Answer, Arrived};
+use crate::wire::warnings::Warnings;
 
 /// Connections at once: more than nodes and users of a large cluster need.
 const CONNECTIONS_MAX: usize = 4096;
@@ -26,7 +28,7 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Serves the socket in the controller's folder, which only its owner can open.
 pub(super) async fn unix(shared: Arc<Shared>, listener: UnixListener) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let (places, warnings) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Warnings::default()));
     loop {
         let accepted = tokio::select! {
             () = shared.cancel.cancelled() => return,
@@ -35,15 +37,17 @@ pub(super) async fn unix(shared: Arc<Shared>, listener: UnixListener) {
         let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
         match accepted {
             (Ok((stream, _)), Ok(place)) => {
-                let owner = Arc::clone(&shared);
+                let (owner, warnings) = (Arc::clone(&shared), Arc::clone(&warnings));
                 shared.tasks.spawn(async move {
                     let shared = owner;
                     let local = SocketAddr::from(([127, 0, 0, 1], 0));
-                    converse(&shared, Box::new(stream), &Caller::trusted(), local).await;
+                    converse(&shared, Box::new(stream), &Caller::trusted(), local, &warnings).await;
                     drop(place);
                 });
             }
-            (Ok(_), Err(_)) => warn!("more than {CONNECTIONS_MAX} connections: one is closed"),
+            (Ok(_), Err(_)) => {
+                warnings.tell(format_args!("more than {CONNECTIONS_MAX} connections: one is closed"))
+            }
             (Err(error), _) => pause("a connection", &error).await,
         }
     }
@@ -51,7 +55,7 @@ pub(super) async fn unix(shared: Arc<Shared>, listener: UnixListener) {
 
 /// Serves agents and users over TCP.
 pub(super) async fn tcp(shared: Arc<Shared>, listener: TcpListener) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let (places, warnings) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Warnings::default()));
     loop {
         let accepted = tokio::select! {
             () = shared.cancel.cancelled() => return,
@@ -60,19 +64,20 @@ pub(super) async fn tcp(shared: Arc<Shared>, listener: TcpListener) {
         let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
         match accepted {
             (Ok((stream, from)), Ok(place)) => {
-                let owner = Arc::clone(&shared);
+                let (owner, warnings) = (Arc::clone(&shared), Arc::clone(&warnings));
                 shared.tasks.spawn(async move {
                     let shared = owner;
                     match shared.options.security.accept_from(stream).await {
-                        Ok((stream, caller)) => converse(&shared, stream, &caller, from).await,
-                        Err(error) => warn!("a connection from {from} is refused: {error}"),
+                        Ok((stream, caller)) => converse(&shared, stream, &caller, from, &warnings).await,
+                        Err(error) => {
+                            warnings.tell(format_args!("a connection from {from} is refused: {error}"))
+                        }
                     }
                     drop(place);
                 });
             }
-            (Ok((_, from)), Err(_)) => {
-                warn!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")
-            }
+            (Ok((_, from)), Err(_)) => warnings
+                .tell(format_args!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")),
             (Err(error), _) => pause("a connection", &error).await,
         }
     }
@@ -83,11 +88,20 @@ async fn pause(what: &str, error: &std::io::Error) {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-async fn converse(shared: &Arc<Shared>, mut stream: Box<dyn Transport>, caller: &Caller, from: SocketAddr) {
-    let result =
-        link::answer(&mut stream, &shared.cancel, |request| handle(shared, caller, from, request)).await;
-    if let Err(error) = result {
-        debug!("the connection from {from} ended: {error}");
+async fn converse(
+    shared: &Arc<Shared>,
+    mut stream: Box<dyn Transport>,
+    caller: &Caller,
+    from: SocketAddr,
+    warnings: &Warnings,
+) {
+    let nonsense =
+        |fault: &Fault| warnings.tell(format_args!("a request from {from} makes no sense: {fault}"));
+    let handler = |request| handle(shared, caller, from, request);
+    match link::answer(&mut stream, &shared.cancel, nonsense, handler).await {
+        Ok(()) => {}
+        Err(WireError::Io(error)) => debug!("the connection from {from} ended: {error}"),
+        Err(error) => warnings.tell(format_args!("the connection from {from} is closed: {error}")),
     }
 }
 

@@ -132,10 +132,11 @@ fn encoded<T: Serialize>(reply: &Reply<T>) -> Answer {
 }
 
 /// Answers the requests of one connection with `handler` until the other side leaves, is silent for two minutes, breaks
-/// the protocol, or `cancel`.
+/// the protocol, or `cancel`. Requests that are not understood go to `nonsense` too.
 pub async fn answer<H, F>(
     stream: &mut Box<dyn Transport>,
     cancel: &CancellationToken,
+    nonsense: impl Fn(&Fault),
     handler: H,
 ) -> Result<(), WireError>
 where
@@ -156,6 +157,11 @@ where
             Ok(arrived) => handler(arrived).await,
             Err(fault) => Err(fault),
         };
+        if let Err(fault) = &answer
+            && matches!(fault.code, FaultCode::UnknownType | FaultCode::Malformed | FaultCode::Version)
+        {
+            nonsense(fault);
+        }
         let bytes = match answer {
             Ok(bytes) => bytes,
             Err(fault) => frame::encode(FrameType::REPLY, &Reply::<()> { id, ok: None, error: Some(fault) })?,
@@ -197,15 +203,18 @@ mod tests {
     use crate::wire::cluster::{Deployed, Done, End, EndPart};
 
     async fn serve(mut stream: Box<dyn Transport>) -> Result<(), WireError> {
-        answer(&mut stream, &CancellationToken::new(), async |request: Arrived| match request.frame_type {
-            FrameType::END => {
-                let end: End = request.body()?;
-                if end.task == 7 {
-                    return Err(Fault::new(FaultCode::NotFound, "there is no task 7"));
+        let nonsense = |fault: &Fault| assert_ne!(fault.code, FaultCode::NotFound);
+        answer(&mut stream, &CancellationToken::new(), nonsense, async |request: Arrived| {
+            match request.frame_type {
+                FrameType::END => {
+                    let end: End = request.body()?;
+                    if end.task == 7 {
+                        return Err(Fault::new(FaultCode::NotFound, "there is no task 7"));
+                    }
+                    request.reply::<End>(Done {})
                 }
-                request.reply::<End>(Done {})
+                _ => Err(request.unknown()),
             }
-            _ => Err(request.unknown()),
         })
         .await
     }
