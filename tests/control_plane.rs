@@ -303,6 +303,140 @@ fn nonsense_is_warned_of_once_a_second_at_most() {
     }
 }
 
+/// `bytes` with one to four of them changed, mostly behind the header.
+fn mutated(bytes: &[u8], seed: u64) -> Vec<u8> {
+    let noise = support::noise(seed, 17);
+    let first = if seed.is_multiple_of(8) { 0 } else { 8 };
+    let mut bytes = bytes.to_vec();
+    for change in noise[1..].chunks(4).take(1 + usize::from(noise[0] % 4)) {
+        let at = first + usize::from(u16::from_le_bytes([change[0], change[1]])) % (bytes.len() - first);
+        bytes[at] = change[2];
+    }
+    bytes
+}
+
+/// A request of every type, to the controller and to an agent.
+fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
+    use bootcache::wire::cluster as say;
+    fn encoded<B: say::Body>(body: B) -> Vec<u8> {
+        let request = say::Request { id: 1, version: Some(say::PROTOCOL_VERSION), body };
+        bootcache::wire::frame::encode(B::TYPE, &request).expect("it is short")
+    }
+    let (cluster, node, image) = (cluster.to_owned(), "n1", "debian");
+    let plan = bootcache::plan::read::parse(
+        "name = \"fuzz\"\n[networks.lan]\nsubnet = \"10.0.0.0/24\"\n[[groups]]\nname = \"g\"\ntype = \"vm\"\n\
+         image = \"debian\"\nmemory = 16\ndisk = \"2G\"\nuntil = \"serial:x\"\nnetworks = [{ network = \"lan\" }]",
+    )
+    .expect("a sound plan");
+    let here = say::ImageHere {
+        name: image.parse().expect("a name"),
+        root: bootcache::digest::Digest::of(b"debian"),
+        kind: bootcache::image::manifest::ImageKind::Vm,
+        size: 1 << 30,
+        boot_bytes: 7,
+        present: 1 << 30,
+        allocated: 1 << 30,
+        complete: true,
+        boot_complete: true,
+        received: 0,
+    };
+    let state = say::InstanceState {
+        name: "lab-1-g-1".parse().expect("a name"),
+        task: 1,
+        status: say::InstanceStatus::Running,
+        reason: Some("none".to_owned()),
+        up_ms: Some(1),
+        cpu: 0.5,
+        memory_bytes: 1,
+        network_bytes: [1, 2],
+    };
+    let register = say::RegisterCompute {
+        node: node.parse().expect("a name"),
+        ip: None,
+        port: 1,
+        kinds: vec![bootcache::hypervisor::InstanceType::Vm],
+        cpus: 1,
+        memory_bytes: 1 << 30,
+        addresses: vec![say::Address { ip: [127, 0, 0, 1].into(), mac: String::new() }],
+    };
+    let needed = say::Needed {
+        name: here.name.clone(),
+        root: here.root,
+        size: here.size,
+        sources: vec![SocketAddr::from(([127, 0, 0, 1], 1))],
+    };
+    let order = say::InstanceOrder {
+        name: "fuzz-1000-g-1".parse().expect("a name"),
+        kind: bootcache::hypervisor::InstanceType::Vm,
+        image: here.name.clone(),
+        cpus: 1,
+        memory_mib: 16,
+        disk_bytes: Some(1 << 31),
+        nics: Vec::new(),
+        env: [("A".to_owned(), "b".to_owned())].into(),
+        command: vec!["sh".to_owned()],
+        privileged: false,
+        template: None,
+        up_when: say::UpWhen::Started,
+        time_limit_s: 60,
+    };
+    let part = say::Part {
+        networks: Vec::new(),
+        images: vec![needed.clone()],
+        instances: vec![order],
+        report: Some(SocketAddr::from(([127, 0, 0, 1], 1))),
+    };
+    let nodes = vec![node.parse().expect("a name")];
+    let prefetch = say::Prefetch::Image { image: here.name.clone(), nodes, boot_only: true };
+    let images = say::RegisterImage { node: node.parse().expect("a name"), peer: None, images: vec![here] };
+    let changed = say::InstancesChanged { node: node.parse().expect("a name"), instances: vec![state] };
+    [
+        vec![
+            ("RegisterCompute", encoded(register)),
+            ("RegisterImage", encoded(images)),
+            ("InstancesChanged", encoded(changed)),
+            ("Deploy", encoded(say::Deploy { request: "fuzz".to_owned(), plan })),
+            ("End", encoded(say::End { task: 1000 })),
+            ("Query", encoded(say::Query::Instances { task: Some(1) })),
+            ("Prefetch", encoded(prefetch)),
+        ],
+        vec![
+            ("AskNode", encoded(say::AskNode {})),
+            ("RunPart", encoded(say::RunPart { cluster: cluster.clone(), task: 1000, part })),
+            ("EndPart", encoded(say::EndPart { cluster: cluster.clone(), task: 1000 })),
+            ("Fetch", encoded(say::Fetch { cluster, image: needed, boot_only: true })),
+        ],
+    ]
+}
+
+#[test]
+fn requests_with_changed_bytes_break_neither_controller_nor_agent() {
+    let rounds = u64::from(support::rounds(300));
+    println!("seeds 0 to {}", rounds - 1);
+    let dir = tempfile::tempdir().expect("a folder");
+    let (controller, address) = controller(dir.path(), &[]);
+    let agent = agent("n1", dir.path(), address);
+    eventually("the node has an image", || has_image(dir.path()));
+    let agent_address = agent_address(dir.path());
+    let cluster = fs::read_to_string(dir.path().join("n1/cluster")).expect("it has joined a cluster");
+    let before = (resident_kib(&controller), resident_kib(&agent));
+    let answerers = [(&controller, address), (&agent, agent_address)];
+    for ((process, address), requests) in answerers.into_iter().zip(requests(cluster.trim())) {
+        for (name, bytes) in requests {
+            assert!(!say(address, &bytes).is_empty(), "{name} itself is not answered");
+            for seed in 0..rounds {
+                println!("{name}, seed {seed}");
+                say(address, &mutated(&bytes, seed));
+            }
+            assert!(!process.said().contains("panicked"), "{name}:\n{}", process.said());
+        }
+    }
+    assert!(resident_kib(&controller) < before.0 + (64 << 10), "the controller has grown");
+    assert!(resident_kib(&agent) < before.1 + (64 << 10), "the agent has grown");
+    let said = support::run(bootcache(dir.path()).args(["deploy", "--wait"]).arg(plan(dir.path(), 1)));
+    assert!(said.contains("1 of 1 instances are up"), "{said}");
+}
+
 #[test]
 fn deploy_waits_until_all_is_up_and_an_interrupt_leaves_the_task_running() {
     let dir = tempfile::tempdir().expect("a folder");
@@ -339,6 +473,37 @@ fn deploy_waits_until_all_is_up_and_an_interrupt_leaves_the_task_running() {
         support::run(bootcache(dir.path()).args(["end", task]));
     }
     assert_eq!(json(dir.path(), &["tasks"]).as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn an_agent_with_its_certificate_comes_online_and_cannot_be_another_node() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let ca = |arguments: &[&str]| {
+        support::run(bootcache(dir.path()).args(["ca", "--ca-dir", &path("ca")]).args(arguments));
+    };
+    ca(&["init"]);
+    for (name, role) in [("control", "controller"), ("cert1", "node"), ("alice", "user")] {
+        let subject = if role == "node" { "n1" } else { name };
+        ca(&["issue", subject, "--role", role, "--out", &path(name)]);
+    }
+    let (controller, address) = controller(dir.path(), &["--tls-dir", &path("control")]);
+    let names = || {
+        let rows =
+            json(dir.path(), &["nodes", "--controller", &address.to_string(), "--tls-dir", &path("alice")]);
+        let rows = rows.as_array().expect("a list").clone();
+        rows.iter().map(|row| (row["name"].to_string(), row["online"] == true)).collect::<Vec<_>>()
+    };
+    let tls = ["--tls-dir", &path("cert1")];
+    let _node = DataNode::start_with(dir.path(), "n1", address, &tls);
+    eventually("the node is online", || names() == [("\"n1\"".to_owned(), true)]);
+
+    let other = DataNode::start_with(dir.path(), "n2", address, &tls);
+    other.agent.wait_for("your certificate is not that of node 'n2'", SOON);
+    controller.wait_for("is refused: its certificate is not that of node 'n2'", SOON);
+    let plain = DataNode::start(dir.path(), "n3", address);
+    plain.agent.wait_for("not registered", SOON);
+    assert_eq!(names(), [("\"n1\"".to_owned(), true)]);
 }
 
 #[test]
