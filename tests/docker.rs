@@ -6,7 +6,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use bootcache::peer::transport::Security;
 use bootcache::tls::Role;
 use bootcache::wire::cluster::{AskNode, InstanceOrder, InstanceStatus, Needed, Part, RunPart, UpWhen};
 use bootcache::wire::link::Link;
+use serde_json::{Value, json};
 use support::container;
 use support::host::Host;
 use support::net::{Net, Rate};
@@ -275,6 +276,75 @@ async fn an_image_loads_from_what_docker_saved_and_the_host_s_own_names_stay() {
     let root = Digest::of(b"broken");
     engine.load(&"broken".parse().unwrap(), root, broken).await.unwrap_err();
     assert!(!engine.has_image(&Docker::reference(&"broken".parse().unwrap(), root)).await.unwrap());
+}
+
+/// Writes the root file system `archive` as an image in an OCI layout; with `manifest`, in the way of `docker save` too.
+fn oci_layout(folder: &Path, archive: &Path, manifest: bool) -> PathBuf {
+    let layout = folder.join(format!("layout-{manifest}"));
+    let blobs = layout.join("blobs/sha256");
+    std::fs::create_dir_all(&blobs).unwrap();
+    let blob = |media_type: &str, content: &[u8]| {
+        let path = blobs.join("new");
+        std::fs::write(&path, content).unwrap();
+        let digest = support::run(Command::new("sha256sum").arg(&path))[..64].to_owned();
+        std::fs::rename(&path, blobs.join(&digest)).unwrap();
+        let kind = format!("application/vnd.oci.image.{media_type}");
+        json!({ "mediaType": kind, "digest": format!("sha256:{digest}"), "size": content.len() })
+    };
+    let layer = blob("layer.v1.tar", &std::fs::read(archive).unwrap());
+    let config = json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": { "Cmd": ["/bin/report"] },
+        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+    });
+    let config = blob("config.v1+json", config.to_string().as_bytes());
+    let image = json!({ "schemaVersion": 2, "config": config, "layers": [layer] });
+    let image = blob("manifest.v1+json", image.to_string().as_bytes());
+    let index = json!({ "schemaVersion": 2, "manifests": [image] });
+    std::fs::write(layout.join("index.json"), index.to_string()).unwrap();
+    std::fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    if manifest {
+        let path = |blob: &Value| blob["digest"].as_str().unwrap().replace("sha256:", "blobs/sha256/");
+        let saved = json!([{ "Config": path(&config), "RepoTags": null, "Layers": [path(&layer)] }]);
+        std::fs::write(layout.join("manifest.json"), saved.to_string()).unwrap();
+    }
+    let tar = layout.with_extension("tar");
+    support::run(Command::new("tar").arg("-C").arg(&layout).args(["--sort=name", "-cf"]).arg(&tar).arg("."));
+    tar
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_oci_layout_that_docker_does_not_load_is_not_added() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up(folder.path(), &net, 0);
+    let engine = Docker::new(host.docker(), "node-a".parse().unwrap());
+    let root_fs = folder.path().join("box.tar");
+    container::root_fs(&root_fs, 0);
+    let add = |archive: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bootcache"));
+        command.arg("--store").arg(folder.path().join("store"));
+        command.args(["image", "add", "--type", "container", "box"]).arg(archive).output().unwrap()
+    };
+
+    let layout = oci_layout(folder.path(), &root_fs, false);
+    let bytes = std::fs::read(&layout).unwrap();
+    let loaded = engine.load(&"box".parse().unwrap(), Digest::of(&bytes), std::io::Cursor::new(bytes)).await;
+    loaded.expect_err("this Docker loads OCI layouts: they need not be refused any more");
+    let output = add(&layout);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.lines().count() == 1, "{said}");
+    assert!(said.contains("skopeo copy oci-archive:") && said.contains("docker save"), "{said}");
+
+    let both = oci_layout(folder.path(), &root_fs, true);
+    assert!(add(&both).status.success());
+    let image = load(&engine, "box", &both).await;
+    engine.launch(&Launch { command: Vec::new(), ..launch("one", &image) }).await.unwrap();
+    engine.delete(&"one".parse().unwrap()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

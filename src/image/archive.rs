@@ -18,7 +18,7 @@ const GZIP: [u8; 2] = [0x1f, 0x8b];
 /// What a container's archive is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ArchiveKind {
-    /// `docker save`, or an OCI layout: layers, and what says how they go together.
+    /// `docker save`, which may be an OCI layout too: layers, and what says how they go together.
     Saved,
     /// A root file system.
     RootFs,
@@ -40,8 +40,14 @@ pub enum ArchiveError {
     #[error("the archive is empty")]
     Empty,
     /// What is needed to load it is missing.
-    #[error("it looks like a saved image, but has neither manifest.json nor index.json: save it again")]
+    #[error("it looks like a saved image, but has no manifest.json: save it again")]
     NoManifest,
+    /// An OCI layout alone, which dockerd does not load: tried with 20.10.
+    #[error(
+        "it is an OCI layout without manifest.json, which Docker does not load: make it one with \
+         `skopeo copy oci-archive:FILE docker-archive:NEW`, or take what `docker save` writes"
+    )]
+    OciLayout,
     /// A saved image that begins with something else.
     #[error(
         "it is a saved image in an order that cannot be loaded while it arrives: load it into Docker and `docker save` it"
@@ -71,15 +77,17 @@ impl ArchiveKind {
 /// When it is cut short, damaged, or not what its beginning promises.
 pub fn check(archive: impl Read) -> Result<ArchiveKind, ArchiveError> {
     let mut entries = entries(archive)?;
-    let (mut kind, mut has_manifest) = (None, false);
+    let (mut kind, mut has_manifest, mut is_layout) = (None, false, false);
     while let Some(entry) = entries.next()? {
         kind = kind.or_else(|| entry.kind());
-        has_manifest |= matches!(entry.path(), "manifest.json" | "index.json" | "oci-layout");
+        has_manifest |= entry.path() == "manifest.json";
+        is_layout |= matches!(entry.path(), "index.json" | "oci-layout");
     }
     match kind {
         None if entries.at == 0 => Err(ArchiveError::Empty),
+        Some(ArchiveKind::Saved) if !has_manifest && is_layout => Err(ArchiveError::OciLayout),
         Some(ArchiveKind::Saved) if !has_manifest => Err(ArchiveError::NoManifest),
-        Some(ArchiveKind::RootFs) if has_manifest => Err(ArchiveError::Order),
+        Some(ArchiveKind::RootFs) if has_manifest || is_layout => Err(ArchiveError::Order),
         kind => Ok(kind.unwrap_or(ArchiveKind::RootFs)),
     }
 }
@@ -230,7 +238,7 @@ mod tests {
             (tar(&["bin/sh", "etc/passwd"]), ArchiveKind::RootFs),
             (tar(&["./bin/sh", "./blobs"]), ArchiveKind::RootFs),
             (tar(&[&layer, "manifest.json"]), ArchiveKind::Saved),
-            (tar(&["./blobs/sha256/x", "./index.json", "./oci-layout"]), ArchiveKind::Saved),
+            (tar(&["./blobs/sha256/x", "./index.json", "./manifest.json"]), ArchiveKind::Saved),
         ];
         for (archive, kind) in cases {
             for bytes in [archive.clone(), gzip(&archive)] {
@@ -260,6 +268,8 @@ mod tests {
     fn a_saved_image_without_a_manifest_or_in_another_order_is_refused() {
         let layer = format!("{}/layer.tar", "0a".repeat(32));
         assert!(matches!(check(&tar(&[&layer])[..]), Err(ArchiveError::NoManifest)));
+        let layout = tar(&["./blobs/sha256/x", "./index.json", "./oci-layout"]);
+        assert!(matches!(check(&layout[..]), Err(ArchiveError::OciLayout)));
         assert!(matches!(check(&tar(&["a", &layer, "manifest.json"])[..]), Err(ArchiveError::Order)));
     }
 }
