@@ -78,6 +78,7 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     assert!(said.contains("started a daemon"), "{said}");
     let outcomes: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(outcomes[0]["seconds"].as_f64().unwrap() > 0.5 && outcomes[1]["name"] == "vm-2", "{outcomes}");
+    store.have_booted(2);
 
     for vm in ["vm-1", "vm-2"] {
         let qemu = process_of("qemu-system", &format!("guest={vm},")).expect("it runs");

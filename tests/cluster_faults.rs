@@ -258,6 +258,7 @@ fn instances_notice_nothing_of_a_controller_a_libvirtd_and_a_dockerd_that_are_aw
     fs::write(cluster.folder.path().join("domain.xml"), template(&script)).unwrap();
     let task = cluster.deploy(&writers());
     cluster.wait_until_up(task, 2, UP);
+    cluster.have_booted();
     let title = cluster.virsh(0, &["desc", "--title", &format!("io-{task}-vm-1")]);
     assert_eq!(title.trim(), "made from a template");
 

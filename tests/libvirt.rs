@@ -141,6 +141,7 @@ async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_ho
     let reports = tokio::task::spawn_blocking(move || reports(&listener, 3)).await.unwrap();
     let said = std::fs::read_to_string(&serial).unwrap_or_default();
     assert_eq!(reports, ["c-0", "c-1", "vm-1"], "{said}");
+    store.have_booted(1);
 
     for (host, name) in hosts.iter().zip(["c-0", "c-1"]) {
         let mut ping = Command::new("docker");

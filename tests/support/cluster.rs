@@ -218,6 +218,16 @@ impl Cluster {
         }
     }
 
+    /// Asserts that every VM has read its disk, through the daemon of its node: 8 MB at least.
+    #[track_caller]
+    pub fn have_booted(&self) {
+        for node in 0..self.hosts.len() {
+            for overlay in self.status(node)["overlays"].as_array().unwrap() {
+                assert!(overlay["read_bytes"].as_u64().unwrap() >= 8_000_000, "{overlay}");
+            }
+        }
+    }
+
     fn agents_said(&self) -> String {
         (0..self.hosts.len()).map(|node| format!("{}:\n{}\n", name(node), self.agent_said(node))).collect()
     }

@@ -69,6 +69,17 @@ impl Store {
         process
     }
 
+    /// Asserts that so many VMs have booted from their disks, by the daemon's own count: 8 MB of each at least.
+    #[track_caller]
+    pub fn have_booted(&self, vms: usize) {
+        let list: serde_json::Value = serde_json::from_str(&self.run(["--json", "overlay", "list"])).unwrap();
+        let overlays = list.as_array().unwrap();
+        assert_eq!(overlays.len(), vms, "{list}");
+        for overlay in overlays {
+            assert!(overlay["read_bytes"].as_u64().unwrap() >= 8_000_000, "{overlay}");
+        }
+    }
+
     /// The NBD URI of an export on the store's own socket.
     pub fn uri(&self, export: &str) -> String {
         uri(&self.path().join("nbd.sock"), export)
