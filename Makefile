@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-tracer bench-import bench-nbd miri memcheck test-kernel-disk clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-tracer bench-import bench-nbd bench-attack miri memcheck test-kernel-disk clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -104,6 +104,9 @@ bench-import: setup ## `image add` beside `qemu-img convert` and `b3sum`, from r
 
 bench-nbd: setup ## bootcache, qemu-nbd and nbdkit side by side, with fio; the table also as target/bench-nbd.json
 	$(CARGO) bench --locked --bench nbd -- --json target/bench-nbd.json
+
+bench-attack: ## what a good client of the NBD server waits while others attack it: p50 and p99 for each attack (2 minutes)
+	BOOTCACHE_ATTACK=full $(CARGO) test --release --locked -p bootcache-nbd --test attack -- --nocapture --test-threads 1
 
 clean: ## remove what was built (guests and images kept in the cache folder stay)
 	$(CARGO) clean
