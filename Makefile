@@ -46,7 +46,7 @@ test-kernel-disk: guests ## libvirt's domain on /dev/nbd0, in a guest that has t
 	@scripts/guest libvirt >/dev/null
 	$(CARGO) test --locked --test kernel_disk -- --ignored --nocapture
 
-bench-control: ## CPU of a heartbeat of 1,000 nodes, and of a choice among them
+bench-control: ## CPU of a heartbeat of 1,000 nodes, and of a choice among them; fails at ten times a goal
 	$(CARGO) bench --locked --bench control
 
 prove-checks: ## a build that does not check what peers send must fail its test
