@@ -1,7 +1,7 @@
 //! Hypervisors: who runs instances, VMs and containers alike (thesis, section 3.5).
 //!
-//! [`Hypervisor`] is the four verbs of the thesis and a list. [`domains`] runs VMs by libvirt, [`docker`] containers,
-//! and [`memory`] pretends to, with faults, for tests. A plain QEMU is `crate::qemu`'s.
+//! [`Hypervisor`] is the four verbs of the thesis, a list and a log. [`domains`] runs VMs by libvirt, [`docker`]
+//! containers, and [`memory`] pretends to, with faults, for tests. A plain QEMU is `crate::qemu`'s.
 //!
 //! Every verb is idempotent by the instance's name, and returns when the hypervisor has accepted the request, not when
 //! the guest is up. Not here: images, overlays and networks. Those are ready when [`Hypervisor::launch`] is called.
