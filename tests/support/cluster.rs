@@ -222,8 +222,8 @@ impl Cluster {
     #[track_caller]
     pub fn have_booted(&self) {
         for node in 0..self.hosts.len() {
-            for overlay in self.status(node)["overlays"].as_array().unwrap() {
-                assert!(overlay["read_bytes"].as_u64().unwrap() >= 8_000_000, "{overlay}");
+            for overlay in self.status(node)["overlays"].as_array().expect("a list") {
+                assert!(overlay["read_bytes"].as_u64() >= Some(8_000_000), "{overlay}");
             }
         }
     }

@@ -72,11 +72,12 @@ impl Store {
     /// Asserts that so many VMs have booted from their disks, by the daemon's own count: 8 MB of each at least.
     #[track_caller]
     pub fn have_booted(&self, vms: usize) {
-        let list: serde_json::Value = serde_json::from_str(&self.run(["--json", "overlay", "list"])).unwrap();
-        let overlays = list.as_array().unwrap();
+        let list = self.run(["--json", "overlay", "list"]);
+        let list: serde_json::Value = serde_json::from_str(&list).expect("it is JSON");
+        let overlays = list.as_array().expect("a list");
         assert_eq!(overlays.len(), vms, "{list}");
         for overlay in overlays {
-            assert!(overlay["read_bytes"].as_u64().unwrap() >= 8_000_000, "{overlay}");
+            assert!(overlay["read_bytes"].as_u64() >= Some(8_000_000), "{overlay}");
         }
     }
 
