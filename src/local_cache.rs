@@ -23,6 +23,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
@@ -81,6 +82,8 @@ pub struct LocalCache {
     /// Its owner may be gone: then nothing comes.
     fetch: OnceLock<Weak<dyn Fetch>>,
     counters: ReadCounters,
+    /// Where a guest read last, in blocks.
+    last_read: AtomicU64,
     deadline: Option<Duration>,
     /// What the saved bitmap names; held while it is replaced.
     saved: Mutex<RoaringBitmap>,
@@ -125,6 +128,7 @@ impl LocalCache {
             waiters: Waiters::default(),
             fetch: OnceLock::new(),
             counters: ReadCounters::default(),
+            last_read: AtomicU64::new(0),
             deadline: None,
             saved: Mutex::new(saved),
             writing: RwLock::new(()),
@@ -239,6 +243,17 @@ impl LocalCache {
     /// Where the time of reads went, over all VMs.
     pub const fn counters(&self) -> &ReadCounters {
         &self.counters
+    }
+
+    /// The block at which the last read of a guest began; 0 before one has read.
+    pub fn last_read(&self) -> u64 {
+        self.last_read.load(Ordering::Relaxed)
+    }
+
+    /// A guest has read `length` bytes from `offset` on, and waited for them.
+    fn count(&self, offset: u64, length: usize, waited: Option<(Coming, Duration)>) {
+        self.last_read.store(offset / BLOCK_SIZE, Ordering::Relaxed);
+        self.counters.count(length, waited);
     }
 
     /// Keeps verified `data`, which begins at block `start` and ends with a block or with the disk. Blocks.
@@ -424,7 +439,7 @@ impl LocalCache {
     /// Waits until the bytes of a read are here, and counts it. What was waited for, and how long.
     async fn wait_for(&self, offset: u64, length: u64) -> io::Result<Option<(Coming, Duration)>> {
         let waited = self.wait(Extent::touching(offset, length)).await?;
-        self.counters.count(usize::try_from(length).expect("a buffer's length"), waited);
+        self.count(offset, usize::try_from(length).expect("a buffer's length"), waited);
         Ok(waited)
     }
 }
@@ -454,7 +469,7 @@ impl Disk for LocalCache {
         }
         let attempt = self.read_now(offset, buf);
         if matches!(attempt, Attempt::Ready(Ok(()))) {
-            self.counters.count(buf.len(), None);
+            self.count(offset, buf.len(), None);
         }
         attempt
     }
