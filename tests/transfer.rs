@@ -287,6 +287,44 @@ async fn a_source_with_another_boot_cache_is_no_liar_and_gives_the_blocks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_boot_cache_that_nobody_has_any_more_holds_up_nothing_when_other_images_are_here_too() {
+    let sample = Sample::new(16 << 20, 53);
+    let sibling = sample.sibling();
+    let origin = Node::origin(&sibling, None).await;
+    let again = Node::origin(&sibling.recorded_again(), None).await;
+    // So slow that the heads have not come when the origin is gone.
+    let link = SlowLink::new(origin.address, 24 << 10).await;
+    let node = Node::origin(&sample, None).await;
+    let store = node.store();
+    let engine = node.pull_as(&sibling.name, &[link.address], |options| options.similar = Some(store)).await;
+    link.kill();
+    engine.add_source(again.address);
+    let done = tokio::time::timeout(Duration::from_secs(60), engine.done()).await;
+    let progress = engine.progress();
+    engine.stop().await;
+    assert!(done.expect("the rest comes as blocks"));
+    assert_eq!(progress.frames_total, 0, "the heads came before the origin was gone");
+    assert!(node.read_file_of(&sibling.name) == sibling.disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_boot_frame_at_the_only_source_comes_as_blocks() {
+    let sample = Sample::new(16 << 20, 59);
+    let origin = Node::origin(&sample, None).await;
+    let entry = origin.store().resolve(&sample.name).unwrap();
+    let mut boot = std::fs::read(entry.boot_path()).unwrap();
+    let last = boot.len() - 1;
+    boot[last] ^= 1;
+    std::fs::write(entry.boot_path(), boot).unwrap();
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[origin.address], |_| ()).await;
+    let done = tokio::time::timeout(Duration::from_secs(60), engine.done()).await;
+    engine.stop().await;
+    assert!(done.expect("the image becomes complete"));
+    assert!(node.read_file() == sample.disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_prefetch_of_a_whole_disk_does_not_hold_up_a_guest() {
     let sample = Sample::new(64 << 20, 47);
     let origin = Node::origin(&sample, None).await;

@@ -162,8 +162,12 @@ impl KnownTree {
 pub struct Frames {
     boot: BootCache,
     here: Vec<AtomicBool>,
+    /// Frames that will not come: their blocks came another way.
+    skipped: Vec<AtomicBool>,
     /// All frames below this one are here.
     contiguous: AtomicU32,
+    /// All frames below this one are here or skipped.
+    passed: AtomicU32,
     arrived: Notify,
     /// Nothing more will come: who waits for a frame is told so.
     ended: AtomicBool,
@@ -188,8 +192,10 @@ impl Frames {
     fn new(boot: BootCache, here: Vec<bool>) -> Self {
         let frames = Self {
             boot,
+            skipped: here.iter().map(|_| AtomicBool::new(false)).collect(),
             here: here.into_iter().map(AtomicBool::new).collect(),
             contiguous: AtomicU32::new(0),
+            passed: AtomicU32::new(0),
             arrived: Notify::new(),
             ended: AtomicBool::new(false),
         };
@@ -198,10 +204,14 @@ impl Frames {
     }
 
     fn advance(&self) {
-        let from = self.contiguous.load(Ordering::Acquire) as usize;
-        let run = self.here[from..].iter().take_while(|here| here.load(Ordering::Acquire)).count();
-        let until = u32::try_from(from + run).expect("a boot cache has fewer than 2^32 frames");
-        self.contiguous.fetch_max(until, Ordering::AcqRel);
+        let step = |mark: &AtomicU32, is_done: &dyn Fn(usize) -> bool| {
+            let from = mark.load(Ordering::Acquire) as usize;
+            let run = (from..self.count()).take_while(|index| is_done(*index)).count();
+            let until = u32::try_from(from + run).expect("a boot cache has fewer than 2^32 frames");
+            mark.fetch_max(until, Ordering::AcqRel);
+        };
+        step(&self.contiguous, &|index| self.has(index));
+        step(&self.passed, &|index| self.has(index) || self.is_skipped(index));
     }
 
     /// The heads.
@@ -224,9 +234,25 @@ impl Frames {
         self.heads().frames().get(index).map_or(0, |frame| u64::from(frame.length))
     }
 
-    /// Frames without a gap from the first.
+    /// Frames without a gap from the first: what others can have from here.
     pub fn contiguous(&self) -> u32 {
         self.contiguous.load(Ordering::Acquire)
+    }
+
+    /// Frames without a gap from the first, those that were skipped among them: how far the stream is.
+    pub fn passed(&self) -> u32 {
+        self.passed.load(Ordering::Acquire)
+    }
+
+    /// Says that frame `index` will not come, because its blocks are here without it.
+    pub fn skip(&self, index: usize) {
+        self.skipped[index].store(true, Ordering::Release);
+        self.advance();
+        self.arrived.notify_waiters();
+    }
+
+    fn is_skipped(&self, index: usize) -> bool {
+        self.skipped.get(index).is_some_and(|skipped| skipped.load(Ordering::Acquire))
     }
 
     /// Whether frame `index` is here.
@@ -268,7 +294,7 @@ impl Frames {
             if self.has(index) {
                 return true;
             }
-            if index >= self.count() || self.ended.load(Ordering::Acquire) {
+            if index >= self.count() || self.is_skipped(index) || self.ended.load(Ordering::Acquire) {
                 return false;
             }
             arrived.await;
@@ -348,7 +374,8 @@ impl Holding {
         holding
     }
 
-    /// A complete image in the folder `dir` of a store, whose disk is `disk`. Reads the tree and the boot cache.
+    /// A complete image in the folder `dir` of a store, whose disk is `disk`. Reads the tree and the heads of the boot
+    /// cache.
     ///
     /// # Errors
     /// When the tree cannot be used. Without a sound boot cache, the rest is served.
@@ -362,7 +389,8 @@ impl Holding {
             if boot.heads_digest() != digest {
                 return Err(BootCacheError::Damaged("its heads are not those of the manifest"));
             }
-            Frames::check(boot)
+            // Each frame is checked when it is read: to read them all now would keep the first who asks waiting.
+            Ok(Frames::unchecked(boot, true))
         };
         let frames = manifest.boot.as_ref().and_then(|boot| match open(boot.heads_digest) {
             Ok(frames) => {
@@ -421,6 +449,15 @@ impl Holding {
         let _ = self.frames.set(frames);
         self.frames_set.notify_waiters();
         self.changed();
+    }
+
+    /// Ends when the heads of the boot cache are known, but not when they never will be.
+    pub async fn frames_known(&self) {
+        let mut set = std::pin::pin!(self.frames_set.notified());
+        set.as_mut().enable();
+        if self.frames().is_none() {
+            set.await;
+        }
     }
 
     /// Waits until frame `index` of the boot cache is here; false when it will not come.

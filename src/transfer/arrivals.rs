@@ -107,7 +107,7 @@ impl Arrivals {
             if plan.fill {
                 engine.fill();
             }
-            self.remember(root, plan).map_err(io_error)?;
+            self.remember(root, plan).await.map_err(io_error)?;
             return Ok(root);
         }
         let similar = Some(self.store.clone());
@@ -116,7 +116,7 @@ impl Arrivals {
             Pulled::Complete(entry) => Ok(entry.root),
             Pulled::Coming(engine) => {
                 let root = engine.holding().root();
-                self.remember(root, plan).map_err(io_error)?;
+                self.remember(root, plan).await.map_err(io_error)?;
                 self.keep(engine)?;
                 Ok(root)
             }
@@ -124,18 +124,21 @@ impl Arrivals {
     }
 
     /// Writes down how image `root` is fetched, for the daemon that goes on with it: what was written before, and `plan`.
-    fn remember(&self, root: Digest, plan: &Plan) -> io::Result<()> {
-        let mut plan = plan.clone();
-        if let Some(before) = self.plan_of(root) {
-            let known: Vec<SocketAddr> =
-                before.sources.into_iter().filter(|source| !plan.sources.contains(source)).collect();
-            plan.sources.extend(known);
-            plan.sources.truncate(SOURCES_MAX);
-            plan.fill |= before.fill;
-        } else if self.store.image(root).is_ok_and(|entry| entry.is_complete()) {
-            return Ok(());
-        }
-        write_atomic(&self.store.image_dir(root).join(SOURCES), &serde_json::to_vec(&plan)?)
+    async fn remember(&self, root: Digest, plan: &Plan) -> io::Result<()> {
+        let (store, mut plan) = (self.store.clone(), plan.clone());
+        let work = move || {
+            if let Some(before) = plan_of(&store, root) {
+                let known: Vec<SocketAddr> =
+                    before.sources.into_iter().filter(|source| !plan.sources.contains(source)).collect();
+                plan.sources.extend(known);
+                plan.sources.truncate(SOURCES_MAX);
+                plan.fill |= before.fill;
+            } else if store.image(root).is_ok_and(|entry| entry.is_complete()) {
+                return Ok(());
+            }
+            write_atomic(&store.image_dir(root).join(SOURCES), &serde_json::to_vec(&plan)?)
+        };
+        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
     }
 
     fn keep(&self, engine: Engine) -> Result<(), PullError> {
@@ -164,21 +167,12 @@ impl Arrivals {
     pub async fn resume(&self) {
         let names: Vec<(ImageName, Digest)> = self.store.names().unwrap_or_default();
         for (name, root) in names {
-            let Some(plan) = self.plan_of(root) else { continue };
+            let Some(plan) = plan_of(&self.store, root) else { continue };
             let target = Target { name: name.clone(), root: Some(root), verify: false };
             if let Err(error) = self.pull(&target, &plan).await {
                 tracing::error!(image = %name, %error, "cannot go on with an image that was on its way");
             }
         }
-    }
-
-    /// How an incomplete image was fetched before.
-    fn plan_of(&self, root: Digest) -> Option<Plan> {
-        let entry = self.store.image(root).ok().filter(|entry| !entry.is_complete())?;
-        let path = entry.dir.join(SOURCES);
-        let length = std::fs::metadata(&path).ok()?.len();
-        let bytes = (length <= SOURCES_BYTES_MAX).then(|| std::fs::read(&path).ok()).flatten()?;
-        serde_json::from_slice(&bytes).ok()
     }
 
     /// Ends every transfer, and makes durable what has come.
@@ -188,6 +182,15 @@ impl Arrivals {
             arrival.engine.stop().await;
         }
     }
+}
+
+/// How an incomplete image was fetched before.
+fn plan_of(store: &Store, root: Digest) -> Option<Plan> {
+    let entry = store.image(root).ok().filter(|entry| !entry.is_complete())?;
+    let path = entry.dir.join(SOURCES);
+    let length = std::fs::metadata(&path).ok()?.len();
+    let bytes = (length <= SOURCES_BYTES_MAX).then(|| std::fs::read(&path).ok()).flatten()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// Once all of the image is here, lets it be removed, and when it was, forgets it: the space is free when nobody has its

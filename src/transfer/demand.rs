@@ -31,10 +31,11 @@ const DEMAND_BLOCKS_MAX: usize = 64;
 
 impl Fetch for Shared {
     fn want(&self, absent: &[Extent]) -> Coming {
+        // Also for what the stream is to bring: whether it still comes is looked at while somebody waits.
+        self.demand_wake.notify_one();
         if absent.iter().flat_map(|extent| extent.blocks()).all(|block| self.is_on_its_way(block)) {
             return Coming::Stream;
         }
-        self.demand_wake.notify_one();
         let foreseen =
             |block| self.holding.frames().is_some_and(|frames| frames.heads().position(block).is_some());
         if absent.iter().flat_map(|extent| extent.blocks()).all(foreseen) {
@@ -61,12 +62,8 @@ impl Fetch for Shared {
 /// Fetches what is waited for until the engine stops.
 pub(super) async fn run(shared: &Arc<Shared>, tasks: &TaskTracker) {
     loop {
-        if shared.cache.counters().waiting() > 0 {
-            let _ = tokio::time::timeout(LOOK_AGAIN, shared.demand_wake.notified()).await;
-        } else {
-            // A reader that waits for the stream wakes nobody: look now and then whether it still comes.
-            let _ = tokio::time::timeout(10 * LOOK_AGAIN, shared.demand_wake.notified()).await;
-        }
+        let again = if shared.cache.counters().waiting() > 0 { LOOK_AGAIN } else { 10 * LOOK_AGAIN };
+        let _ = tokio::time::timeout(again, shared.demand_wake.notified()).await;
         let hints: Vec<Extent> =
             shared.hints.lock().unwrap_or_else(std::sync::PoisonError::into_inner).drain(..).collect();
         let wanted = shared.cache.wanted();

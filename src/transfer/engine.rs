@@ -274,7 +274,7 @@ impl Engine {
             present: (shared.cache.blocks_present() * crate::block::BLOCK_SIZE)
                 .min(shared.holding.manifest.size),
             size: shared.holding.manifest.size,
-            frames: frames.map_or(0, Frames::contiguous),
+            frames: frames.map_or(0, Frames::passed),
             frames_total: frames.map_or(0, |frames| u32::try_from(frames.count()).unwrap_or(u32::MAX)),
             boot_complete: shared.stream.is_over(),
             complete: *self.done.borrow(),

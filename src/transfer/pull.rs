@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
 use crate::boot_cache::BootCache;
@@ -31,6 +32,8 @@ use super::sources::SourceError;
 /// How long the first description of an image may take, over all sources.
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much later than the one before it a source is asked to describe the image.
+const NEXT_SOURCE: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_millis(100);
 
 /// Which image to fetch.
@@ -176,12 +179,25 @@ async fn begin(
     sources: &[SocketAddr],
     options: &Options,
 ) -> Result<ImageEntry, PullError> {
+    let io_error = |source| PullError::Io { name: target.name.clone(), source };
     let until = Instant::now() + DESCRIBE_TIMEOUT;
     loop {
+        // All but at once: one that is dead or slow keeps nobody waiting, and in the rule the first answers.
+        let mut asking: FuturesUnordered<_> = (0..)
+            .zip(sources)
+            .map(|(place, source)| async move {
+                tokio::time::sleep(NEXT_SOURCE * place).await;
+                (source, describe(*source, target, options).await)
+            })
+            .collect();
         let mut reasons = Vec::new();
-        for source in sources {
-            match describe(*source, target, options).await {
-                Ok((manifest, top)) => return make(store, target, &manifest, &top),
+        while let Some((source, described)) = asking.next().await {
+            match described {
+                Ok((manifest, top)) => {
+                    let (store, target) = (store.clone(), target.clone());
+                    let made = tokio::task::spawn_blocking(move || make(&store, &target, &manifest, &top));
+                    return made.await.map_err(io::Error::other).map_err(io_error)?;
+                }
                 Err(error) => reasons.push(format!("{source}: {error}")),
             }
         }
@@ -220,6 +236,7 @@ async fn describe(
     Ok((manifest, top.bulk().to_vec()))
 }
 
+/// Makes the image's folder. Blocks.
 fn make(store: &Store, target: &Target, manifest: &Manifest, top: &[u8]) -> Result<ImageEntry, PullError> {
     let io_error = |source| PullError::Io { name: target.name.clone(), source };
     let scratch = store.scratch("pull")?;

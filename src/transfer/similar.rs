@@ -149,10 +149,13 @@ async fn probe(shared: &Arc<Shared>) -> Vec<u64> {
     let similar = Arc::new(similar);
     shared.set_similar(Some(Arc::clone(&similar)));
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
-        if shared.stream.is_over() {
+        if shared.stream.has_given_up() {
             return Vec::new();
         }
-        shared.sources.changed().await;
+        tokio::select! {
+            () = shared.holding.frames_known() => {}
+            () = shared.sources.changed() => {}
+        }
     }
     let Some(frames) = shared.holding.frames() else { return Vec::new() };
     let lacking = frames.heads().extents().into_iter().flat_map(|extent| shared.cache.absent(extent));

@@ -52,6 +52,8 @@ pub(super) struct StreamState {
     /// When the first frames were asked for, and when the last came, in µs since `epoch`.
     asked_us: OnceLock<u64>,
     came_us: AtomicU64,
+    /// No source gives the boot cache: the stream goes on without it.
+    given_up: AtomicBool,
     over: AtomicBool,
     ended: Notify,
 }
@@ -65,6 +67,7 @@ impl StreamState {
             bytes: AtomicU64::new(0),
             asked_us: OnceLock::new(),
             came_us: AtomicU64::new(0),
+            given_up: AtomicBool::new(false),
             over: AtomicBool::new(false),
             ended: Notify::new(),
         }
@@ -107,6 +110,11 @@ impl StreamState {
         self.over.load(Ordering::Acquire)
     }
 
+    /// Whether the boot cache will not come.
+    pub(super) fn has_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Acquire)
+    }
+
     pub(super) fn end(&self) {
         self.over.store(true, Ordering::Release);
         self.ended.notify_waiters();
@@ -131,7 +139,7 @@ pub(super) async fn prepare(shared: &Arc<Shared>) {
     let mut others = Patience::new(OTHER_BOOT_PATIENCE);
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
         if others.is_over(shared.sources.only_other_boots()) {
-            return told_of_other_boots(shared);
+            return give_up(shared);
         }
         fetch_heads(shared).await;
     }
@@ -160,7 +168,8 @@ impl Patience {
     }
 }
 
-fn told_of_other_boots(shared: &Shared) {
+fn give_up(shared: &Shared) {
+    shared.stream.given_up.store(true, Ordering::Release);
     tracing::warn!(
         image = %shared.holding.root().short(),
         "the sources have another boot cache of this image: going on without it; remove and pull the image to have theirs"
@@ -255,20 +264,29 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
     let runs = frames.heads().frame_runs(index).iter().filter(|run| !run.zero);
     let lacking: Vec<Extent> = runs.flat_map(|run| shared.cache.absent(run.extent)).collect();
     let blocks: u64 = lacking.iter().map(|extent| extent.count).sum();
-    // A frame that is here for the most part costs less without it. Others cannot have it from this node then.
+    // A frame that is here for the most part costs less without it. Others cannot have it from this node then, and are
+    // told so at once.
     if blocks > 0 && blocks * 4 < frames.heads().frame_data_blocks(index) * 3 {
+        frames.skip(index);
         return fetch(shared, &lacking, Kind::Stream).await;
     }
     let here = |extent: Extent| shared.cache.has(extent);
     if bytes == 0 || frames.heads().frame_runs(index).iter().all(|run| here(run.extent)) {
         // Nothing in it that is not known: an empty frame, or blocks that came another way.
         let keep = || receive::frame(&shared.holding, &shared.cache, index, &[]);
-        if bytes > 0 || keep().is_ok() {
+        if bytes > 0 {
+            return frames.skip(index);
+        }
+        if keep().is_ok() {
             return;
         }
     }
     let mut tried: Vec<PeerKey> = Vec::new();
     let mut pointed_to = None;
+    // Who points to another node may have to send the frame after all.
+    let mut pointed_by = None;
+    // A source that has everything has not this frame: its boot cache is damaged.
+    let mut damaged = false;
     let mut others = Patience::new(OTHER_BOOT_PATIENCE);
     loop {
         if others.is_over(shared.sources.only_other_boots()) {
@@ -277,34 +295,45 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
         let wait = tried.is_empty() || pointed_to.is_some();
         let pick = |tried: &[PeerKey], why| {
             // What comes later in the stream has time, and its hedge would only add to what the first one waits for.
-            if why == Why::Late && frames.contiguous() < number {
+            if why == Why::Late && frames.passed() < number {
                 return None;
             }
             let pointed = pointed_to.filter(|key| !tried.contains(&PeerKey(*key)));
-            let pointed = pointed.and_then(|key| shared.sources.by_key(key));
-            pointed.or_else(|| shared.sources.for_frame(number, frames.contiguous(), tried, why))
+            if let Some(source) = pointed.and_then(|key| shared.sources.by_key(key)) {
+                return Some(source);
+            }
+            let tried: Vec<PeerKey> = tried.iter().copied().filter(|key| Some(key.0) != pointed_by).collect();
+            shared.sources.for_frame(number, frames.passed(), &tried, why)
         };
         let patience = if wait { relay_patience(shared.stream.goodput()) } else { Duration::ZERO };
         let ask = Ask::Frame { root: shared.holding.root(), index: number, wait };
         let terms = Terms { kind: Kind::Stream, bytes, patience };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
+            if damaged {
+                frames.skip(index);
+                return fetch(shared, &lacking, Kind::Stream).await;
+            }
             tried.clear();
-            pointed_to = None;
+            (pointed_to, pointed_by) = (None, None);
             shared.sources.changed().await;
             continue;
         };
         match &reply.answered.answer {
             Answer::Data => {}
             Answer::Elsewhere(peer) => {
+                pointed_by = reply.source.state().key;
                 pointed_to = Some(peer.key);
                 if !shared.sources.reach(*peer, REACH_PATIENCE).await {
-                    pointed_to = None;
                     // Not known here, or not reachable: ask again, and it is sent.
-                    tried.retain(|tried| Some(tried.0) != reply.source.state().key);
+                    tried.retain(|tried| Some(tried.0) != pointed_by);
+                    (pointed_to, pointed_by) = (None, None);
                 }
                 continue;
             }
-            _ => continue,
+            _ => {
+                damaged |= reply.source.state().have.complete;
+                continue;
+            }
         }
         let work = {
             let shared = Arc::clone(shared);

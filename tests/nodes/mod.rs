@@ -363,7 +363,12 @@ impl Node {
 
     /// The disk's file, whole.
     pub(crate) fn read_file(&self) -> Vec<u8> {
-        let entry = self.store().resolve(&image_name()).unwrap();
+        self.read_file_of(&image_name())
+    }
+
+    /// The file of the image `name`, which is complete.
+    pub(crate) fn read_file_of(&self, name: &ImageName) -> Vec<u8> {
+        let entry = self.store().resolve(name).unwrap();
         assert!(entry.is_complete(), "a presence bitmap is still there");
         bootcache::image::tree::Tree::open(&entry.tree_path(), Some(entry.root)).unwrap();
         std::fs::read(entry.disk_path()).unwrap()
