@@ -308,6 +308,36 @@ async fn a_boot_cache_that_nobody_has_any_more_holds_up_nothing_when_other_image
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_recorded_while_it_is_served_boots_faster_from_then_on_and_a_removed_one_is_let_go()
+{
+    let sample = Sample::new(8 << 20, 61);
+    let origin = Node::origin_without_boot(&sample, None).await;
+    let first = Node::empty(None).await;
+    let engine = first.pull(&[origin.address], |_| ()).await;
+    assert!(engine.done().await);
+    assert_eq!(engine.progress().frames_total, 0);
+    engine.stop().await;
+
+    let other = Node::origin(&sample, None).await;
+    let recorded = other.store().resolve(&sample.name).unwrap();
+    let store = origin.store();
+    let file = store.tmp().join("boot");
+    std::fs::copy(recorded.boot_path(), &file).unwrap();
+    store.set_boot(recorded.root, &file, recorded.manifest.boot.clone().unwrap()).unwrap();
+    let second = Node::empty(None).await;
+    let engine = second.pull(&[origin.address], |_| ()).await;
+    assert!(engine.done().await);
+    assert!(engine.progress().frames_total > 0, "the origin still describes what it had first");
+    engine.stop().await;
+
+    store.remove(&sample.name).unwrap();
+    origin.catalogue.tidy();
+    let third = Node::empty(None).await;
+    let error = third.try_pull(&[origin.address]).await.unwrap_err();
+    assert!(error.to_string().contains("does not have the image"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_boot_frame_at_the_only_source_comes_as_blocks() {
     let sample = Sample::new(16 << 20, 59);
     let origin = Node::origin(&sample, None).await;

@@ -66,7 +66,7 @@ async fn every_lie_about_bytes_that_a_guest_reads_is_found_out() {
         let sample = Sample::new(8 << 20, 11);
         // Every other answer is a lie, and there is nobody else to ask: the liar itself has to be asked again.
         let faults = Arc::new(Faults::new(&[kind], 2, of_each_kind()));
-        let liar = Node::origin_without_boot(&sample, Arc::clone(&faults)).await;
+        let liar = Node::origin_without_boot(&sample, Some(Arc::clone(&faults))).await;
         let node = Node::empty(None).await;
         let engine = node.pull(&[liar.address], forgiving).await;
         read_until(&engine, &sample, &mut seed, || faults.done() == of_each_kind()).await;
@@ -111,8 +111,8 @@ async fn every_answer_that_does_not_come_is_got_elsewhere() {
     let most = of_each_kind() * kinds.len() as u64;
     // Both sources have the faults between them: each fault of one finds the other well.
     let faults = Arc::new(Faults::new(&kinds, 23, most));
-    let one = Node::origin_without_boot(&sample, Arc::clone(&faults)).await;
-    let other = Node::origin_without_boot(&sample, Arc::clone(&faults)).await;
+    let one = Node::origin_without_boot(&sample, Some(Arc::clone(&faults))).await;
+    let other = Node::origin_without_boot(&sample, Some(Arc::clone(&faults))).await;
     let node = Node::empty(None).await;
     let engine = node.pull(&[one.address, other.address], forgiving).await;
     let began = Instant::now();

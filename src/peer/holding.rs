@@ -3,7 +3,6 @@
 //! The transfer engine adds to it what it has verified, the peer server gives it to others from the first frame on.
 //! Both see one thing, so that what is served is what was verified.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -374,12 +373,17 @@ impl Holding {
         holding
     }
 
-    /// A complete image in the folder `dir` of a store, whose disk is `disk`. Reads the tree and the heads of the boot
-    /// cache.
+    /// A complete image in the folder `dir` of a store, whose disk is `disk`; whether it was `published` on this node, and
+    /// not fetched from a peer. Reads the tree, and the boot cache as far as that has to be.
     ///
     /// # Errors
     /// When the tree cannot be used. Without a sound boot cache, the rest is served.
-    pub fn open_complete(dir: &Path, manifest: Manifest, disk: SharedDisk) -> Result<Self, TreeError> {
+    pub fn open_complete(
+        dir: &Path,
+        manifest: Manifest,
+        disk: SharedDisk,
+        published: bool,
+    ) -> Result<Self, TreeError> {
         let tree = Tree::open(&dir.join("tree"), Some(manifest.root))?;
         let open = |digest| {
             let boot = BootCache::open(&dir.join("boot"), manifest.root)?;
@@ -389,8 +393,12 @@ impl Holding {
             if boot.heads_digest() != digest {
                 return Err(BootCacheError::Damaged("its heads are not those of the manifest"));
             }
-            // Each frame is checked when it is read: to read them all now would keep the first who asks waiting.
-            Ok(Frames::unchecked(boot, true))
+            match published {
+                // Each frame is checked when it is read: to read them all now would keep the first who asks waiting.
+                true => Ok(Frames::unchecked(boot, true)),
+                // Some may never have come.
+                false => Frames::check(boot),
+            }
         };
         let frames = manifest.boot.as_ref().and_then(|boot| match open(boot.heads_digest) {
             Ok(frames) => {
@@ -402,7 +410,8 @@ impl Holding {
                 None
             }
         });
-        Ok(Self::new(manifest, Blocks::Disk(disk), KnownTree::Whole(tree), frames))
+        let holding = Self::new(manifest, Blocks::Disk(disk), KnownTree::Whole(tree), frames);
+        Ok(Self { origin: published, ..holding })
     }
 
     /// The image's identity.
@@ -413,13 +422,6 @@ impl Holding {
     /// Number of blocks.
     pub fn block_count(&self) -> u64 {
         crate::block::blocks_for(self.manifest.size)
-    }
-
-    /// Says that the image was published on this node, not fetched from a peer.
-    #[must_use]
-    pub const fn published(mut self, origin: bool) -> Self {
-        self.origin = origin;
-        self
     }
 
     /// Whether the image was published on this node.
@@ -555,26 +557,5 @@ impl Holding {
             },
         }
         Ok(bytes)
-    }
-}
-
-/// The images that this node holds and offers. Shared by the server and whoever opens images.
-#[derive(Debug, Default)]
-pub struct Holdings(Mutex<BTreeMap<Digest, Arc<Holding>>>);
-
-impl Holdings {
-    /// Offers `holding` from now on, in place of another of the same image.
-    pub fn insert(&self, holding: Arc<Holding>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(holding.root(), holding);
-    }
-
-    /// Offers the image no longer.
-    pub fn remove(&self, root: Digest) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&root);
-    }
-
-    /// The holding of image `root`.
-    pub fn get(&self, root: Digest) -> Option<Arc<Holding>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&root).cloned()
     }
 }

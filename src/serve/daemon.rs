@@ -101,6 +101,14 @@ pub async fn run(
         places.push(format!("peers={address}"));
         served = Some(Arc::clone(server.counters()));
         tasks.spawn(server.run(listener, cancel.clone()));
+        let tidied = Arc::clone(node.catalogue()).keep_tidy();
+        let cancel = cancel.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = tidied => {}
+                () = cancel.cancelled() => {}
+            }
+        });
     }
     if let Some(address) = options.metrics {
         let bind = |source| ServeError::Bind { address: address.to_string(), source };

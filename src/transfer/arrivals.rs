@@ -200,6 +200,8 @@ async fn let_go(engine: Arc<Engine>, arrivals: Arc<Mutex<ByRoot>>, catalogue: Ar
         return;
     }
     let root = engine.holding().root();
+    // It is served from the store from now on.
+    catalogue.withdraw(root);
     let is_still = |arrival: &Arrival| Arc::ptr_eq(&arrival.engine, &engine);
     if let Some(arrival) = lock(&arrivals).get_mut(&root).filter(|arrival| is_still(arrival)) {
         arrival.hold = None;
@@ -207,7 +209,6 @@ async fn let_go(engine: Arc<Engine>, arrivals: Arc<Mutex<ByRoot>>, catalogue: Ar
     while lock(&arrivals).get(&root).is_some_and(is_still) {
         if matches!(store.image(root), Err(StoreError::NoSuchRoot(_))) {
             lock(&arrivals).remove(&root);
-            catalogue.withdraw(root);
             return;
         }
         tokio::time::sleep(REMOVED_INTERVAL).await;

@@ -274,14 +274,14 @@ impl Node {
     }
 
     /// A node that has published `sample`, and has no boot cache of it.
-    pub(crate) async fn origin_without_boot(sample: &Sample, faults: Arc<Faults>) -> Self {
+    pub(crate) async fn origin_without_boot(sample: &Sample, faults: Option<Arc<Faults>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy(&sample.dir.path().join("store"), &dir.path().join("store"));
         let store = Store::open(&dir.path().join("store")).unwrap();
         let entry = store.resolve(&sample.name).unwrap();
         let manifest = Manifest { boot: None, ..entry.manifest.clone() };
         std::fs::write(entry.dir.join("manifest"), manifest.to_bytes()).unwrap();
-        Self::start(dir, Some(faults)).await
+        Self::start(dir, faults).await
     }
 
     /// A node that has nothing.
