@@ -28,6 +28,7 @@ use crate::peer::transport::{PlainRefused, Security};
 
 mod data_plane;
 mod facts;
+mod health;
 mod host;
 mod instance;
 mod journal;
@@ -81,7 +82,7 @@ impl Options {
 pub struct Services {
     /// The node's images and disks.
     pub data_plane: Arc<dyn DataPlane>,
-    /// What runs instances, one for each type at most.
+    /// What runs instances, one for each type at most; one that is away now belongs here too.
     pub hypervisors: Vec<Arc<dyn Hypervisor>>,
     /// The node's bridges; without, plans with networks are refused.
     pub networks: Option<Arc<dyn Networks>>,
@@ -142,6 +143,7 @@ struct Shared {
     options: Options,
     services: Services,
     parts: parts::Parts,
+    health: health::Health,
     sampler: Sampler,
     /// Says that instances have changed.
     changes: tokio::sync::mpsc::UnboundedSender<HostName>,
@@ -174,6 +176,7 @@ impl Agent {
             options,
             services,
             parts: parts::Parts::new(journal)?,
+            health: health::Health::default(),
             sampler: Sampler::default(),
             changes,
             cancel: CancellationToken::new(),
@@ -182,6 +185,9 @@ impl Agent {
         });
         let tasks = &shared.tasks;
         parts::resume(&shared).await?;
+        for hypervisor in &shared.services.hypervisors {
+            tasks.spawn(health::watch(Arc::clone(&shared), Arc::clone(hypervisor)));
+        }
         tasks.spawn(server::serve(Arc::clone(&shared), listener));
         tasks.spawn(registrar::run(Arc::clone(&shared), address.port(), changed));
         tasks.close();

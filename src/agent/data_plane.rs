@@ -6,10 +6,13 @@ use std::sync::Arc;
 
 use bootcache_nbd::BoxFuture;
 use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
+use tokio::sync::OnceCell;
 
 use super::services::{Bytes, DataPlane, OpenDisk};
 use crate::control::{Client, ControlError, ImageStatus, Owner, Reply, Request};
+use crate::hypervisor::LibvirtError;
 use crate::hypervisor::domain::DomainDisk;
+use crate::hypervisor::libvirt::Libvirt;
 use crate::name::{HostName, ImageName};
 use crate::serve::{CONTROL_SOCKET, NBD_SOCKET};
 use crate::store::Store;
@@ -26,14 +29,26 @@ pub struct Serve {
     store: Store,
     /// Where its peers are served.
     peer: Option<SocketAddr>,
-    /// Who QEMU runs as, when that is somebody else.
-    owner: Option<Owner>,
+    /// Who starts QEMU, and knows as whom.
+    libvirt: Option<Libvirt>,
+    /// Who QEMU runs as, when that is somebody else; asked when it is needed first.
+    owner: Arc<OnceCell<Option<Owner>>>,
 }
 
 impl Serve {
-    /// The daemon that runs on `store` and serves peers on `peer`; VMs' sockets are for `owner`.
-    pub const fn new(store: Store, peer: Option<SocketAddr>, owner: Option<Owner>) -> Self {
-        Self { store, peer, owner }
+    /// The daemon that runs on `store` and serves peers on `peer`; VMs' sockets are for the user as whom `libvirt` runs
+    /// QEMU.
+    pub fn new(store: Store, peer: Option<SocketAddr>, libvirt: Option<Libvirt>) -> Self {
+        Self { store, peer, libvirt, owner: Arc::default() }
+    }
+
+    /// Who QEMU runs as, when that is somebody else.
+    async fn owner(&self) -> Result<Option<Owner>, String> {
+        let Some(libvirt) = &self.libvirt else { return Ok(None) };
+        let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let ask = async { Ok(libvirt.qemu_owner().await?.filter(|user| (user.uid, user.gid) != us)) };
+        let owner = self.owner.get_or_try_init(|| ask).await;
+        owner.copied().map_err(|error: LibvirtError| error.to_string())
     }
 
     async fn call(&self, request: &Request) -> Result<Reply, ControlError> {
@@ -42,26 +57,19 @@ impl Serve {
 
     async fn open(&self, image: &ImageName, vm: &HostName, size: Option<u64>) -> Result<OpenDisk, String> {
         let text = |error: ControlError| error.to_string();
+        let owner = self.owner().await?;
         // It is there already when a start was interrupted: the VM's disk stays what it was.
         if self.call(&Request::OverlayShow { name: vm.clone() }).await.is_err() {
             let request = Request::OverlayCreate { image: image.clone(), name: vm.clone(), size };
             self.call(&request).await.map_err(text)?;
         }
-        let open = Request::VmOpen { name: vm.clone(), owner: self.owner };
+        let open = Request::VmOpen { name: vm.clone(), owner };
         let Reply::Vm(info) = self.call(&open).await.map_err(text)? else {
             return Err(ControlError::Unexpected.to_string());
         };
         let serial = self.serial(vm);
-        self.make_serial(&serial).map_err(|error| format!("{}: {error}", serial.display()))?;
+        make_serial(&serial, owner).map_err(|error| format!("{}: {error}", serial.display()))?;
         Ok(OpenDisk { disk: DomainDisk::Nbd { socket: info.socket, export: info.export }, serial })
-    }
-
-    fn make_serial(&self, path: &std::path::Path) -> std::io::Result<()> {
-        let file = std::fs::File::options().create(true).append(true).open(path)?;
-        match self.owner {
-            Some(owner) => std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid)),
-            None => Ok(()),
-        }
     }
 
     async fn remove(&self, vm: &HostName) -> Result<(), String> {
@@ -81,6 +89,14 @@ impl Serve {
             Err(error) if self.store.overlay_dir(vm).exists() => Err(error.to_string()),
             _ => Ok(()),
         }
+    }
+}
+
+fn make_serial(path: &std::path::Path, owner: Option<Owner>) -> std::io::Result<()> {
+    let file = std::fs::File::options().create(true).append(true).open(path)?;
+    match owner {
+        Some(owner) => std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid)),
+        None => Ok(()),
     }
 }
 

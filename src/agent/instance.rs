@@ -46,7 +46,10 @@ pub(super) struct Job {
 pub(super) async fn run(job: Job, step: Step) {
     let ordered = Instant::now();
     let result = match step {
-        Step::Preparing => job.start().await,
+        Step::Preparing => {
+            parts::swept(&job.shared, job.order.kind).await;
+            job.start().await
+        }
         Step::Launched | Step::Up => Ok(()),
         Step::Stopped | Step::Failed(_) => return,
     };
@@ -89,8 +92,7 @@ impl Job {
     }
 
     fn hypervisor(&self) -> Result<&Arc<dyn Hypervisor>, String> {
-        parts::hypervisor(&self.shared, self.order.kind)
-            .ok_or_else(|| format!("this node runs no {}s", self.order.kind))
+        parts::hypervisor(&self.shared, self.order.kind).ok_or_else(|| parts::runs_none(self.order.kind))
     }
 
     /// Makes ready what the instance needs, and launches it.
@@ -219,7 +221,14 @@ impl Job {
 
     /// Returns when the instance has ended; notes what its hypervisor says of it until then.
     async fn ended(&self) {
-        let Ok(hypervisor) = self.hypervisor() else { return };
+        let hypervisor = match self.hypervisor() {
+            Ok(hypervisor) => hypervisor,
+            // The agent was started without it: what runs is neither ended nor known.
+            Err(reason) => {
+                self.shared.parts.set_live(self.task, &self.order.name, None, Some(reason));
+                return std::future::pending().await;
+            }
+        };
         loop {
             match hypervisor.info(&self.order.name).await {
                 Ok(Some(info)) if info.state != Running::Stopped => {

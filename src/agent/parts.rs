@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::journal::{Journal, JournalError, Record, Step};
 use super::{Shared, instance};
@@ -32,8 +32,8 @@ pub(super) struct Parts {
     journal: Arc<tokio::sync::Mutex<Journal>>,
     /// Parts that are being ended.
     ends: TaskTracker,
-    /// Cancelled once what belongs to no task has been ended: nothing is started before.
-    swept: CancellationToken,
+    /// The kinds of which what belongs to no task has been ended: none of a kind is started before.
+    swept: tokio::sync::watch::Sender<BTreeSet<InstanceType>>,
 }
 
 struct Inner {
@@ -67,7 +67,7 @@ impl Parts {
             inner: Mutex::new(Inner { cluster: journal.cluster()?, parts, ended }),
             journal: Arc::new(tokio::sync::Mutex::new(journal)),
             ends: TaskTracker::new(),
-            swept: CancellationToken::new(),
+            swept: tokio::sync::watch::Sender::default(),
         })
     }
 
@@ -211,6 +211,10 @@ pub(super) async fn accept(shared: &Arc<Shared>, task: i64, part: Part) -> Resul
         let message = format!("a part has at most {INSTANCES_MAX} instances");
         return Err(Fault::new(FaultCode::Invalid, message));
     }
+    let kinds = part.instances.iter().map(|instance| instance.kind);
+    if let Some(kind) = kinds.into_iter().find(|kind| hypervisor(shared, *kind).is_none()) {
+        return Err(Fault::new(FaultCode::Invalid, runs_none(kind)));
+    }
     if shared.parts.inner().ended.contains(&task) {
         return Err(Fault::new(FaultCode::Invalid, format!("task {task} has ended on this node")));
     }
@@ -240,34 +244,58 @@ pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
             begin_end(shared, &inner, task);
         }
     }
-    let owner = Arc::clone(shared);
-    shared.parts.ends.spawn(async move {
-        sweep(&owner).await;
-        owner.parts.swept.cancel();
-    });
+    drop(inner);
+    for hypervisor in &shared.services.hypervisors {
+        let (owner, hypervisor) = (Arc::clone(shared), Arc::clone(hypervisor));
+        shared.parts.ends.spawn(async move {
+            let sweep = async {
+                while !sweep(&owner, hypervisor.as_ref()).await {
+                    tokio::time::sleep(RETRY).await;
+                }
+            };
+            tokio::select! {
+                () = owner.cancel.cancelled() => {}
+                () = sweep => {}
+            }
+        });
+    }
     Ok(())
 }
 
-/// Ends instances that carry this node's mark and belong to no task: what was left when the journal was lost.
-async fn sweep(shared: &Shared) {
-    for hypervisor in &shared.services.hypervisors {
-        let names = match hypervisor.list().await {
-            Ok(names) => names,
-            Err(error) => {
-                warn!("what is left of earlier tasks cannot be found: {error}");
-                continue;
-            }
-        };
-        for name in names {
-            let known = shared.parts.inner().parts.values().any(|part| part.record.steps.contains_key(&name));
-            if !known {
-                warn!("{name} belongs to no task: it is ended");
-                if let Err(error) = remove(shared, &name, hypervisor.instance_type()).await {
-                    warn!("{error}");
-                }
+/// Returns when what belongs to no task has been ended among instances of `kind`, as far as that can be done.
+pub(super) async fn swept(shared: &Shared, kind: InstanceType) {
+    if hypervisor(shared, kind).is_some() {
+        // The sender is ours: it does not go away meanwhile.
+        let _ = shared.parts.swept.subscribe().wait_for(|swept| swept.contains(&kind)).await;
+    }
+}
+
+/// Ends instances that carry this node's mark and belong to no task: what was left when the journal was lost. False while
+/// some may be left.
+async fn sweep(shared: &Shared, hypervisor: &dyn Hypervisor) -> bool {
+    let kind = hypervisor.instance_type();
+    let names = match hypervisor.list().await {
+        Ok(names) => names,
+        Err(error) => {
+            debug!("what is left of earlier tasks cannot be found yet: {error}");
+            return false;
+        }
+    };
+    let mut clean = true;
+    for name in names {
+        let known = shared.parts.inner().parts.values().any(|part| part.record.steps.contains_key(&name));
+        if !known {
+            warn!("{name} belongs to no task: it is ended");
+            if let Err(error) = remove(shared, &name, kind).await {
+                warn!("{error}");
+                clean = false;
             }
         }
     }
+    shared.parts.swept.send_modify(|swept| {
+        swept.insert(kind);
+    });
+    clean
 }
 
 fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
@@ -289,13 +317,9 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
             };
             let cancel = cancel.clone();
             tasks.spawn(async move {
-                let run = async {
-                    job.shared.parts.swept.cancelled().await;
-                    instance::run(job, step).await;
-                };
                 tokio::select! {
                     () = cancel.cancelled() => {}
-                    () = run => {}
+                    () = instance::run(job, step) => {}
                 }
             });
         }
@@ -369,15 +393,19 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
     Ok(())
 }
 
-/// Removes an instance and its disk.
+/// Removes an instance, and then its disk: never that of one that may still run.
 pub(super) async fn remove(shared: &Shared, name: &HostName, kind: InstanceType) -> Result<(), String> {
-    if let Some(hypervisor) = hypervisor(shared, kind) {
-        hypervisor.delete(name).await.map_err(|error| format!("{name}: {error}"))?;
-    }
+    let hypervisor = hypervisor(shared, kind).ok_or_else(|| format!("{name}: {}", runs_none(kind)))?;
+    hypervisor.delete(name).await.map_err(|error| format!("{name}: {error}"))?;
     if kind == InstanceType::Vm {
         shared.services.data_plane.remove_disk(name).await.map_err(|error| format!("{name}: {error}"))?;
     }
     Ok(())
+}
+
+/// What is said of instances of a kind that this agent was told not to run.
+pub(super) fn runs_none(kind: InstanceType) -> String {
+    format!("this node's agent runs no {kind}s: start it without --no-{kind}s")
 }
 
 /// What runs instances of `kind`.

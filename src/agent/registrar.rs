@@ -27,6 +27,10 @@ const CHANGES_MAX: usize = 256;
 pub(super) async fn run(shared: Arc<Shared>, port: u16, mut changed: UnboundedReceiver<HostName>) {
     let mut pause = PAUSES[0];
     let mut told = String::new();
+    tokio::select! {
+        () = shared.cancel.cancelled() => return,
+        () = shared.health.known(shared.services.hypervisors.len()) => {}
+    }
     loop {
         let session = async {
             match session(&shared, port, &mut changed, &mut pause).await {
@@ -60,7 +64,8 @@ async fn session(
     let Some(target) = &shared.options.controller else { return std::future::pending().await };
     let mut client = Client::connect(target, &shared.options.security).await?;
     loop {
-        let registered = client.call(&compute(shared, port)).await?;
+        let compute = compute(shared, port);
+        let registered = client.call(&compute).await?;
         if let Err(fault) = parts::join_cluster(shared, &registered.cluster).await {
             warn!("{fault}");
         }
@@ -76,6 +81,7 @@ async fn session(
         loop {
             let first = tokio::select! {
                 () = tokio::time::sleep_until(again) => break,
+                () = shared.health.changed(&compute.kinds) => break,
                 name = changed.recv() => match name {
                     Some(name) => name,
                     None => return Ok(()),
@@ -97,7 +103,7 @@ fn compute(shared: &Shared, port: u16) -> RegisterCompute {
         node: shared.options.name.clone(),
         ip: shared.options.advertise,
         port,
-        kinds: shared.services.hypervisors.iter().map(|hypervisor| hypervisor.instance_type()).collect(),
+        kinds: shared.health.kinds(),
         cpus: facts::cpus(),
         memory_bytes: facts::memory().0,
         addresses: facts::addresses(),

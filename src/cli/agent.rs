@@ -5,7 +5,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bootcache::agent::{Agent, DockerImages, HostNetworks, Options, Serve, Services};
@@ -20,9 +19,6 @@ use bootcache::network::Networks;
 use bootcache::store::Store;
 
 use super::remote::{SecurityArgs, default_dir, target};
-
-/// How long a hypervisor may take to say that it is there.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -88,36 +84,17 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         super::daemon::daemon_with(&dir, &more).await?;
         let store = Store::open(&dir)?;
 
+        // One that is away now is not left out: its instances may run, and it may come back.
         let mut hypervisors: Vec<Arc<dyn Hypervisor>> = Vec::new();
-        let mut owner = None;
-        if !args.no_vms {
-            let libvirt = Libvirt::new(&args.connect);
-            match libvirt.qemu_owner().await {
-                Ok(user) => {
-                    let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-                    owner = user.filter(|user| (user.uid, user.gid) != us);
-                    hypervisors.push(Arc::new(Domains::new(libvirt, &name, store.dir())));
-                }
-                Err(error) => eprintln!("no VMs: {error} (--no-vms says so on purpose)"),
-            }
-        }
-        let mut docker = None;
-        if !args.no_containers {
-            let engine = Arc::new(Docker::new(args.docker.to_string_lossy(), name.clone()));
-            match tokio::time::timeout(CHECK_TIMEOUT, engine.check()).await {
-                Ok(Ok(())) => {
-                    hypervisors.push(Arc::clone(&engine) as _);
-                    docker = Some(engine);
-                }
-                Ok(Err(error)) => eprintln!("no containers: {error} (--no-containers says so on purpose)"),
-                Err(_) => {
-                    eprintln!("no containers: Docker does not answer (--no-containers says so on purpose)")
-                }
-            }
-        }
+        let libvirt = (!args.no_vms).then(|| Libvirt::new(&args.connect));
+        hypervisors
+            .extend(libvirt.clone().map(|libvirt| Arc::new(Domains::new(libvirt, &name, store.dir())) as _));
+        let docker =
+            (!args.no_containers).then(|| Arc::new(Docker::new(args.docker.to_string_lossy(), name.clone())));
+        hypervisors.extend(docker.clone().map(|docker| docker as _));
         let networks = HostNetworks::new(Networks::new(name.clone()), docker.clone());
         let services = Services {
-            data_plane: Arc::new(Serve::new(store, args.peer_listen, owner)),
+            data_plane: Arc::new(Serve::new(store, args.peer_listen, libvirt)),
             hypervisors,
             networks: Some(Arc::new(networks)),
             container_images: docker.map(|docker| Arc::new(DockerImages::new(docker)) as _),

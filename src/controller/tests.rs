@@ -237,6 +237,44 @@ async fn an_agent_that_comes_back_adopts_what_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_starts_while_its_hypervisor_is_away_keeps_instances_and_disks() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    let task = controller.deploy("r1", plan(2, "started")).await.unwrap();
+    let booting = controller.deploy("r2", plan(1, "serial:never")).await.unwrap();
+    let both = async || {
+        (count(&controller, InstanceStatus::Running).await, count(&controller, InstanceStatus::Booting).await)
+    };
+    eventually("two run, one boots", async || both().await == (2, 1)).await;
+    members[0].stop_agent().await;
+    members[0].hypervisor.set_away(true);
+    members[0].start_agent(controller.addresses()[0]).await;
+    eventually("the node says so", async || {
+        let node = nodes(&controller).await.remove(0);
+        node.online && node.kinds.is_empty() && node.troubles.iter().any(|line| line.starts_with("no vms: "))
+    })
+    .await;
+    eventually("the instances are said to be unknown", async || {
+        instances(&controller).await.iter().all(|instance| instance.reason.is_some())
+    })
+    .await;
+    assert_eq!(both().await, (2, 1), "they run without their hypervisor");
+    let refused = controller.deploy("r3", plan(1, "started")).await.unwrap_err().to_string();
+    assert!(refused.contains("runs no vms"), "{refused}");
+    for task in [task, booting] {
+        controller.end(task).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(members[0].data_plane.disks().len(), 3, "a disk was removed from under a guest");
+    assert_eq!(tasks(&controller).await.len(), 2);
+    members[0].hypervisor.set_away(false);
+    eventually("the tasks have gone", async || tasks(&controller).await.is_empty()).await;
+    assert_eq!((members[0].instances().await.len(), members[0].data_plane.disks().len()), (0, 0));
+    eventually("it runs VMs again", async || !nodes(&controller).await[0].kinds.is_empty()).await;
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_ended_while_its_node_was_away_is_ended_when_it_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
