@@ -70,9 +70,10 @@ async fn session(
             warn!("{fault}");
         }
         let state = server::state(shared).await;
-        let images =
-            RegisterImage { node: shared.options.name.clone(), peer: state.peer, images: state.images };
-        client.call(&images).await?;
+        if let Some(images) = state.images {
+            let node = shared.options.name.clone();
+            client.call(&RegisterImage { node, peer: state.peer, images }).await?;
+        }
         if *pause != PAUSES[0] {
             info!("registered as host {} at {target}", registered.host_id);
         }

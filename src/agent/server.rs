@@ -111,10 +111,10 @@ pub(super) async fn state(shared: &Shared) -> NodeState {
     let images = tokio::time::timeout(DATA_PLANE_TIMEOUT, shared.services.data_plane.images()).await;
     let images = images.unwrap_or_else(|_| Err("the data plane does not answer".to_owned()));
     let (images, peer) = match images {
-        Ok(images) => (images, shared.services.data_plane.peer()),
+        Ok(images) => (Some(images), shared.services.data_plane.peer()),
         Err(trouble) => {
             troubles.push(trouble);
-            (Vec::new(), None)
+            (None, None)
         }
     };
     let mut instances = shared.parts.states(None);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use bootcache_nbd::BoxFuture;
@@ -79,6 +80,7 @@ pub trait ContainerImages: Send + Sync + 'static {
 pub struct MemoryDataPlane {
     images: Mutex<BTreeMap<ImageName, ImageHere>>,
     disks: Mutex<BTreeMap<HostName, ImageName>>,
+    away: AtomicBool,
 }
 
 impl MemoryDataPlane {
@@ -97,7 +99,12 @@ impl MemoryDataPlane {
             boot_complete: true,
             received: 0,
         };
-        Self { images: Mutex::new(BTreeMap::from([(name, image)])), disks: Mutex::default() }
+        Self { images: Mutex::new(BTreeMap::from([(name, image)])), ..Self::default() }
+    }
+
+    /// Makes it unreachable, or reachable again: it does not say which images it has, as one that restarts.
+    pub fn set_away(&self, away: bool) {
+        self.away.store(away, Ordering::Relaxed);
     }
 
     /// The disks that are open.
@@ -109,7 +116,10 @@ impl MemoryDataPlane {
 impl DataPlane for MemoryDataPlane {
     fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, String>> {
         let images = self.images.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        Box::pin(async { Ok(images) })
+        let away = self.away.load(Ordering::Relaxed);
+        Box::pin(
+            async move { if away { Err("the data plane in memory is away".to_owned()) } else { Ok(images) } },
+        )
     }
 
     fn peer(&self) -> Option<SocketAddr> {

@@ -20,13 +20,14 @@ pub(super) use hosts::{
     Host, all as all_hosts, id_of as host_id, loads, register as register_host, rows as node_rows, set_peer,
 };
 pub(super) use images::{
-    Holder, find as find_image, holders, register as register_images, rows as image_rows, without_boot_cache,
+    Holder, find as find_image, holders, nowhere, register as register_images, rows as image_rows,
+    without_boot_cache,
 };
 pub(super) use instances::{reported, rows as instance_rows, update as update_instances};
 pub(super) use round::{Heard, write as write_round};
 pub(super) use tasks::{
     NewTask, Order, OrderKind, accepted, create as create_task, end as end_task, gone,
-    of_request as task_of_request, orders, refused, rows as task_rows,
+    of_request as task_of_request, orders, refused, rows as task_rows, waits,
 };
 
 /// A transaction, to those who only pass it on.

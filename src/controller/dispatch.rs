@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::database::{self, Host, Order, OrderKind};
 use super::{DatabaseError, Shared, now_ms, sources};
 use crate::name::ImageName;
-use crate::wire::cluster::{EndPart, Fetch, RunPart};
+use crate::wire::cluster::{EndPart, Fault, FaultCode, Fetch, RunPart};
 use crate::wire::link::CallError;
 
 /// How long a node may take to accept an order; it carries it out afterwards.
@@ -86,7 +86,17 @@ async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), Dat
     match order.kind {
         OrderKind::Run(mut part) => {
             for image in &mut part.images {
-                image.sources = sources::of(shared, &image.name, host_id).await?;
+                match sources::of(shared, &image.name, host_id).await? {
+                    Ok(sources) => image.sources = sources,
+                    // The node would fail for good; the next round sees whether somebody has it.
+                    Err(reason) => {
+                        debug!("node '{}' waits with its part of task {task}: {reason}", host.name);
+                        return shared
+                            .database
+                            .run(move |tx| database::waits(tx, task, host_id, &reason))
+                            .await;
+                    }
+                }
             }
             let order = RunPart { cluster, task, part: *part };
             match shared.nodes.call(host.address, &order, ORDER_TIMEOUT).await {
@@ -142,12 +152,10 @@ pub(super) async fn fetch(
     image: &ImageName,
     boot_only: bool,
 ) -> Result<(), CallError> {
-    let failed = |error: DatabaseError| {
-        let fault =
-            crate::wire::cluster::Fault::new(crate::wire::cluster::FaultCode::Failed, error.to_string());
-        CallError::Refused(fault)
-    };
-    let Some(image) = sources::needed(shared, image, host.id).await.map_err(failed)? else { return Ok(()) };
+    let failed = |error: String| CallError::Refused(Fault::new(FaultCode::Failed, error));
+    let needed = sources::needed(shared, image, host.id).await.map_err(|error| failed(error.to_string()))?;
+    let Some(image) = needed else { return Ok(()) };
+    let image = image.map_err(failed)?;
     let order = Fetch { cluster: shared.cluster.clone(), image, boot_only };
     shared.nodes.call(host.address, &order, ORDER_TIMEOUT).await.map(drop)
 }

@@ -13,16 +13,20 @@ use crate::wire::cluster::Needed;
 /// Most sources that a node is told. It learns of more from those.
 const SOURCES_MAX: usize = 8;
 
-/// The sources of `image` for the node `host_id`.
+/// The sources of `image` for the node `host_id`: none if it needs none. Or, for people, why it lacks the image and
+/// nobody gives it.
 pub(super) async fn of(
     shared: &Shared,
     image: &ImageName,
     host_id: i64,
-) -> Result<Vec<SocketAddr>, DatabaseError> {
+) -> Result<Result<Vec<SocketAddr>, String>, DatabaseError> {
     let name = image.clone();
-    let (holders, loads) = shared
+    let (holders, loads, nowhere) = shared
         .database
-        .run::<_, DatabaseError, _>(move |tx| Ok((database::holders(tx, &name)?, database::loads(tx)?)))
+        .run::<_, DatabaseError, _>(move |tx| {
+            let found = (database::holders(tx, &name)?, database::loads(tx)?);
+            Ok((found.0, found.1, database::nowhere(tx, &name, host_id)?))
+        })
         .await?;
     let candidates: Vec<_> = holders
         .iter()
@@ -32,20 +36,25 @@ pub(super) async fn of(
             candidate(holder, Load::new(items.into_iter().map(|(item, value)| (Item(item), value))))
         })
         .collect();
-    Ok(shared.draw(|draw| ranked(&candidates, shared.options.chooser.as_ref(), draw)))
+    let sources = shared.draw(|draw| ranked(&candidates, shared.options.chooser.as_ref(), draw));
+    Ok(match nowhere {
+        Some(reason) if sources.is_empty() => Err(reason),
+        _ => Ok(sources),
+    })
 }
 
-/// `image` with its sources for the node `host_id`; none if there is no such image.
+/// `image` with its sources for the node `host_id`; none if there is no such image. Or why nobody gives it, as [`of`].
 pub(super) async fn needed(
     shared: &Shared,
     image: &ImageName,
     host_id: i64,
-) -> Result<Option<Needed>, DatabaseError> {
+) -> Result<Option<Result<Needed, String>>, DatabaseError> {
     let name = image.clone();
     let Some((root, _, size)) = shared.database.run(move |tx| database::find_image(tx, &name)).await? else {
         return Ok(None);
     };
-    Ok(Some(Needed { name: image.clone(), root, size, sources: of(shared, image, host_id).await? }))
+    let sources = of(shared, image, host_id).await?;
+    Ok(Some(sources.map(|sources| Needed { name: image.clone(), root, size, sources })))
 }
 
 /// A source, and where it is.

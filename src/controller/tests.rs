@@ -275,6 +275,50 @@ async fn an_agent_that_starts_while_its_hypervisor_is_away_keeps_instances_and_d
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_data_plane_that_does_not_answer_for_a_while_takes_no_image_from_the_cluster() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, members) = cluster(dir.path(), &["n1"]).await;
+    members[0].data_plane.set_away(true);
+    eventually("the node says so", async || !nodes(&controller).await[0].troubles.is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(nodes(&controller).await[0].images.len(), 1);
+    controller.deploy("r1", plan(1, "started")).await.unwrap();
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    members[0].data_plane.set_away(false);
+    eventually("all is well", async || nodes(&controller).await[0].troubles.is_empty()).await;
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_part_whose_image_nobody_gives_waits_and_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1", "n2"]).await;
+    let with_image = std::mem::replace(&mut members[1].data_plane, Arc::default());
+    members[1].stop_agent().await;
+    members[1].start_agent(controller.addresses()[0]).await;
+    eventually("it has no image", async || nodes(&controller).await[1].images.is_empty()).await;
+    let mut plan = plan(1, "started");
+    plan.nodes = vec!["n2".parse().unwrap()];
+    controller.deploy("r1", plan).await.unwrap();
+    let why = "node 'n1' has image 'debian' and gives it to no other: start its agent with --peer-listen";
+    eventually("it says why it waits", async || {
+        instances(&controller).await[0].reason.as_ref().is_some_and(|reason| reason.starts_with(why))
+    })
+    .await;
+    assert_eq!(count(&controller, InstanceStatus::Preparing).await, 1);
+    let prefetch = Prefetch::Image { image: "debian".parse().unwrap(), nodes: Vec::new(), boot_only: true };
+    let refused = controller.prefetch(prefetch).await.unwrap_err().to_string();
+    assert!(refused.contains("--peer-listen"), "{refused}");
+    // It has the image after all.
+    members[1].stop_agent().await;
+    members[1].data_plane = with_image;
+    members[1].start_agent(controller.addresses()[0]).await;
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    assert_eq!(instances(&controller).await[0].reason, None);
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_ended_while_its_node_was_away_is_ended_when_it_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, mut members) = cluster(dir.path(), &["n1"]).await;

@@ -242,10 +242,11 @@ pub struct NodeState {
     pub memory_free: u64,
     /// Load items (0 processor, 1 memory, 2 disk, 3 network; more may follow), each from 0 to 1.
     pub load: BTreeMap<u16, f32>,
-    /// Where its data plane serves peers, if it runs; see [`RegisterImage::peer`].
+    /// Where its data plane serves peers, if it does; see [`RegisterImage::peer`].
     pub peer: Option<SocketAddr>,
-    /// Its images.
-    pub images: Vec<ImageHere>,
+    /// Its images; left out while its data plane does not answer, which says nothing of them, nor of `peer`.
+    #[serde(default)]
+    pub images: Option<Vec<ImageHere>>,
     /// The tasks of which it has a part.
     pub tasks: Vec<i64>,
     /// Its instances.

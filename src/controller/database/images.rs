@@ -151,6 +151,28 @@ pub(crate) fn holders(tx: &Transaction<'_>, name: &ImageName) -> Result<Vec<Hold
     Ok(holders)
 }
 
+/// Why a node that has not all of an image gets it from nobody; nothing if it has.
+pub(crate) fn nowhere(tx: &Transaction<'_>, name: &ImageName, host_id: i64) -> Result<Option<String>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT host_id, name, status = 'online' FROM host_img JOIN image USING (img_id) JOIN host USING (host_id)
+         WHERE img_name = ?1 AND complete ORDER BY name",
+    )?;
+    let rows = statement
+        .query_map([name.as_str()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+        .collect::<rusqlite::Result<Vec<(i64, String, bool)>>>()?;
+    if rows.iter().any(|(id, ..)| *id == host_id) {
+        return Ok(None);
+    }
+    let silent = rows.iter().find(|(_, _, online)| *online);
+    Ok(Some(match (silent, rows.first()) {
+        (Some((_, node, _)), _) => format!(
+            "node '{node}' has image '{name}' and gives it to no other: start its agent with --peer-listen ADDR:PORT"
+        ),
+        (None, Some((_, node, _))) => format!("image '{name}' is on node '{node}', which is offline"),
+        (None, None) => format!("no node has all of image '{name}'"),
+    }))
+}
+
 /// All images, as users see them.
 pub(crate) fn rows(tx: &Transaction<'_>) -> Result<Vec<ImageRow>> {
     let mut statement = tx.prepare_cached(

@@ -2,7 +2,7 @@
 
 use rusqlite::{Transaction, params};
 
-use super::{Result, images, instances, number};
+use super::{Result, hosts, images, instances, number};
 use crate::name::{HostName, ImageName};
 use crate::wire::cluster::{NodeState, shortened};
 
@@ -61,13 +61,12 @@ fn present(
         outcome.back.push(state.node.clone());
     }
     tx.prepare_cached(
-        "UPDATE host SET status = 'online', last_seen = ?2, memory_free = ?3, peer = ?4, troubles = ?5 WHERE host_id = ?1",
+        "UPDATE host SET status = 'online', last_seen = ?2, memory_free = ?3, troubles = ?4 WHERE host_id = ?1",
     )?
     .execute(params![
         host_id,
         number(now),
         number(state.memory_free),
-        node.peer.map(|peer| peer.to_string()),
         shortened(state.troubles.join("\n")),
     ])?;
     for (item, value) in &state.load {
@@ -78,8 +77,11 @@ fn present(
         )?
         .execute(params![host_id, item, value])?;
     }
-    let strangers = images::register(tx, host_id, &state.images)?;
-    outcome.strangers.extend(strangers.into_iter().map(|image| (state.node.clone(), image)));
+    if let Some(images) = &state.images {
+        hosts::set_peer(tx, host_id, node.peer)?;
+        let strangers = images::register(tx, host_id, images)?;
+        outcome.strangers.extend(strangers.into_iter().map(|image| (state.node.clone(), image)));
+    }
     instances::update(tx, host_id, &state.instances, now)?;
     parts(tx, host_id, &state.tasks, outcome)
 }

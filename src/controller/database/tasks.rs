@@ -144,6 +144,15 @@ pub(crate) fn refused(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &st
     refresh(tx, task, now)
 }
 
+/// A node has not been given its part yet: why, for people.
+pub(crate) fn waits(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &str) -> Result<()> {
+    tx.execute(
+        "UPDATE instance SET reason = ?3 WHERE task_id = ?1 AND host_id = ?2 AND inst_status = 'preparing'",
+        params![task, host_id, reason],
+    )?;
+    Ok(())
+}
+
 /// Nothing is left of a part; with the last one, the task goes.
 pub(crate) fn gone(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> {
     let ending = "task_id = ?1 AND host_id = ?2 AND EXISTS
