@@ -102,7 +102,7 @@ async fn rounds() -> bool {
     let lines = BufReader::new(agents.0.stdout.take().unwrap());
     assert_eq!(lines.lines().next().unwrap().unwrap(), "ready");
     loop {
-        let Found::Nodes(nodes) = controller.query(Query::Nodes).await.unwrap() else { unreachable!() };
+        let Found::Nodes(nodes) = controller.query(Query::nodes()).await.unwrap() else { unreachable!() };
         if nodes.len() == NODES {
             break;
         }

@@ -34,19 +34,18 @@ async fn main() -> anyhow::Result<()> {
     let controller = Controller::start(options).await?;
     println!("ready on {}", controller.addresses()[0]);
     let has_image = |found| matches!(found, Found::Images(images) if !images.is_empty());
-    while !has_image(controller.query(Query::Images).await?) {
+    while !has_image(controller.query(Query::images()).await?) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let plan = bootcache::plan::read::parse(PLAN).map_err(|mistakes| anyhow::anyhow!("{mistakes:?}"))?;
     let task = controller.deploy("demo-1", plan).await?;
     let is_up = |found| matches!(found, Found::Tasks(rows) if rows[0].status == TaskStatus::Running);
-    while !is_up(controller.query(Query::Tasks { task: Some(task) }).await?) {
+    while !is_up(controller.query(Query::tasks(Some(task))).await?) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     println!("task {task} is up");
     controller.end(task).await?;
-    while !matches!(controller.query(Query::Tasks { task: None }).await?, Found::Tasks(rows) if rows.is_empty())
-    {
+    while !matches!(controller.query(Query::tasks(None)).await?, Found::Tasks(rows) if rows.is_empty()) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     println!("task {task} is gone");

@@ -43,8 +43,11 @@ class Controller:
 def main(target, command, *arguments):
     controller = Controller(target)
     if command == "nodes":
-        for node in controller.call(QUERY, "nodes")["nodes"]:
-            print(node["name"], "online" if node["online"] else "offline", node["address"])
+        after = None
+        while rows := controller.call(QUERY, {"nodes": {"after": after}})["nodes"]:
+            for node in rows:
+                print(node["name"], "online" if node["online"] else "offline", node["address"])
+            after = rows[-1]["name"]
     elif command == "deploy":
         with open(arguments[0]) as plan:
             task = controller.call(DEPLOY, {"request": str(uuid.uuid4()), "plan": json.load(plan)})["task"]

@@ -164,13 +164,14 @@ impl Shared {
 
 async fn list(State(shared): State<Arc<Shared>>, Path(what): Path<String>) -> Result<Response, Refusal> {
     let query = match what.as_str() {
-        "nodes" => Query::Nodes,
-        "images" => Query::Images,
-        "tasks" => Query::Tasks { task: None },
-        "instances" => Query::Instances { task: None },
+        "nodes" => Query::nodes(),
+        "images" => Query::images(),
+        "tasks" => Query::tasks(None),
+        "instances" => Query::instances(None),
         _ => return Err(Refusal(StatusCode::NOT_FOUND, format!("there is no list of {what}"))),
     };
-    Ok(match shared.call(&query).await? {
+    let mut client = Client::connect(&shared.target, &shared.security).await?;
+    Ok(match client.list(&query).await? {
         Found::Nodes(rows) => Json(rows).into_response(),
         Found::Images(rows) => Json(rows).into_response(),
         Found::Tasks(rows) => Json(rows).into_response(),

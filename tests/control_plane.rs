@@ -377,12 +377,14 @@ fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
         command: vec!["sh".to_owned()],
         privileged: false,
         template: None,
+        common: Some(0),
         up_when: say::UpWhen::Started,
         time_limit_s: 60,
     };
     let part = say::Part {
         networks: Vec::new(),
         images: vec![needed.clone()],
+        common: vec![say::Common { env: order.env.clone(), command: order.command.clone(), template: None }],
         instances: vec![order],
         report: Some(SocketAddr::from(([127, 0, 0, 1], 1))),
     };
@@ -397,7 +399,7 @@ fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
             ("InstancesChanged", encoded(changed)),
             ("Deploy", encoded(say::Deploy { request: "fuzz".to_owned(), plan })),
             ("End", encoded(say::End { task: 1000 })),
-            ("Query", encoded(say::Query::Instances { task: Some(1) })),
+            ("Query", encoded(say::Query::instances(Some(1)))),
             ("Prefetch", encoded(prefetch)),
         ],
         vec![

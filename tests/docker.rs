@@ -154,6 +154,7 @@ fn order(name: &str, script: &str, time_limit_s: u32) -> InstanceOrder {
         command: ["sh", "-c", script].map(str::to_owned).to_vec(),
         privileged: false,
         template: None,
+        common: None,
         up_when: UpWhen::Serial("service is [r]eady".to_owned()),
         time_limit_s,
     }
@@ -193,7 +194,8 @@ async fn a_container_is_up_when_its_log_says_so() {
         order("mute", "echo; echo no configuration >&2; sleep 1000", 2),
         order("dead", "echo no memory", 60),
     ];
-    let part = Part { networks: Vec::new(), images: vec![needed], instances, report: None };
+    let part =
+        Part { networks: Vec::new(), images: vec![needed], common: Vec::new(), instances, report: None };
     let run = RunPart { cluster: "lab".to_owned(), task: 1, part };
     link.call(&run, Duration::from_secs(10)).await.unwrap();
     let expected = [

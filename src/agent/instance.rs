@@ -16,7 +16,7 @@ use super::output::Output;
 use super::{Shared, facts, parts};
 use crate::hypervisor::{Hypervisor, HypervisorError, InstanceType, Launch, Root, Running};
 use crate::network::NetworkSpec;
-use crate::wire::cluster::{InstanceOrder, Needed, UpWhen};
+use crate::wire::cluster::{InstanceOrder, Needed, UpWhen, shortened};
 
 /// How often a hypervisor is asked how an instance is.
 const WATCH: Duration = Duration::from_secs(2);
@@ -82,6 +82,7 @@ impl Job {
     }
 
     async fn fail(&self, reason: String) {
+        let reason = shortened(reason);
         warn!("{}: {reason}", self.order.name);
         if let Err(error) = parts::remove(&self.shared, &self.order.name, self.order.kind).await {
             warn!("what is left of it stays until its task ends: {error}");

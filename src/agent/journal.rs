@@ -168,7 +168,13 @@ mod tests {
     use super::*;
 
     fn record(task: i64) -> Record {
-        let part = Part { networks: Vec::new(), images: Vec::new(), instances: Vec::new(), report: None };
+        let part = Part {
+            networks: Vec::new(),
+            images: Vec::new(),
+            common: Vec::new(),
+            instances: Vec::new(),
+            report: None,
+        };
         Record::new(task, part)
     }
 

@@ -215,6 +215,10 @@ pub(super) async fn accept(shared: &Arc<Shared>, task: i64, part: Part) -> Resul
     if let Some(kind) = kinds.into_iter().find(|kind| hypervisor(shared, *kind).is_none()) {
         return Err(Fault::new(FaultCode::Invalid, runs_none(kind)));
     }
+    if part.instances.iter().any(|order| part.whole(order).is_none()) {
+        let message = "an instance refers to something in common that the part does not have";
+        return Err(Fault::new(FaultCode::Invalid, message));
+    }
     if shared.parts.inner().ended.contains(&task) {
         return Err(Fault::new(FaultCode::Invalid, format!("task {task} has ended on this node")));
     }
@@ -303,13 +307,14 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
     let (cancel, tasks) = (shared.cancel.child_token(), TaskTracker::new());
     if !record.ending {
         let networks = instance::Once::default();
-        for order in &record.part.instances {
+        let orders = record.part.instances.iter().filter_map(|order| record.part.whole(order));
+        for order in orders {
             let step = record.steps.get(&order.name).cloned().unwrap_or_default();
             let job = instance::Job {
                 shared: Arc::clone(shared),
                 task,
-                order: order.clone(),
                 image: record.part.images.iter().find(|image| image.name == order.image).cloned(),
+                order,
                 networks: record.part.networks.clone(),
                 networks_ready: networks.clone(),
                 report: record.part.report,

@@ -13,6 +13,7 @@ use crate::peer::transport::Transport;
 use crate::tls::Role;
 use crate::wire::cluster::{
     Accepted, AskNode, Done, EndPart, Ended, Fault, FaultCode, Fetch, INSTANCES_MAX, NodeState, RunPart,
+    shortened_to,
 };
 use crate::wire::frame::FrameType;
 use crate::wire::io::WireError;
@@ -23,6 +24,8 @@ use crate::wire::warnings::Warnings;
 const CONNECTIONS_MAX: usize = 16;
 /// How long a data plane may take to say what it has.
 const DATA_PLANE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Most bytes of instances' reasons in one state, so that it fits a frame however many have failed.
+const REASONS_BYTES_MAX: usize = 256 << 10;
 
 /// Serves the controller until the agent ends.
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
@@ -119,6 +122,10 @@ pub(super) async fn state(shared: &Shared) -> NodeState {
     };
     let mut instances = shared.parts.states(None);
     instances.truncate(INSTANCES_MAX);
+    let each = REASONS_BYTES_MAX / instances.len().max(1);
+    for instance in &mut instances {
+        instance.reason = instance.reason.take().map(|reason| shortened_to(reason, each));
+    }
     NodeState {
         node: shared.options.name.clone(),
         cluster: shared.parts.cluster(),

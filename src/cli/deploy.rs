@@ -89,17 +89,16 @@ struct DoneTask {
 
 async fn wait(client: &mut Client, task: i64, view: &mut View) -> anyhow::Result<DoneTask> {
     loop {
-        let Found::Tasks(tasks) = client.call(&Query::Tasks { task: Some(task) }).await? else {
+        let Found::Tasks(tasks) = client.list(&Query::tasks(Some(task))).await? else {
             bail!("the controller answered out of turn");
         };
         let Some(row) = tasks.into_iter().next() else { bail!("task {task} was ended meanwhile") };
-        let Found::Nodes(nodes) = client.call(&Query::Nodes).await? else {
+        let Found::Nodes(nodes) = client.list(&Query::nodes()).await? else {
             bail!("the controller answered out of turn");
         };
         view.show(&row, &nodes);
         if row.status != TaskStatus::Starting {
-            let Found::Instances(instances) = client.call(&Query::Instances { task: Some(task) }).await?
-            else {
+            let Found::Instances(instances) = client.list(&Query::instances(Some(task))).await? else {
                 bail!("the controller answered out of turn");
             };
             return Ok(DoneTask { task: row, instances });
@@ -207,7 +206,7 @@ pub(crate) fn end(globals: &super::Globals, args: &EndArgs) -> anyhow::Result<Ex
                 return Ok(false);
             }
             loop {
-                let Found::Tasks(tasks) = client.call(&Query::Tasks { task: Some(task) }).await? else {
+                let Found::Tasks(tasks) = client.list(&Query::tasks(Some(task))).await? else {
                     bail!("the controller answered out of turn");
                 };
                 if tasks.is_empty() {

@@ -26,36 +26,37 @@ pub(crate) struct OfTask {
 }
 
 pub(crate) fn nodes(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitCode> {
-    list(globals, &args.controller, Query::Nodes)
+    list(globals, &args.controller, Query::nodes())
 }
 
 pub(crate) fn images(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitCode> {
-    list(globals, &args.controller, Query::Images)
+    list(globals, &args.controller, Query::images())
 }
 
 pub(crate) fn tasks(globals: &super::Globals, args: &OfTask) -> anyhow::Result<ExitCode> {
-    list(globals, &args.controller, Query::Tasks { task: args.task })
+    list(globals, &args.controller, Query::tasks(args.task))
 }
 
 pub(crate) fn instances(globals: &super::Globals, args: &OfTask) -> anyhow::Result<ExitCode> {
-    list(globals, &args.controller, Query::Instances { task: args.task })
+    list(globals, &args.controller, Query::instances(args.task))
 }
 
 fn list(globals: &super::Globals, controller: &ControllerArgs, query: Query) -> anyhow::Result<ExitCode> {
     super::block_on(async {
-        let found = controller.connect(globals).await?.call(&query).await?;
-        // A task has an instance at least.
-        let (Query::Tasks { task } | Query::Instances { task }) = query else { return show(globals, &found) };
-        let none = match &found {
-            Found::Tasks(rows) => rows.is_empty(),
-            Found::Instances(rows) => rows.is_empty(),
-            Found::Nodes(_) | Found::Images(_) => false,
-        };
-        if let (Some(task), true) = (task, none) {
-            bail!("there is no task {task}: it may have ended");
+        let found = controller.connect(globals).await?.list(&query).await?;
+        match (&query, &found) {
+            // A task has an instance at least.
+            (Query::Tasks { task: Some(task), .. }, Found::Tasks(rows)) if rows.is_empty() => no_task(*task),
+            (Query::Instances { task: Some(task), .. }, Found::Instances(rows)) if rows.is_empty() => {
+                no_task(*task)
+            }
+            _ => show(globals, &found),
         }
-        show(globals, &found)
     })
+}
+
+fn no_task(task: i64) -> anyhow::Result<ExitCode> {
+    bail!("there is no task {task}: it may have ended")
 }
 
 /// Prints what was found.

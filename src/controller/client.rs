@@ -8,7 +8,7 @@ use tokio::net::UnixStream;
 
 use crate::peer::transport::{Security, Transport};
 use crate::tls::Role;
-use crate::wire::cluster::Body;
+use crate::wire::cluster::{Body, Found, Query};
 use crate::wire::link::{CallError, Link};
 
 /// How long a controller may take to answer.
@@ -79,6 +79,23 @@ impl Client {
     /// [`ClientError::Call`]. After any but a refusal the client must not be used again.
     pub async fn call<B: Body>(&mut self, body: &B) -> Result<B::Answer, ClientError> {
         Ok(self.link.call(body, TIMEOUT).await?)
+    }
+
+    /// Asks for a whole list, however many answers that takes.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub async fn list(&mut self, query: &Query) -> Result<Found, ClientError> {
+        let mut found = self.call(query).await?;
+        let mut next = query.behind(&found);
+        while let Some(query) = next {
+            let more = self.call(&query).await?;
+            next = query.behind(&more);
+            if !found.extend(more) {
+                return Err(CallError::OutOfTurn.into());
+            }
+        }
+        Ok(found)
     }
 }
 

@@ -187,6 +187,37 @@ pub(super) fn integrity(tx: &Transaction<'_>) -> Result<()> {
     }
 }
 
+/// How much of a list is given at once.
+#[derive(Debug)]
+pub(super) struct Page {
+    /// Bytes that further rows may have; `None`: any number.
+    left: Option<usize>,
+    is_empty: bool,
+}
+
+impl Page {
+    /// All of it.
+    pub(super) const fn whole() -> Self {
+        Self { left: None, is_empty: true }
+    }
+
+    /// As many rows as fit into `bytes`, and one at least.
+    pub(super) const fn of(bytes: usize) -> Self {
+        Self { left: Some(bytes), is_empty: true }
+    }
+
+    /// Whether `row` belongs to it; those behind one that does not are of the next.
+    fn takes(&mut self, row: &impl serde::Serialize) -> Result<bool> {
+        let Some(left) = self.left else { return Ok(true) };
+        let bytes =
+            rmp_serde::to_vec_named(row).map_err(|error| DatabaseError::Content(error.to_string()))?;
+        let takes = self.is_empty || bytes.len() <= left;
+        self.is_empty = false;
+        self.left = Some(left.saturating_sub(bytes.len()));
+        Ok(takes)
+    }
+}
+
 /// A number as SQLite keeps it; what does not fit becomes the largest that does.
 fn number(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use super::database::{self, NewTask};
+use super::database::{self, NewTask, Page};
 use super::{DatabaseError, Shared, dispatch, now_ms};
 use crate::hypervisor::InstanceType;
 use crate::image::manifest::ImageKind;
@@ -12,13 +12,18 @@ use crate::plan::Plan;
 use crate::plan::check::{Mistake, Step, check};
 use crate::plan::expand::{Context, expand};
 use crate::plan::place::{NodeFacts, place};
-use crate::wire::cluster::{Found, Needed, NodeRow, Part, Prefetch, Query};
+use crate::wire::cluster::{Found, INSTANCES_MAX, Needed, NodeRow, Part, Prefetch, Query, RunPart};
+use crate::wire::frame::CONTROL_PAYLOAD_MAX;
 use crate::wire::link::CallError;
 
 /// Longest name that a user's program gives a request.
 const REQUEST_BYTES_MAX: usize = 64;
 /// Mistakes that are told at once.
 const MISTAKES_SHOWN: usize = 8;
+/// Bytes of rows in one answer: half a frame, since the first row may be long.
+const LIST_BYTES_MAX: usize = CONTROL_PAYLOAD_MAX / 2;
+/// What is left free in the frame of an order for what is added when it is given: where each image comes from.
+const ORDER_BYTES_FREE: usize = 128 << 10;
 
 /// Why something that a user asked for was not done.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +89,7 @@ pub(super) async fn deploy(shared: &Arc<Shared>, request: &str, plan: Plan) -> R
             if let Some(task) = database::task_of_request(tx, &request)? {
                 return Ok(task);
             }
-            let nodes = database::node_rows(tx, now_ms())?;
+            let nodes = database::node_rows(tx, now_ms(), None, Page::whole())?;
             let images = images(tx, &plan)?;
             let new = NewTask { request: &request, plan: &plan, now: now_ms() };
             database::create_task(tx, &new, |task| parts(&owner, &plan, &nodes, &images, task))
@@ -159,7 +164,35 @@ fn parts(
     let names: Vec<_> = nodes.iter().map(|node| node.name.clone()).collect();
     let context = Context { cluster: &shared.cluster, task, report: shared.report };
     let parts = expand(plan, &placed, &names, images, context).map_err(DeployError::Plan)?;
-    Ok(parts.into_iter().map(|(index, part)| (nodes[index].host_id, part)).collect())
+    let parts = parts.into_iter().map(|(index, part)| {
+        let part = orderable(shared, &nodes[index], part, task)?;
+        Ok((nodes[index].host_id, part))
+    });
+    parts.collect()
+}
+
+/// The part, which a node can be ordered to run in one frame, and can tell of in one.
+fn orderable(shared: &Shared, node: &NodeRow, part: Part, task: i64) -> Result<Part, DeployError> {
+    let wrong = |message: String| {
+        Err(DeployError::Plan(vec![Mistake { path: vec![Step::Key("groups".into())], message }]))
+    };
+    let count = part.instances.len();
+    if node.instances + count as u64 > INSTANCES_MAX as u64 {
+        return wrong(format!(
+            "node '{}' would get {count} instances beside {}: a node has {INSTANCES_MAX} at most, take more nodes",
+            node.name, node.instances
+        ));
+    }
+    let order = RunPart { cluster: shared.cluster.clone(), task, part };
+    let bytes = rmp_serde::to_vec_named(&order).map_or(usize::MAX, |bytes| bytes.len());
+    if bytes > CONTROL_PAYLOAD_MAX - ORDER_BYTES_FREE {
+        return wrong(format!(
+            "the order of the {count} instances on node '{}' has {bytes} bytes, more than can be sent: take more nodes, \
+             or shorter templates and environments",
+            node.name
+        ));
+    }
+    Ok(order.part)
 }
 
 /// Ends a deployment.
@@ -174,11 +207,16 @@ pub(super) async fn query(shared: &Shared, query: Query) -> Result<Found, Databa
     let found = shared
         .database
         .run::<_, DatabaseError, _>(move |tx| {
+            let page = Page::of(LIST_BYTES_MAX);
             Ok(match query {
-                Query::Nodes => Found::Nodes(database::node_rows(tx, now_ms())?),
-                Query::Images => Found::Images(database::image_rows(tx)?),
-                Query::Tasks { task } => Found::Tasks(database::task_rows(tx, task)?),
-                Query::Instances { task } => Found::Instances(database::instance_rows(tx, task)?),
+                Query::Nodes { after } => {
+                    Found::Nodes(database::node_rows(tx, now_ms(), after.as_ref(), page)?)
+                }
+                Query::Images { after } => Found::Images(database::image_rows(tx, after.as_ref(), page)?),
+                Query::Tasks { task, after } => Found::Tasks(database::task_rows(tx, task, after, page)?),
+                Query::Instances { task, after } => {
+                    Found::Instances(database::instance_rows(tx, task, after, page)?)
+                }
             })
         })
         .await?;

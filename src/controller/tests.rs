@@ -82,19 +82,17 @@ async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
 }
 
 async fn nodes(controller: &Controller) -> Vec<NodeRow> {
-    let Found::Nodes(nodes) = controller.query(Query::Nodes).await.unwrap() else { panic!() };
+    let Found::Nodes(nodes) = controller.query(Query::nodes()).await.unwrap() else { panic!() };
     nodes
 }
 
 async fn tasks(controller: &Controller) -> Vec<TaskRow> {
-    let Found::Tasks(tasks) = controller.query(Query::Tasks { task: None }).await.unwrap() else { panic!() };
+    let Found::Tasks(tasks) = controller.query(Query::tasks(None)).await.unwrap() else { panic!() };
     tasks
 }
 
 async fn instances(controller: &Controller) -> Vec<InstanceRow> {
-    let Found::Instances(rows) = controller.query(Query::Instances { task: None }).await.unwrap() else {
-        panic!()
-    };
+    let Found::Instances(rows) = controller.query(Query::instances(None)).await.unwrap() else { panic!() };
     rows
 }
 
@@ -112,7 +110,11 @@ fn plan(count: u32, until: &str) -> Plan {
 
 /// A controller with nodes that are online and have registered their images.
 async fn cluster(dir: &Path, names: &[&str]) -> (Controller, Vec<TestNode>) {
-    let controller = Controller::start(options(dir)).await.unwrap();
+    cluster_of(options(dir), names).await
+}
+
+async fn cluster_of(options: Options, names: &[&str]) -> (Controller, Vec<TestNode>) {
+    let controller = Controller::start(options).await.unwrap();
     let mut members = Vec::new();
     for name in names {
         members.push(TestNode::start(name, controller.addresses()[0]).await);
@@ -319,6 +321,74 @@ async fn a_part_whose_image_nobody_gives_waits_and_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_template_is_sent_once_for_all_instances_of_a_node() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { allow_privileged: true, ..options(dir.path()) };
+    let (controller, members) = cluster_of(options, &["n1"]).await;
+    let mut plan = plan(120, "started");
+    plan.groups[0].memory.0 = 4;
+    let template = template(10 << 10);
+    plan.groups[0].template = Some(template.clone());
+    controller.deploy("r1", plan.clone()).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 120).await;
+    let launched = members[0].hypervisor.launched(&"lab-1-g-120".parse().unwrap()).unwrap();
+    assert_eq!(launched.template, Some(template));
+    // Groups that have nothing in common are too long for one order in the end.
+    plan.groups = (0..8)
+        .map(|index| {
+            let mut group = plan.groups[0].clone();
+            group.name = format!("g{index}").parse().unwrap();
+            group.count = Some(1);
+            group.template = Some(self::template((200 << 10) + index));
+            group
+        })
+        .collect();
+    let refused = controller.deploy("r2", plan).await.unwrap_err().to_string();
+    assert!(refused.contains("more than can be sent"), "{refused}");
+    assert_eq!(tasks(&controller).await.len(), 1, "what was refused has left a task");
+    controller.stop().await;
+}
+
+/// A template of so many bytes.
+fn template(bytes: usize) -> String {
+    let text = "<domain><name>@NAME@</name><uuid>@UUID@</uuid><devices>@DISK@@NICS@</devices></domain>";
+    format!("{text}{}", " ".repeat(bytes - text.len()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_longer_than_a_frame_are_told_whole_and_a_node_has_so_many_instances_at_most() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(1, "started")).await.unwrap();
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    let more = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)
+        INSERT INTO instance (inst_type, inst_status, host_id, task_id, name, image, addresses, reason)
+        SELECT inst_type, 'failed', host_id, task_id, 'x-' || i, image, addresses, hex(zeroblob(500))
+        FROM instance, n";
+    let fill = move |tx: &database::Tx<'_>| Ok(tx.execute(more, []).map(drop)?);
+    controller.shared.database.run::<_, DatabaseError, _>(fill).await.unwrap();
+    let target = Target::Socket(dir.path().join(SOCKET));
+    let mut client = Client::connect(&target, &Security::default()).await.unwrap();
+    for query in [Query::instances(None), Query::instances(Some(1))] {
+        let Found::Instances(rows) = client.list(&query).await.unwrap() else { panic!() };
+        let names: std::collections::BTreeSet<_> = rows.iter().map(|row| row.name.clone()).collect();
+        assert_eq!((rows.len(), names.len()), (3001, 3001));
+    }
+    for query in [Query::nodes(), Query::images(), Query::tasks(None), Query::tasks(Some(1))] {
+        let count = match client.list(&query).await.unwrap() {
+            Found::Nodes(rows) => rows.len(),
+            Found::Images(rows) => rows.len(),
+            Found::Tasks(rows) => rows.len(),
+            Found::Instances(_) => panic!(),
+        };
+        assert_eq!(count, 1, "{query:?}");
+    }
+    let refused = controller.deploy("r2", plan(1, "started")).await.unwrap_err().to_string();
+    assert!(refused.contains("a node has 1024 at most"), "{refused}");
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_ended_while_its_node_was_away_is_ended_when_it_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
@@ -499,7 +569,7 @@ async fn users_speak_to_it_over_its_socket() {
     let mut client = Client::connect(&target, &Security::default()).await.unwrap();
     let deploy = Deploy { request: "r1".into(), plan: plan(1, "started") };
     let task = client.call(&deploy).await.unwrap().task;
-    let Found::Tasks(rows) = client.call(&Query::Tasks { task: Some(task) }).await.unwrap() else { panic!() };
+    let Found::Tasks(rows) = client.call(&Query::tasks(Some(task))).await.unwrap() else { panic!() };
     assert_eq!(rows[0].name.as_str(), "lab");
     client.call(&End { task }).await.unwrap();
     let error = client.call(&End { task: 99 }).await.unwrap_err().to_string();

@@ -13,7 +13,7 @@ use crate::digest::Digest;
 use crate::hypervisor::Nic;
 use crate::name::{HostName, ImageName};
 use crate::network::NetworkSpec;
-use crate::wire::cluster::{InstanceOrder, Needed, Part, UpWhen};
+use crate::wire::cluster::{Common, InstanceOrder, Needed, Part, UpWhen};
 
 /// What a plan becomes.
 #[derive(Debug, Clone, Copy)]
@@ -56,10 +56,11 @@ pub fn expand(
     ordered.sort_by_key(|p| (p.group, p.number));
     for place in ordered {
         let group = &plan.groups[place.group];
-        let order = order(plan, group, place, &mut networks, context);
+        let mut order = order(plan, group, place, &mut networks, context);
         let part = parts.entry(place.node).or_insert_with(|| Part {
             networks: Vec::new(),
             images: Vec::new(),
+            common: Vec::new(),
             instances: Vec::new(),
             report: context.report,
         });
@@ -78,6 +79,16 @@ pub fn expand(
                     context,
                 ));
             }
+        }
+        let common = Common {
+            env: std::mem::take(&mut order.env),
+            command: std::mem::take(&mut order.command),
+            template: order.template.take(),
+        };
+        let known = part.common.iter().position(|other| *other == common);
+        order.common = Some(known.unwrap_or(part.common.len()));
+        if known.is_none() {
+            part.common.push(common);
         }
         part.instances.push(order);
     }
@@ -129,6 +140,7 @@ fn order(
         command: group.command.clone(),
         privileged: group.privileged,
         template: group.template.clone(),
+        common: None,
         up_when: match &group.until {
             UntilUp::Started => UpWhen::Started,
             UntilUp::Report => UpWhen::Report,

@@ -24,9 +24,11 @@ use crate::name::{HostName, ImageName};
 use crate::network::NetworkSpec;
 use crate::plan::Plan;
 
+mod pages;
+
 /// The version of this protocol. A request with another is refused.
 pub const PROTOCOL_VERSION: u16 = 1;
-/// Most instances in one part of a deployment, and in one report.
+/// Most instances of a node: in one part of a deployment, and in one report.
 pub const INSTANCES_MAX: usize = 1024;
 /// Longest text for a person: reasons, errors.
 pub const TEXT_MAX: usize = 1024;
@@ -91,9 +93,15 @@ impl Fault {
 }
 
 /// `text` cut to [`TEXT_MAX`] bytes.
-pub fn shortened(mut text: String) -> String {
-    if text.len() > TEXT_MAX {
-        let end = (0..=TEXT_MAX).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+pub fn shortened(text: String) -> String {
+    shortened_to(text, TEXT_MAX)
+}
+
+/// `text` cut to `length` bytes, and to [`TEXT_MAX`].
+pub fn shortened_to(mut text: String, length: usize) -> String {
+    let length = length.min(TEXT_MAX);
+    if text.len() > length {
+        let end = (0..=length).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
         text.truncate(end);
     }
     text
@@ -363,23 +371,39 @@ pub struct End {
 
 body!(End, FrameType::END, Done);
 
-/// A user asks what there is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// A user asks what there is. An answer has as many rows as fit; those that follow are asked for with `after`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Query {
-    /// The nodes.
-    Nodes,
-    /// The images, and who has them.
-    Images,
-    /// The tasks; of one, its nodes too.
+    /// The nodes, by name.
+    Nodes {
+        /// Only those behind this one.
+        #[serde(default)]
+        after: Option<HostName>,
+    },
+    /// The images, and who has them, by name.
+    Images {
+        /// Only those behind this one.
+        #[serde(default)]
+        after: Option<ImageName>,
+    },
+    /// The tasks, by number; of one, its nodes too.
     Tasks {
         /// Only this one.
+        #[serde(default)]
         task: Option<i64>,
+        /// Only those behind this one.
+        #[serde(default)]
+        after: Option<i64>,
     },
-    /// The instances.
+    /// The instances, by number.
     Instances {
         /// Only those of this task.
+        #[serde(default)]
         task: Option<i64>,
+        /// Only those behind this one.
+        #[serde(default)]
+        after: Option<i64>,
     },
 }
 
@@ -586,17 +610,35 @@ pub struct InstanceOrder {
     /// Network cards.
     pub nics: Vec<Nic>,
     /// Environment of a container.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
     /// Command of a container; empty: the image's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub command: Vec<String>,
     /// A container that may do what the host may.
     pub privileged: bool,
     /// Domain XML of the user's own, with named places.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
+    /// Which of [`Part::common`] stands for environment, command and template, if one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub common: Option<usize>,
     /// When it is up.
     pub up_when: UpWhen,
     /// Seconds after which it has failed when it is not up.
     pub time_limit_s: u32,
+}
+
+/// What instances of a group have in common, and what may be long: it is in a part once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Common {
+    /// As in [`InstanceOrder`].
+    pub env: BTreeMap<String, String>,
+    /// As in [`InstanceOrder`].
+    pub command: Vec<String>,
+    /// As in [`InstanceOrder`].
+    pub template: Option<String>,
 }
 
 /// One node's part of a deployment.
@@ -607,10 +649,22 @@ pub struct Part {
     pub networks: Vec<NetworkSpec>,
     /// The images that they start from.
     pub images: Vec<Needed>,
+    /// What instances have in common.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub common: Vec<Common>,
     /// The instances.
     pub instances: Vec<InstanceOrder>,
     /// Where guests report, if anywhere.
     pub report: Option<SocketAddr>,
+}
+
+impl Part {
+    /// The instance's order with what it has in common filled in; `None` if the part does not have that.
+    pub fn whole(&self, order: &InstanceOrder) -> Option<InstanceOrder> {
+        let Some(index) = order.common else { return Some(order.clone()) };
+        let Common { env, command, template } = self.common.get(index)?.clone();
+        Some(InstanceOrder { env, command, template, common: None, ..order.clone() })
+    }
 }
 
 /// The controller has a node run its part. The same order twice changes nothing.

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
-use super::{DatabaseError, Result, number, parsed, unsigned};
+use super::{DatabaseError, Page, Result, number, parsed, unsigned};
 use crate::hypervisor::InstanceType;
 use crate::name::HostName;
 use crate::wire::cluster::{NodeRow, RegisterCompute};
@@ -108,20 +108,25 @@ pub(crate) fn all(tx: &Transaction<'_>) -> Result<Vec<Host>> {
     .collect()
 }
 
-/// All nodes, as users see them. The score is the caller's.
-pub(crate) fn rows(tx: &Transaction<'_>, now: u64) -> Result<Vec<NodeRow>> {
+/// The nodes, as users see them, from behind `after` on. The score is the caller's.
+pub(crate) fn rows(
+    tx: &Transaction<'_>,
+    now: u64,
+    after: Option<&HostName>,
+    mut page: Page,
+) -> Result<Vec<NodeRow>> {
     let loads = loads(tx)?;
     let mut statement = tx.prepare_cached(
         "SELECT host_id, name, status, address, kinds, cpus, memory, memory_free, troubles, last_seen,
                 (SELECT count(*) FROM instance WHERE instance.host_id = host.host_id)
-         FROM host ORDER BY name",
+         FROM host WHERE ?1 IS NULL OR name > ?1 ORDER BY name",
     )?;
     let text = |row: &Row<'_>, index| row.get::<_, String>(index);
-    let mut rows = statement.query([])?;
+    let mut rows = statement.query([after.map(HostName::as_str)])?;
     let mut nodes = Vec::new();
     while let Some(row) = rows.next()? {
         let host_id = row.get(0)?;
-        nodes.push(NodeRow {
+        let row = NodeRow {
             host_id,
             name: parsed(&text(row, 1)?)?,
             online: text(row, 2)? == "online",
@@ -136,7 +141,11 @@ pub(crate) fn rows(tx: &Transaction<'_>, now: u64) -> Result<Vec<NodeRow>> {
             images: super::images::of_host(tx, host_id)?,
             silent_ms: now.saturating_sub(unsigned(row.get(9)?)),
             troubles: text(row, 8)?.lines().map(str::to_owned).collect(),
-        });
+        };
+        if !page.takes(&row)? {
+            break;
+        }
+        nodes.push(row);
     }
     Ok(nodes)
 }

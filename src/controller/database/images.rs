@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
-use super::{DatabaseError, Result, number, parsed, unsigned};
+use super::{DatabaseError, Page, Result, number, parsed, unsigned};
 use crate::digest::Digest;
 use crate::image::manifest::ImageKind;
 use crate::name::ImageName;
@@ -173,16 +173,17 @@ pub(crate) fn nowhere(tx: &Transaction<'_>, name: &ImageName, host_id: i64) -> R
     }))
 }
 
-/// All images, as users see them.
-pub(crate) fn rows(tx: &Transaction<'_>) -> Result<Vec<ImageRow>> {
+/// The images, as users see them, from behind `after` on.
+pub(crate) fn rows(tx: &Transaction<'_>, after: Option<&ImageName>, mut page: Page) -> Result<Vec<ImageRow>> {
     let mut statement = tx.prepare_cached(
-        "SELECT img_name, root, img_type, img_size, bt_size, img_id FROM image ORDER BY img_name",
+        "SELECT img_name, root, img_type, img_size, bt_size, img_id FROM image
+         WHERE ?1 IS NULL OR img_name > ?1 ORDER BY img_name",
     )?;
-    let mut rows = statement.query([])?;
+    let mut rows = statement.query([after.map(ImageName::as_str)])?;
     let mut images = Vec::new();
     while let Some(row) = rows.next()? {
         let img_id: i64 = row.get(5)?;
-        images.push(ImageRow {
+        let row = ImageRow {
             name: parsed(&row.get::<_, String>(0)?)?,
             root: parsed(&row.get::<_, String>(1)?)?,
             kind: kind(&row.get::<_, String>(2)?)?,
@@ -190,7 +191,11 @@ pub(crate) fn rows(tx: &Transaction<'_>) -> Result<Vec<ImageRow>> {
             boot_bytes: unsigned(row.get(4)?),
             complete: holder_names(tx, img_id, true)?,
             partial: holder_names(tx, img_id, false)?,
-        });
+        };
+        if !page.takes(&row)? {
+            break;
+        }
+        images.push(row);
     }
     Ok(images)
 }

@@ -3,7 +3,7 @@
 use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::hosts::kind_of_word;
-use super::{DatabaseError, Result, number, parsed, tasks, unsigned};
+use super::{DatabaseError, Page, Result, number, parsed, tasks, unsigned};
 use crate::controller::state::advance;
 use crate::name::HostName;
 use crate::wire::cluster::{InstanceRow, InstanceState, InstanceStatus, shortened};
@@ -117,19 +117,24 @@ pub(super) fn begin_again(tx: &Transaction<'_>, task: i64, host_id: i64) -> Resu
     Ok(())
 }
 
-/// The instances, of one task or of all, as users see them.
-pub(crate) fn rows(tx: &Transaction<'_>, task: Option<i64>) -> Result<Vec<InstanceRow>> {
+/// The instances, of one task or of all, as users see them, from behind `after` on.
+pub(crate) fn rows(
+    tx: &Transaction<'_>,
+    task: Option<i64>,
+    after: Option<i64>,
+    mut page: Page,
+) -> Result<Vec<InstanceRow>> {
     let mut statement = tx.prepare_cached(
         "SELECT inst_id, instance.name, inst_type, image, task_id, host.name, inst_status, reason,
                 instance.up - task.created, addresses, cpu, instance.memory, received, sent
          FROM instance JOIN host USING (host_id) JOIN task USING (task_id)
-         WHERE ?1 IS NULL OR task_id = ?1 ORDER BY inst_id",
+         WHERE (?1 IS NULL OR task_id = ?1) AND (?2 IS NULL OR inst_id > ?2) ORDER BY inst_id",
     )?;
-    let mut rows = statement.query([task])?;
+    let mut rows = statement.query([task, after])?;
     let mut instances = Vec::new();
     while let Some(row) = rows.next()? {
         let text = |index| row.get::<_, String>(index);
-        instances.push(InstanceRow {
+        let row = InstanceRow {
             inst_id: row.get(0)?,
             name: parsed(&text(1)?)?,
             kind: kind_of_word(&text(2)?)?,
@@ -143,7 +148,11 @@ pub(crate) fn rows(tx: &Transaction<'_>, task: Option<i64>) -> Result<Vec<Instan
             cpu: row.get(10)?,
             memory_bytes: unsigned(row.get(11)?),
             network_bytes: [unsigned(row.get(12)?), unsigned(row.get(13)?)],
-        });
+        };
+        if !page.takes(&row)? {
+            break;
+        }
+        instances.push(row);
     }
     Ok(instances)
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::{DatabaseError, Result, instances, number, parsed, unsigned};
+use super::{DatabaseError, Page, Result, instances, number, parsed, unsigned};
 use crate::controller::state::task_status;
 use crate::plan::Plan;
 use crate::wire::cluster::{InstanceStatus, Part, TaskRow, TaskStatus, UpWhen};
@@ -195,17 +195,23 @@ fn counts(tx: &Transaction<'_>, task: i64) -> Result<BTreeMap<InstanceStatus, u6
     .collect()
 }
 
-/// The tasks, or one of them, as users see them.
-pub(crate) fn rows(tx: &Transaction<'_>, task: Option<i64>) -> Result<Vec<TaskRow>> {
+/// The tasks, or one of them, as users see them, from behind `after` on.
+pub(crate) fn rows(
+    tx: &Transaction<'_>,
+    task: Option<i64>,
+    after: Option<i64>,
+    mut page: Page,
+) -> Result<Vec<TaskRow>> {
     let mut statement = tx.prepare_cached(
-        "SELECT task_id, name, task_status, created, up FROM task WHERE ?1 IS NULL OR task_id = ?1 ORDER BY task_id",
+        "SELECT task_id, name, task_status, created, up FROM task
+         WHERE (?1 IS NULL OR task_id = ?1) AND (?2 IS NULL OR task_id > ?2) ORDER BY task_id",
     )?;
-    let mut rows = statement.query([task])?;
+    let mut rows = statement.query([task, after])?;
     let mut tasks = Vec::new();
     while let Some(row) = rows.next()? {
         let task = row.get(0)?;
         let created = unsigned(row.get(3)?);
-        tasks.push(TaskRow {
+        let row = TaskRow {
             task,
             name: parsed(&row.get::<_, String>(1)?)?,
             status: status_of_word(&row.get::<_, String>(2)?)?,
@@ -213,7 +219,11 @@ pub(crate) fn rows(tx: &Transaction<'_>, task: Option<i64>) -> Result<Vec<TaskRo
             up_ms: row.get::<_, Option<i64>>(4)?.map(|up| unsigned(up).saturating_sub(created)),
             instances: counts(tx, task)?,
             nodes: per_node(tx, task)?,
-        });
+        };
+        if !page.takes(&row)? {
+            break;
+        }
+        tasks.push(row);
     }
     Ok(tasks)
 }
