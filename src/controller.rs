@@ -88,7 +88,7 @@ pub struct Options {
     pub chooser: Box<dyn Chooser>,
     /// How load items count when nodes are compared.
     pub weights: Weights,
-    /// Plans may ask for privileged containers.
+    /// Plans may ask for privileged containers, and have domains of their own as templates.
     pub allow_privileged: bool,
 }
 

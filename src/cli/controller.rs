@@ -42,7 +42,7 @@ pub(crate) struct Args {
     /// How load items count, together 1, such as cpu=0.2,memory=0.1,disk=0.35,network=0.35; others by number
     #[arg(long, value_name = "ITEM=WEIGHT", value_delimiter = ',')]
     weight: Vec<String>,
-    /// Let plans ask for privileged containers, which may do what their host may
+    /// Let plans ask for privileged containers, and for VMs by templates of their own: both may do what their host may
     #[arg(long)]
     allow_privileged: bool,
     #[command(flatten)]

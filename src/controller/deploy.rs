@@ -8,10 +8,10 @@ use super::{DatabaseError, Shared, dispatch, now_ms};
 use crate::hypervisor::InstanceType;
 use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
-use crate::plan::Plan;
 use crate::plan::check::{Mistake, Step, check};
 use crate::plan::expand::{Context, expand};
 use crate::plan::place::{NodeFacts, place};
+use crate::plan::{Group, Plan};
 use crate::wire::cluster::{Found, INSTANCES_MAX, Needed, NodeRow, Part, Prefetch, Query, RunPart};
 use crate::wire::frame::CONTROL_PAYLOAD_MAX;
 use crate::wire::link::CallError;
@@ -76,11 +76,11 @@ pub(super) async fn deploy(shared: &Arc<Shared>, request: &str, plan: Plan) -> R
     if !mistakes.is_empty() {
         return Err(DeployError::Plan(mistakes));
     }
-    if let Some(index) =
-        plan.groups.iter().position(|group| group.privileged && !shared.options.allow_privileged)
-    {
-        let message = "the controller does not allow privileged containers (--allow-privileged)";
-        return Err(DeployError::Plan(vec![mistake(index, "privileged", message)]));
+    if !shared.options.allow_privileged {
+        let mistakes: Vec<_> = plan.groups.iter().enumerate().filter_map(privilege).collect();
+        if !mistakes.is_empty() {
+            return Err(DeployError::Plan(mistakes));
+        }
     }
     let (request, owner) = (request.to_owned(), Arc::clone(shared));
     let task = shared
@@ -97,6 +97,17 @@ pub(super) async fn deploy(shared: &Arc<Shared>, request: &str, plan: Plan) -> R
         .await?;
     shared.orders.notify_one();
     Ok(task)
+}
+
+/// What a group asks for that gives its instances what their host may do.
+fn privilege((index, group): (usize, &Group)) -> Option<Mistake> {
+    if group.privileged {
+        let message = "the controller does not allow privileged containers (--allow-privileged)";
+        return Some(mistake(index, "privileged", message));
+    }
+    // A domain may have any device, disk and folder of its host.
+    let message = "the controller does not allow domains of one's own (--allow-privileged)";
+    group.template.as_ref().map(|_| mistake(index, "template", message))
 }
 
 fn mistake(group: usize, field: &str, message: impl Into<String>) -> Mistake {

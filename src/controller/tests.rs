@@ -539,6 +539,8 @@ async fn plans_that_cannot_be_are_refused_whole() {
         p.groups[0].privileged = true;
     };
     assert!(refused(privileged).await.contains("does not allow privileged"));
+    let own = refused(|p| p.groups[0].template = Some(template(1000))).await;
+    assert!(own.contains("groups[0].template: the controller does not allow domains"), "{own}");
     assert!(tasks(&controller).await.is_empty() && instances(&controller).await.is_empty());
     controller.stop().await;
 }

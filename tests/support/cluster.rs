@@ -90,7 +90,15 @@ impl Cluster {
         let host = self.controller_host();
         let mut command = bootcache(&self.folder.path().join("control"));
         let listen = format!("{}:7600", self.net.address(host));
-        command.args(["controller", "--plain", "--listen", &listen, "--report", &format!("{REPORT}:7609")]);
+        command.args([
+            "controller",
+            "--plain",
+            "--allow-privileged",
+            "--listen",
+            &listen,
+            "--report",
+            &format!("{REPORT}:7609"),
+        ]);
         let process = Process::start(&mut self.net.on(host, &command));
         process.wait_for("ready", START);
         self.controller = Some(process);
