@@ -59,6 +59,9 @@ pub struct Nic {
     pub address: Option<(IpAddr, u8)>,
     /// Where packets for elsewhere go.
     pub gateway: Option<IpAddr>,
+    /// Largest packet in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
 }
 
 /// What an instance starts from.

@@ -40,6 +40,14 @@ pub struct NetworkSpec {
     pub vlan: Option<u16>,
     /// Largest packet in bytes.
     pub mtu: Option<u32>,
+    /// Containers are on it, so that Docker has a network on the bridge.
+    #[serde(default = "with_containers")]
+    pub containers: bool,
+}
+
+/// What was written down before it said so may have containers.
+const fn with_containers() -> bool {
+    true
 }
 
 /// What was not done to a network, and what to do about it.
@@ -84,7 +92,7 @@ pub enum NetworkError {
 
 /// The networks of one node, on the host whose network namespace this process is in.
 ///
-/// Holds no state: the kernel has it. Calls for one network come one by one.
+/// Holds no state: the kernel has it. Calls for one network come one by one, which is the caller's to see to.
 #[derive(Debug, Clone)]
 pub struct Networks {
     node: HostName,
@@ -346,6 +354,7 @@ mod tests {
             uplink: None,
             vlan: None,
             mtu: None,
+            containers: false,
         }
     }
 

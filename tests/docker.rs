@@ -52,6 +52,7 @@ fn nic(host: u8) -> Nic {
         mac: format!("52:54:00:55:00:{host:02x}"),
         address: Some((format!("10.55.0.{host}").parse().unwrap(), 24)),
         gateway: None,
+        mtu: None,
     }
 }
 
@@ -374,6 +375,7 @@ async fn containers_of_two_hosts_are_on_one_network_and_report() {
             uplink: Some("eth1".to_owned()),
             vlan: None,
             mtu: None,
+            containers: true,
         };
         let engine = Docker::new(host.docker(), node.clone());
         net.within(index, || {

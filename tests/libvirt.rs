@@ -38,6 +38,7 @@ fn spec(host: usize) -> NetworkSpec {
         uplink: Some("eth1".to_owned()),
         vlan: None,
         mtu: None,
+        containers: false,
     }
 }
 
@@ -53,6 +54,7 @@ fn launch(name: &str, root: Root, number: u8, serial: &Path) -> Launch {
             mac: format!("52:54:00:55:00:{number:02x}"),
             address: Some((format!("10.55.0.{number}").parse().unwrap(), 24)),
             gateway: None,
+            mtu: None,
         }],
         env: BTreeMap::new(),
         command: Vec::new(),

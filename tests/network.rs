@@ -19,6 +19,7 @@ fn spec(name: &str, bridge: &str) -> NetworkSpec {
         uplink: None,
         vlan: None,
         mtu: Some(1400),
+        containers: false,
     }
 }
 

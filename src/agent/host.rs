@@ -28,7 +28,7 @@ impl Networks for HostNetworks {
     fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(async move {
             self.bridges.ensure(network).await.map_err(|error| error.to_string())?;
-            match &self.docker {
+            match self.docker.as_ref().filter(|_| network.containers) {
                 Some(docker) => docker.ensure_network(network).await.map_err(|error| error.to_string()),
                 None => Ok(()),
             }

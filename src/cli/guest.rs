@@ -257,7 +257,7 @@ fn domain_xml(
     serial: PathBuf,
 ) -> anyhow::Result<String> {
     let emulator = install_emulator(plan.store.dir())?;
-    let card = |bridge: &String| Card { bridge: bridge.clone(), mac: None, tap: None };
+    let card = |bridge: &String| Card { bridge: bridge.clone(), mac: None, tap: None, mtu: None };
     let domain = Domain {
         name: name.clone(),
         memory_mib: plan.memory_mib,

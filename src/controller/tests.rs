@@ -295,7 +295,7 @@ async fn a_data_plane_that_does_not_answer_for_a_while_takes_no_image_from_the_c
 async fn a_part_whose_image_nobody_gives_waits_and_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, mut members) = cluster(dir.path(), &["n1", "n2"]).await;
-    let with_image = std::mem::replace(&mut members[1].data_plane, Arc::default());
+    let with_image = std::mem::take(&mut members[1].data_plane);
     members[1].stop_agent().await;
     members[1].start_agent(controller.addresses()[0]).await;
     eventually("it has no image", async || nodes(&controller).await[1].images.is_empty()).await;

@@ -59,6 +59,8 @@ pub struct Card {
     pub mac: Option<String>,
     /// The name of the host's end, at most 15 bytes; libvirt counts them otherwise.
     pub tap: Option<String>,
+    /// Largest packet in bytes, which the guest is told; without it, the bridge's.
+    pub mtu: Option<u32>,
 }
 
 impl Domain {
@@ -178,6 +180,10 @@ impl Domain {
                     xml.create_element("target").with_attribute(("dev", tap.as_str())).write_empty()?;
                 }
                 xml.create_element("model").with_attribute(("type", "virtio")).write_empty()?;
+                if let Some(mtu) = card.mtu {
+                    let size = mtu.to_string();
+                    xml.create_element("mtu").with_attribute(("size", size.as_str())).write_empty()?;
+                }
                 Ok(())
             })?;
         }
@@ -322,7 +328,7 @@ mod tests {
             accelerator: Accelerator::Tcg,
             emulator: "/usr/bin/qemu-system-x86_64".into(),
             disk: DomainDisk::Nbd { socket: "/s/'<&>\".sock".into(), export: "vm-1".into() },
-            cards: vec![Card { bridge: "br0\"/><evil/>".into(), mac: None, tap: None }],
+            cards: vec![Card { bridge: "br0\"/><evil/>".into(), mac: None, tap: None, mtu: Some(1450) }],
             serial: "/s/serial.log".into(),
             facts: vec![("address".into(), "</entry><evil/>".into())],
             guest_agent: true,
@@ -332,7 +338,7 @@ mod tests {
     #[test]
     fn nothing_in_a_description_becomes_markup() {
         let xml = domain().to_xml(Path::new("/s"));
-        assert!(!xml.contains("<evil"), "{xml}");
+        assert!(!xml.contains("<evil") && xml.contains("<mtu size=\"1450\"/>"), "{xml}");
         let mut reader = quick_xml::Reader::from_str(&xml);
         loop {
             match reader.read_event().unwrap() {

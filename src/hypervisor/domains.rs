@@ -70,6 +70,7 @@ impl Domains {
             bridge: nic.bridge.clone(),
             mac: Some(nic.mac.clone()),
             tap: Some(tap),
+            mtu: nic.mtu,
         });
         if launch.nics.len() > CARDS_MAX {
             return Err(refused(format!("a VM has at most {CARDS_MAX} network cards")));

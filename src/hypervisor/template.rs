@@ -161,7 +161,12 @@ mod tests {
             accelerator: Accelerator::Tcg,
             emulator: "/bin/qemu".into(),
             disk: DomainDisk::Nbd { socket: "/s/nbd.sock".into(), export: "vm-1".into() },
-            cards: vec![Card { bridge: "br-lab".into(), mac: Some("52:54:00:00:00:01".into()), tap: None }],
+            cards: vec![Card {
+                bridge: "br-lab".into(),
+                mac: Some("52:54:00:00:00:01".into()),
+                tap: None,
+                mtu: None,
+            }],
             serial: "/s/'/><evil a='&.log".into(),
             facts: vec![("instance".into(), "vm-1".into())],
             guest_agent: true,

@@ -106,6 +106,12 @@ pub fn check(plan: &Plan) -> Vec<Mistake> {
         }
         self::group(plan, group, &mut place);
         for (number, card) in group.networks.iter().enumerate() {
+            let of_ipv6 = |network: &Network| network.subnet.network().is_ipv6();
+            if group.kind == InstanceType::Container && plan.networks.get(&card.network).is_some_and(of_ipv6)
+            {
+                let message = "its addresses are IPv6: containers need a network with IPv4 addresses";
+                place.key("networks").index(number).wrong(message);
+            }
             let taken = taken.entry(&card.network).or_default();
             let mut networks = place.key("networks");
             addresses(plan, group, card, &mut networks.index(number), taken);
@@ -347,7 +353,7 @@ mod tests {
     #[test]
     fn every_mistake_is_told_with_its_place() {
         type Change = fn(&mut Plan);
-        let cases: [(&str, Change); 20] = [
+        let cases: [(&str, Change); 21] = [
             ("groups: a plan has 1 to 256 groups", |p| p.groups.clear()),
             ("groups: a plan has at most 10000 instances", |p| p.groups[0].count = Some(1_000_000_000)),
             ("groups[0].count: 0 instances", |p| p.groups[0].count = Some(0)),
@@ -385,6 +391,11 @@ mod tests {
             ("groups[1].disk: this is for VMs", |p| p.groups[1].disk = Some(super::super::DiskSize(64))),
             ("groups[0].command: this is for containers", |p| p.groups[0].command = vec!["sh".into()]),
             ("groups[1].template: this is for VMs", |p| p.groups[1].template = Some("x".into())),
+            ("groups[1].networks[0]: its addresses are IPv6", |p| {
+                network(p).gateway = None;
+                network(p).subnet = "fd00::/64".parse().unwrap();
+                p.groups[1].networks[0].address = None;
+            }),
             ("groups[1].nodes: 'n1' is not among", |p| p.nodes = vec!["n2".parse().unwrap()]),
         ];
         for (expected, change) in cases {

@@ -10,7 +10,7 @@ use super::check::{Mistake, Step};
 use super::place::Placed;
 use super::{DiskSize, Group, Network, Plan, UntilUp};
 use crate::digest::Digest;
-use crate::hypervisor::Nic;
+use crate::hypervisor::{InstanceType, Nic};
 use crate::name::{HostName, ImageName};
 use crate::network::NetworkSpec;
 use crate::wire::cluster::{Common, InstanceOrder, Needed, Part, UpWhen};
@@ -68,17 +68,14 @@ pub fn expand(
             part.images.push(images[&group.image].clone());
         }
         for card in &group.networks {
-            if part.networks.iter().all(|network| network.name != card.network) {
+            let known = part.networks.iter().position(|network| network.name == card.network);
+            let index = known.unwrap_or_else(|| {
                 let addresses = &networks[&card.network];
-                part.networks.push(spec(
-                    plan,
-                    &card.network,
-                    &nodes[place.node],
-                    place.node,
-                    addresses,
-                    context,
-                ));
-            }
+                let spec = spec(plan, &card.network, &nodes[place.node], place.node, addresses, context);
+                part.networks.push(spec);
+                part.networks.len() - 1
+            });
+            part.networks[index].containers |= group.kind == InstanceType::Container;
         }
         let common = Common {
             env: std::mem::take(&mut order.env),
@@ -125,6 +122,7 @@ fn order(
                 mac: mac(context.cluster, &name, index),
                 address: Some((address, network.subnet.prefix())),
                 gateway: network.gateway.filter(|gateway| *gateway != address),
+                mtu: network.mtu,
             }
         })
         .collect();
@@ -168,6 +166,7 @@ fn spec(
         uplink: network.uplink.as_ref().and_then(|uplink| uplink.on(node)).map(str::to_owned),
         vlan: network.vlan,
         mtu: network.mtu,
+        containers: false,
     }
 }
 
@@ -301,6 +300,7 @@ mod tests {
         assert_eq!((lan(0).uplink.as_deref(), lan(1).uplink.as_deref()), (Some("eth1"), None));
         assert_eq!(lan(0).bridge, lan(1).bridge);
         assert_eq!(lan(0).bridge.len(), 12);
+        assert!(parts.values().flat_map(|part| &part.networks).all(|network| !network.containers));
         let back = parts[&0].networks.iter().find(|n| n.name.as_str() == "back").unwrap();
         assert_eq!(back.bridge, "br-back");
     }

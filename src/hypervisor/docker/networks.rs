@@ -16,6 +16,8 @@ use crate::network::NetworkSpec;
 
 /// Docker's option for the bridge of a network.
 const BRIDGE: &str = "com.docker.network.bridge.name";
+/// And for the largest packet of its containers.
+const MTU: &str = "com.docker.network.driver.mtu";
 
 impl Docker {
     /// Makes the engine's network on the bridge of `spec`, which is there already; again is no error.
@@ -42,7 +44,7 @@ impl Docker {
         }
         let gateway = spec.gateway.filter(|gateway| *gateway != node);
         let config = IpamConfig {
-            subnet: Some(subnet),
+            subnet: Some(subnet.clone()),
             gateway: Some(node.to_string()),
             auxiliary_addresses: gateway
                 .map(|gateway| HashMap::from([("DefaultGatewayIPv4".to_owned(), gateway.to_string())])),
@@ -52,12 +54,20 @@ impl Docker {
             name: spec.bridge.clone(),
             driver: Some("bridge".to_owned()),
             ipam: Some(Ipam { config: Some(vec![config]), ..Ipam::default() }),
-            options: Some(HashMap::from([(BRIDGE.to_owned(), spec.bridge.clone())])),
+            options: Some(options(spec)),
             labels: Some(self.labels()),
             ..NetworkCreateRequest::default()
         };
         match self.client().await?.create_network(request).await {
             Err(error) if status(&error) == Some(409) => Ok(()), // by another call for the same
+            // What Docker says names neither of the two.
+            Err(error) if error.to_string().contains("Pool overlaps") => {
+                Err(HypervisorError::Refused(format!(
+                    "network {}: another of Docker's networks on this node has addresses of {subnet} already: end the task \
+                 that has it, or take another subnet",
+                    spec.name
+                )))
+            }
             other => other
                 .map(drop)
                 .map_err(|error| self.failed(&format!("make the network {}", spec.name), error)),
@@ -96,10 +106,16 @@ impl Docker {
     }
 }
 
+/// What the engine's bridge driver is told of a network.
+fn options(spec: &NetworkSpec) -> HashMap<String, String> {
+    let mtu = spec.mtu.map(|mtu| (MTU.to_owned(), mtu.to_string()));
+    [(BRIDGE.to_owned(), spec.bridge.clone())].into_iter().chain(mtu).collect()
+}
+
 fn is_as_wanted(found: &NetworkInspect, spec: &NetworkSpec, subnet: &str, node: IpAddr) -> bool {
-    let bridge = found.options.as_ref().and_then(|options| options.get(BRIDGE));
     let configs = found.ipam.as_ref().and_then(|ipam| ipam.config.as_deref()).unwrap_or_default();
-    bridge == Some(&spec.bridge)
+    let told = found.options.clone().unwrap_or_default();
+    [BRIDGE, MTU].into_iter().all(|option| told.get(option) == options(spec).get(option))
         && configs.iter().any(|config| {
             config.subnet.as_deref() == Some(subnet)
                 && config.gateway.as_deref() == Some(&*node.to_string())
