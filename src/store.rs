@@ -29,7 +29,7 @@ use crate::digest::Digest;
 use crate::image::manifest::{Boot, MANIFEST_BYTES_MAX, Manifest, ManifestError};
 use crate::name::{HostName, ImageName};
 
-pub use atomic::write_atomic;
+pub use atomic::{write_atomic, write_atomic_as};
 pub use lock::{ChangeLock, Hold, StoreLock};
 pub use scratch::Scratch;
 

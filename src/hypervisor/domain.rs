@@ -276,6 +276,7 @@ pub const RECONNECT_SECONDS: u32 = 3600;
 /// Writes [`reconnecting_emulator`] for the QEMU of this host to a file in `folder`, and returns the file.
 pub fn install_emulator(folder: &Path) -> std::io::Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
+    const MODE: u32 = 0o755;
     let path = std::env::var_os("PATH").unwrap_or_default();
     let program = std::env::split_paths(&path)
         .map(|dir| dir.join(crate::qemu::PROGRAM))
@@ -283,10 +284,13 @@ pub fn install_emulator(folder: &Path) -> std::io::Result<PathBuf> {
         .ok_or_else(|| std::io::Error::other(format!("{} is not installed", crate::qemu::PROGRAM)))?;
     let script = reconnecting_emulator(&program, RECONNECT_SECONDS);
     let emulator = folder.join("qemu-reconnect");
-    // Written only when it changes: libvirt probes an emulator anew when its time of change is another.
-    if std::fs::read_to_string(&emulator).ok().as_deref() != Some(script.as_str()) {
-        crate::store::write_atomic(&emulator, script.as_bytes())?;
-        std::fs::set_permissions(&emulator, std::fs::Permissions::from_mode(0o755))?;
+    // Written whole, since others may be starting a guest with it, and only when it changes: libvirt probes an emulator anew when its time of change is another.
+    let is_so = || {
+        let mode = std::fs::metadata(&emulator).ok()?.permissions().mode() & 0o777;
+        Some(mode == MODE && std::fs::read_to_string(&emulator).ok()? == script)
+    };
+    if is_so() != Some(true) {
+        crate::store::write_atomic_as(&emulator, script.as_bytes(), MODE)?;
     }
     Ok(emulator)
 }
@@ -361,6 +365,24 @@ mod tests {
         assert_ne!(uuid("/a", "vm"), uuid("/b", "vm"));
         assert_ne!(uuid("/a", "vm"), uuid("/a", "vm2"));
         assert_eq!(uuid("/a", "vm").len(), 36);
+    }
+
+    #[test]
+    fn an_emulator_that_lost_its_permissions_is_made_anew_and_one_that_is_as_it_should_be_stays() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
+        let dir = tempfile::tempdir().unwrap();
+        let Ok(emulator) = install_emulator(dir.path()) else {
+            assert!(std::env::var_os("CI").is_none(), "{} is not installed", crate::qemu::PROGRAM);
+            return eprintln!("SKIPPED: {} is not installed", crate::qemu::PROGRAM);
+        };
+        let is = || std::fs::metadata(&emulator).map(|data| (data.ino(), data.mode() & 0o777)).unwrap();
+        let first = is();
+        assert_eq!(first.1, 0o755);
+        install_emulator(dir.path()).unwrap();
+        assert_eq!(is(), first, "libvirt would probe it anew");
+        std::fs::set_permissions(&emulator, std::fs::Permissions::from_mode(0o644)).unwrap();
+        install_emulator(dir.path()).unwrap();
+        assert_eq!(is().1, 0o755);
     }
 
     #[test]

@@ -16,6 +16,18 @@ pub(super) const NEW_SUFFIX: &str = ".new";
 /// # Errors
 /// Those of the file system; the old file is untouched then.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace(path, bytes, None)
+}
+
+/// As [`write_atomic`]; the file has the permissions `mode` from the moment that it has its name.
+///
+/// # Errors
+/// Those of the file system; the old file is untouched then.
+pub fn write_atomic_as(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    replace(path, bytes, Some(mode))
+}
+
+fn replace(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
     static SERIAL: AtomicU64 = AtomicU64::new(0);
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a file's path"));
@@ -25,6 +37,9 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let replace = || {
         let mut file = File::create(&new)?;
         file.write_all(bytes)?;
+        if let Some(mode) = mode {
+            file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))?;
+        }
         file.sync_all()?;
         fs::rename(&new, path)
     };
