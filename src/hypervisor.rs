@@ -173,8 +173,6 @@ pub enum LibvirtError {
 /// A guest as libvirt sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LibvirtGuest {
-    /// Its UUID.
-    pub uuid: String,
     /// Whether it runs.
     pub state: Running,
     /// Processor time so far.

@@ -111,6 +111,23 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     assert!(!store.path().join("vms/never").exists() && !store.path().join("overlays/never").exists());
     assert!(process_of("qemu-system", "guest=never,").is_none());
 
+    // A domain of somebody else has the name: it is left alone, and nothing of ours stays.
+    let xml = store.beside("theirs.xml");
+    let theirs = "<domain type='qemu'><name>theirs</name><memory unit='MiB'>32</memory>
+        <os><type arch='x86_64' machine='pc'>hvm</type></os>
+        <devices><emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>";
+    std::fs::write(&xml, theirs).unwrap();
+    let virsh = |words: &[&str]| support::run(Command::new("virsh").args(["-c", host.libvirt()]).args(words));
+    virsh(&["define", xml.to_str().unwrap()]);
+    virsh(&["start", "theirs"]);
+    let output = boot(&["--name", "theirs", "--until", BOOTED]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("already exists"), "{said}");
+    assert!(!store.path().join("vms/theirs").exists() && !store.path().join("overlays/theirs").exists());
+    assert_eq!(virsh(&["domstate", "theirs"]).trim(), "running");
+    virsh(&["destroy", "theirs"]);
+    virsh(&["undefine", "theirs"]);
+
     // A guest that is asked to shut down syncs its disk first: its emulator has found the new daemon.
     let mut serial = std::fs::File::open(store.path().join("vms/vm-1/serial.log")).unwrap();
     store.run(["stop", "vm-1", "--remove"]);
@@ -121,11 +138,7 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     assert!(process_of("qemu-system", "guest=vm-").is_none());
     let left = store.run(["--json", "overlay", "list"]);
     assert!(left.contains("vm-2") && !left.contains("vm-1"), "{left}");
-    assert!(
-        support::run(Command::new("virsh").args(["-c", host.libvirt(), "list", "--all", "--name"]))
-            .trim()
-            .is_empty()
-    );
+    assert!(virsh(&["list", "--all", "--name"]).trim().is_empty());
     store.run(["image", "verify", "tiny"]);
 }
 

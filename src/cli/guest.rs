@@ -185,7 +185,7 @@ impl Guest {
 /// Ends a guest and removes what belongs to it.
 pub(super) async fn undo(plan: &Plan, client: &mut Client, name: &HostName) {
     let dir = plan.store.vm_dir(name);
-    if let Err(error) = stop(&dir, name, Duration::ZERO).await {
+    if let Err(error) = stop(&plan.store, name, Duration::ZERO).await {
         eprintln!("{name}: {error:#}");
     }
     if let Err(error) = super::attach::detach_vm(plan.store.dir(), name).await {
@@ -198,21 +198,23 @@ pub(super) async fn undo(plan: &Plan, client: &mut Client, name: &HostName) {
     }
 }
 
-/// Ends the guest whose folder is `dir`, if it runs: in order if that takes no longer than `patience`, else at once.
-pub(super) async fn stop(dir: &Path, name: &HostName, patience: Duration) -> anyhow::Result<()> {
-    match VmRecord::read(dir)?.map(|record| record.runner) {
+/// Ends the store's guest of that name, if it runs: in order if that takes no longer than `patience`, else at once.
+pub(super) async fn stop(store: &Store, name: &HostName, patience: Duration) -> anyhow::Result<()> {
+    let dir = store.vm_dir(name);
+    match VmRecord::read(&dir)?.map(|record| record.runner) {
         None => Ok(()),
         Some(Runner::Libvirt { uri }) => {
             let libvirt = Libvirt::new(uri);
+            let uuid = Domain::uuid(store.dir(), name);
             let deadline = Instant::now() + patience;
-            if !patience.is_zero() && libvirt.shut_down(name).await? {
-                while Instant::now() < deadline && libvirt.is_running(name).await? {
+            if !patience.is_zero() && libvirt.shut_down(&uuid).await? {
+                while Instant::now() < deadline && libvirt.is_running(&uuid).await? {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
             }
-            Ok(libvirt.delete(name).await?)
+            Ok(libvirt.delete(&uuid).await?)
         }
-        Some(Runner::Qemu { pid }) => end_process(pid, dir).await,
+        Some(Runner::Qemu { pid }) => end_process(pid, &dir).await,
     }
 }
 
@@ -324,9 +326,10 @@ async fn died(child: &mut Option<tokio::process::Child>, plan: &Plan, name: &Hos
         };
     }
     let Some((libvirt, _)) = &plan.libvirt else { return std::future::pending().await };
+    let uuid = Domain::uuid(plan.store.dir(), name);
     loop {
         tokio::time::sleep(Duration::from_secs(2)).await;
-        match libvirt.is_running(name).await {
+        match libvirt.is_running(&uuid).await {
             Ok(true) => {}
             Ok(false) => return "the domain is off (see its log in /var/log/libvirt/qemu)".to_owned(),
             Err(error) => return error.to_string(),

@@ -39,7 +39,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
                 code = ExitCode::FAILURE;
                 continue;
             }
-            guest::stop(&dir, &name, patience).await?;
+            guest::stop(&store, &name, patience).await?;
             super::attach::detach_vm(store.dir(), &name).await?;
             // Without a daemon there is no socket to close.
             let _ = session.call(Request::VmClose { name: name.clone() }).await;

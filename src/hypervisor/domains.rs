@@ -53,8 +53,11 @@ impl Domains {
 
     /// The node's guest of that name.
     async fn find(&self, name: &HostName) -> Result<Option<LibvirtGuest>, HypervisorError> {
-        let found = self.libvirt.find(name, taps(&self.owner, name)).await?;
-        Ok(found.filter(|guest| guest.uuid == Domain::uuid(&self.owner, name)))
+        Ok(self.libvirt.find(&self.uuid(name), taps(&self.owner, name)).await?)
+    }
+
+    fn uuid(&self, name: &HostName) -> String {
+        Domain::uuid(&self.owner, name)
     }
 
     async fn xml(&self, launch: &Launch) -> Result<String, HypervisorError> {
@@ -101,7 +104,7 @@ impl Domains {
             return Ok(());
         }
         let deadline = Instant::now() + patience;
-        if !patience.is_zero() && self.libvirt.shut_down(name).await? {
+        if !patience.is_zero() && self.libvirt.shut_down(&self.uuid(name)).await? {
             while Instant::now() < deadline {
                 if !self.find(name).await?.as_ref().is_some_and(is_up) {
                     return Ok(());
@@ -109,7 +112,7 @@ impl Domains {
                 tokio::time::sleep(TICK).await;
             }
         }
-        Ok(self.libvirt.destroy(name).await?)
+        Ok(self.libvirt.destroy(&self.uuid(name)).await?)
     }
 }
 
@@ -141,10 +144,7 @@ impl Hypervisor for Domains {
     fn delete<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<(), HypervisorError>> {
         Box::pin(async move {
             self.cpu.forget(name);
-            match self.find(name).await? {
-                Some(_) => Ok(self.libvirt.delete(name).await?),
-                None => Ok(()),
-            }
+            Ok(self.libvirt.delete(&self.uuid(name)).await?)
         })
     }
 
@@ -172,7 +172,7 @@ impl Hypervisor for Domains {
             let all = self.libvirt.all().await?;
             let ours = all.into_iter().filter_map(|(name, uuid)| {
                 let name: HostName = name.parse().ok()?;
-                (Domain::uuid(&self.owner, &name) == uuid).then_some(name)
+                (self.uuid(&name) == uuid).then_some(name)
             });
             Ok(ours.collect())
         })

@@ -15,7 +15,6 @@ use virt::sys;
 
 use super::{LibvirtError, LibvirtGuest, Running};
 use crate::control::Owner;
-use crate::name::HostName;
 
 /// Longest wait for a call. Destroying a guest that hangs takes libvirt 10 s.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -56,8 +55,8 @@ impl Libvirt {
     }
 
     /// Asks the guest to shut down; true if there was one running.
-    pub async fn shut_down(&self, name: &HostName) -> Result<bool, LibvirtError> {
-        self.with_domain(name, |domain| match domain.shutdown() {
+    pub async fn shut_down(&self, uuid: &str) -> Result<bool, LibvirtError> {
+        self.with_domain(uuid, |domain| match domain.shutdown() {
             Err(error) if is(&error, sys::VIR_ERR_OPERATION_INVALID) => Ok(false),
             other => other.map(|()| true).map_err(refused),
         })
@@ -66,8 +65,8 @@ impl Libvirt {
     }
 
     /// Ends the guest at once. What does not run is no error.
-    pub async fn destroy(&self, name: &HostName) -> Result<(), LibvirtError> {
-        self.with_domain(name, |domain| match domain.destroy() {
+    pub async fn destroy(&self, uuid: &str) -> Result<(), LibvirtError> {
+        self.with_domain(uuid, |domain| match domain.destroy() {
             Err(error) if !is_gone(&error) => Err(refused(error)),
             _ => Ok(()),
         })
@@ -76,14 +75,14 @@ impl Libvirt {
     }
 
     /// Whether the guest runs.
-    pub async fn is_running(&self, name: &HostName) -> Result<bool, LibvirtError> {
-        let active = self.with_domain(name, |domain| domain.is_active().map_err(refused)).await?;
+    pub async fn is_running(&self, uuid: &str) -> Result<bool, LibvirtError> {
+        let active = self.with_domain(uuid, |domain| domain.is_active().map_err(refused)).await?;
         Ok(active.unwrap_or(false))
     }
 
     /// Ends the guest at once and forgets it. What is not there is no error.
-    pub async fn delete(&self, name: &HostName) -> Result<(), LibvirtError> {
-        self.with_domain(name, move |domain| {
+    pub async fn delete(&self, uuid: &str) -> Result<(), LibvirtError> {
+        self.with_domain(uuid, |domain| {
             for result in [domain.destroy(), undefine(domain)] {
                 match result {
                     Err(error) if !is_gone(&error) => return Err(refused(error)),
@@ -96,14 +95,9 @@ impl Libvirt {
         .map(drop)
     }
 
-    /// What there is under this name, with the traffic of the taps of these names; `None` if nothing is.
-    pub async fn find(
-        &self,
-        name: &HostName,
-        taps: Vec<String>,
-    ) -> Result<Option<LibvirtGuest>, LibvirtError> {
-        self.with_domain(name, move |domain| {
-            let uuid = domain.uuid_string().map_err(refused)?;
+    /// What there is of the guest, with the traffic of the taps of these names; `None` if nothing is.
+    pub async fn find(&self, uuid: &str, taps: Vec<String>) -> Result<Option<LibvirtGuest>, LibvirtError> {
+        self.with_domain(uuid, move |domain| {
             let info = domain.info().map_err(refused)?;
             // `Domain::state` would hide an error.
             let state = match info.state.to_raw() {
@@ -114,7 +108,7 @@ impl Libvirt {
                 _ => Running::Stopped,
             };
             let mut guest =
-                LibvirtGuest { uuid, state, cpu_ns: info.cpu_time, memory_bytes: 0, network_bytes: [0; 2] };
+                LibvirtGuest { state, cpu_ns: info.cpu_time, memory_bytes: 0, network_bytes: [0; 2] };
             if state == Running::Stopped {
                 return Ok(guest);
             }
@@ -149,13 +143,14 @@ impl Libvirt {
         self.call(|connect| Ok(owner(&connect.capabilities().map_err(refused)?))).await
     }
 
-    async fn with_domain<T, F>(&self, name: &HostName, work: F) -> Result<Option<T>, LibvirtError>
+    /// Guests are known by their UUID and never by their name, which may be that of somebody else's.
+    async fn with_domain<T, F>(&self, uuid: &str, work: F) -> Result<Option<T>, LibvirtError>
     where
         T: Send + 'static,
         F: FnOnce(&Domain) -> Result<T, LibvirtError> + Send + 'static,
     {
-        let name = name.to_string();
-        self.call(move |connect| match connect.lookup_domain_by_name(&name) {
+        let uuid = uuid.to_owned();
+        self.call(move |connect| match connect.lookup_domain_by_uuid_string(&uuid) {
             Ok(domain) => work(&domain).map(Some),
             Err(error) if is(&error, sys::VIR_ERR_NO_DOMAIN) => Ok(None),
             Err(error) => Err(refused(error)),
@@ -236,6 +231,36 @@ fn owner(capabilities: &str) -> Option<Owner> {
 mod tests {
     use super::*;
 
+    const OURS: &str = "00000000-0000-8000-8000-000000000001";
+
+    /// libvirt's test driver has one domain, which runs and is called `test`.
+    const URI: &str = "test:///default";
+
+    #[tokio::test]
+    async fn somebody_else_s_domain_of_that_name_is_neither_ended_nor_replaced() {
+        let libvirt = Libvirt::new(URI);
+        // What the driver has lives as long as a connection to it.
+        let theirs = Connect::open(Some(URI)).unwrap();
+        let xml = format!(
+            "<domain type='test'><name>test</name><uuid>{OURS}</uuid><memory>1024</memory>\
+             <os><type>hvm</type></os></domain>"
+        );
+        let error = libvirt.launch(xml).await.unwrap_err().to_string();
+        assert!(error.contains("already exists"), "{error}");
+        assert!(!libvirt.is_running(OURS).await.unwrap());
+        assert!(!libvirt.shut_down(OURS).await.unwrap());
+        assert_eq!(libvirt.find(OURS, Vec::new()).await.unwrap().map(|guest| guest.state), None);
+        libvirt.destroy(OURS).await.unwrap();
+        libvirt.delete(OURS).await.unwrap();
+        let domain = theirs.lookup_domain_by_name("test").unwrap();
+        assert!(domain.is_active().unwrap());
+
+        let uuid = domain.uuid_string().unwrap();
+        assert!(libvirt.is_running(&uuid).await.unwrap());
+        libvirt.destroy(&uuid).await.unwrap();
+        assert!(!libvirt.is_running(&uuid).await.unwrap());
+    }
+
     #[test]
     fn the_owner_is_read_from_the_capabilities() {
         let text = "<model>dac</model>\n<baselabel type='kvm'>+64055:+106</baselabel>";
@@ -246,7 +271,7 @@ mod tests {
     #[tokio::test]
     async fn a_daemon_that_is_not_there_is_named() {
         let libvirt = Libvirt::new("qemu+unix:///system?socket=/nowhere/sock");
-        let error = libvirt.is_running(&"vm".parse().unwrap()).await.unwrap_err().to_string();
+        let error = libvirt.is_running(OURS).await.unwrap_err().to_string();
         assert!(error.contains("cannot be reached") && error.contains("start libvirtd"), "{error}");
     }
 }

@@ -2,7 +2,6 @@
 
 use super::{LibvirtError, LibvirtGuest};
 use crate::control::Owner;
-use crate::name::HostName;
 
 /// A libvirt daemon that this program cannot talk to.
 #[derive(Debug, Clone)]
@@ -26,31 +25,27 @@ impl Libvirt {
     }
 
     /// Not built.
-    pub async fn shut_down(&self, _name: &HostName) -> Result<bool, LibvirtError> {
+    pub async fn shut_down(&self, _uuid: &str) -> Result<bool, LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
 
     /// Not built.
-    pub async fn destroy(&self, _name: &HostName) -> Result<(), LibvirtError> {
+    pub async fn destroy(&self, _uuid: &str) -> Result<(), LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
 
     /// Not built.
-    pub async fn is_running(&self, _name: &HostName) -> Result<bool, LibvirtError> {
+    pub async fn is_running(&self, _uuid: &str) -> Result<bool, LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
 
     /// Not built.
-    pub async fn delete(&self, _name: &HostName) -> Result<(), LibvirtError> {
+    pub async fn delete(&self, _uuid: &str) -> Result<(), LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
 
     /// Not built.
-    pub async fn find(
-        &self,
-        _name: &HostName,
-        _taps: Vec<String>,
-    ) -> Result<Option<LibvirtGuest>, LibvirtError> {
+    pub async fn find(&self, _uuid: &str, _taps: Vec<String>) -> Result<Option<LibvirtGuest>, LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
 
