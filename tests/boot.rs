@@ -97,7 +97,9 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
 
     // The daemon dies and comes back, and the sockets are still those that QEMU may open.
     kill(&process_of(store.path().to_str().unwrap(), "\0serve").expect("the daemon that boot started"));
-    let _serve = store.serve([""; 0]);
+    let said = store.refused(["overlay", "remove", "vm-1"]);
+    assert!(said.contains("in use"), "the guest runs on and waits for its disk: {said}");
+    let serve = store.serve([""; 0]);
     assert_eq!(std::fs::metadata(store.path().join("vms/vm-1/nbd.sock")).unwrap().uid(), uid);
 
     // A guest that never boots: one line, nothing left of it, the others are not touched.
@@ -128,7 +130,8 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     virsh(&["destroy", "theirs"]);
     virsh(&["undefine", "theirs"]);
 
-    // A guest that is asked to shut down syncs its disk first: its emulator has found the new daemon.
+    // A guest that is asked to shut down syncs its disk first: its emulator finds the daemon that `stop` starts.
+    drop(serve);
     let mut serial = std::fs::File::open(store.path().join("vms/vm-1/serial.log")).unwrap();
     store.run(["stop", "vm-1", "--remove"]);
     let mut said = String::new();
@@ -140,6 +143,7 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     assert!(left.contains("vm-2") && !left.contains("vm-1"), "{left}");
     assert!(virsh(&["list", "--all", "--name"]).trim().is_empty());
     store.run(["image", "verify", "tiny"]);
+    kill(&process_of(store.path().to_str().unwrap(), "\0serve").expect("the daemon that stop started"));
 }
 
 fn user_id(user: &str) -> u32 {

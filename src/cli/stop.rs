@@ -8,7 +8,6 @@ use bootcache::name::HostName;
 use bootcache::store::Store;
 
 use super::guest;
-use super::session::Session;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -30,25 +29,27 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
     super::block_on(async {
         let store = Store::open(&globals.store_dir())?;
         let patience = if args.force { Duration::ZERO } else { Duration::from_secs(args.patience) };
-        let mut session = Session::open(store.dir()).await?;
-        let mut code = ExitCode::SUCCESS;
-        for name in args.names {
-            let dir = store.vm_dir(&name);
-            if !dir.exists() {
-                eprintln!("bootcache: there is no VM '{name}'");
-                code = ExitCode::FAILURE;
-                continue;
-            }
+        let (names, missing): (Vec<_>, Vec<_>) =
+            args.names.into_iter().partition(|name| store.vm_dir(name).exists());
+        for name in &missing {
+            eprintln!("bootcache: there is no VM '{name}'");
+        }
+        let code = if missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        if names.is_empty() {
+            return Ok(code);
+        }
+        // A guest that shuts down writes to its disk.
+        let mut client = super::daemon::daemon(store.dir()).await?;
+        for name in names {
             guest::stop(&store, &name, patience).await?;
             super::attach::detach_vm(store.dir(), &name).await?;
-            // Without a daemon there is no socket to close.
-            let _ = session.call(Request::VmClose { name: name.clone() }).await;
-            std::fs::remove_dir_all(&dir)?;
+            // One that did not come as far as its socket has none to close.
+            let _ = client.call(&Request::VmClose { name: name.clone() }).await;
+            std::fs::remove_dir_all(store.vm_dir(&name))?;
             if args.remove {
-                session.call(Request::OverlayRemove { name }).await?;
+                client.call(&Request::OverlayRemove { name }).await?;
             }
         }
-        session.close().await?;
         Ok(code)
     })
 }

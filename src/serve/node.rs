@@ -454,7 +454,7 @@ impl Node {
         if !dir.exists() {
             return Err(NodeError::NoOverlay(name.clone()));
         }
-        Self::check_idle(&inner, name)?;
+        self.check_idle(&inner, name)?;
         if let Some(open) = inner.overlays.remove(name) {
             open.closed.cancel();
         }
@@ -470,7 +470,7 @@ impl Node {
         let (overlay, _sealing) = {
             let mut inner = self.inner.lock().await;
             self.open_overlay(&mut inner, name)?;
-            Self::check_idle(&inner, name)?;
+            self.check_idle(&inner, name)?;
             let open = &inner.overlays[name];
             let (overlay, base) = (open.overlay.clone(), open.base);
             if !self.store.image(base)?.is_complete() {
@@ -507,16 +507,29 @@ impl Node {
     }
 
     async fn close_vm(&self, name: &HostName) -> Result<(), NodeError> {
-        let socket = self.inner.lock().await.vms.remove(name).ok_or_else(|| NodeError::NoVm(name.clone()))?;
         let dir = self.store.vm_dir(name);
-        socket.forget(&dir).map_err(at(&dir))?;
-        socket.close().await;
+        let mut inner = self.inner.lock().await;
+        // One whose socket could not be opened again has a record all the same.
+        if !inner.vms.contains_key(name) && VmSocket::recorded(&dir).map_err(at(&dir))?.is_none() {
+            return Err(NodeError::NoVm(name.clone()));
+        }
+        VmSocket::forget(&dir).map_err(at(&dir))?;
+        let socket = inner.vms.remove(name);
+        drop(inner);
+        if let Some(socket) = socket {
+            socket.close().await;
+        }
         Ok(())
     }
 
-    fn check_idle(inner: &Inner, name: &HostName) -> Result<(), NodeError> {
+    /// Refuses what a client has open, an image is being made of, or a VM has its socket on. The record counts too: a
+    /// guest whose daemon was killed runs on and waits for the next one.
+    fn check_idle(&self, inner: &Inner, name: &HostName) -> Result<(), NodeError> {
+        let dir = self.store.vm_dir(name);
         let connected = inner.overlays.get(name).is_some_and(|open| open.connections() > 0);
-        if connected || inner.vms.contains_key(name) || inner.sealing().contains(name) {
+        let has_socket =
+            inner.vms.contains_key(name) || VmSocket::recorded(&dir).map_err(at(&dir))?.is_some();
+        if connected || has_socket || inner.sealing().contains(name) {
             return Err(NodeError::InUse(name.clone()));
         }
         Ok(())
@@ -651,6 +664,28 @@ mod tests {
         stats.connections.fetch_sub(1, Ordering::Relaxed);
         node.handle(remove).await.unwrap();
         assert!(node.export("a").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_vm_s_overlay_is_in_use_while_its_daemon_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let name: HostName = "a".parse().unwrap();
+        {
+            let node = node(dir.path());
+            create(&node, "a").await.unwrap();
+            node.handle(Request::VmOpen { name: name.clone(), owner: None }).await.unwrap();
+            node.close().await.unwrap();
+        }
+        // As a command without a daemon has it: it opens no sockets again.
+        let node = Node::open(Store::open(dir.path()).unwrap()).unwrap();
+        let remove = Request::OverlayRemove { name: name.clone() };
+        assert!(matches!(node.handle(remove.clone()).await, Err(NodeError::InUse(_))));
+        let commit = Request::OverlayCommit { name: name.clone(), image: "c".parse().unwrap() };
+        assert!(matches!(node.handle(commit).await, Err(NodeError::InUse(_))));
+        let close = Request::VmClose { name };
+        node.handle(close.clone()).await.unwrap();
+        assert!(matches!(node.handle(close).await, Err(NodeError::NoVm(_))));
+        node.handle(remove).await.unwrap();
     }
 
     #[tokio::test]

@@ -65,8 +65,8 @@ impl VmSocket {
         VmInfo { name: name.clone(), socket: self.path.clone(), export: self.export.clone() }
     }
 
-    /// Makes sure that no later daemon opens it.
-    pub(super) fn forget(&self, dir: &Path) -> io::Result<()> {
+    /// Makes sure that no later daemon opens the socket in the VM's folder.
+    pub(super) fn forget(dir: &Path) -> io::Result<()> {
         match fs::remove_file(dir.join(RECORD_FILE)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
