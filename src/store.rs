@@ -130,6 +130,19 @@ impl ImageEntry {
         !self.present_path().exists()
     }
 
+    /// Refuses a disk of another length than the image's size: what is missing would read as zeroes.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn check_length(&self, length: u64) -> Result<(), StoreError> {
+        let size = self.manifest.size;
+        if length == size {
+            return Ok(());
+        }
+        let what = format!("it has {length} bytes, not {size}; remove the image and add it again");
+        Err(StoreError::Damaged { path: self.disk_path(), what })
+    }
+
     /// Bytes that the image takes in the file system.
     pub fn stored_bytes(&self) -> u64 {
         scratch::stored_bytes(&self.dir)

@@ -104,11 +104,7 @@ impl Layer {
         let path = entry.disk_path();
         let disk = File::open(&path).map_err(at(&path))?;
         let size = entry.manifest.size;
-        let length = disk.metadata().map_err(at(&path))?.len();
-        if length != size {
-            let what = format!("it has {length} bytes, not {size}; remove the image and add it again");
-            return Err(StoreError::Damaged { path, what });
-        }
+        entry.check_length(disk.metadata().map_err(at(&path))?.len())?;
         let changes = entry.below().map(|_| own_changes(entry)).transpose()?;
         Ok(Self { disk, size, changes })
     }

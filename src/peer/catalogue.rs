@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bootcache_nbd::disk::SharedDisk;
+use bootcache_nbd::{Disk, SharedDisk};
 
 use crate::digest::Digest;
 use crate::image::tree::TreeError;
@@ -140,15 +140,15 @@ impl Catalogue {
         if depth == LAYERS_MAX {
             return Err(OpenError::Layers);
         }
-        let increment = entry.index_path().exists();
-        match entry.manifest.base.filter(|_| increment) {
-            None => Ok(Arc::new(ImageDisk::open(&entry.disk_path())?)),
+        let disk = match entry.below() {
+            None => ImageDisk::open(&entry.disk_path())?,
             Some(base) => {
                 let below = self.disk(&self.store.image(base)?, depth + 1)?;
-                let (index, disk) = (entry.index_path(), entry.disk_path());
-                Ok(Arc::new(ImageDisk::open_increment(&index, &disk, below, base)?))
+                ImageDisk::open_increment(&entry.index_path(), &entry.disk_path(), below, base)?
             }
-        }
+        };
+        entry.check_length(disk.size())?;
+        Ok(Arc::new(disk))
     }
 }
 

@@ -346,6 +346,7 @@ impl Node {
                 (Arc::new(disk), Some(base))
             }
         };
+        entry.check_length(disk.size())?;
         let open = Arc::new(OpenImage { disk, _hold: hold, _base: base });
         inner.images.insert(entry.root, Arc::downgrade(&open));
         Ok(open)
@@ -577,6 +578,8 @@ impl Node {
 mod tests {
     use super::*;
     use crate::image::import::{ImportOptions, import};
+    use crate::peer::message::Wanted;
+    use crate::peer::server::Provider;
 
     fn node(dir: &Path) -> Node {
         let store = Store::open(dir).unwrap();
@@ -705,6 +708,24 @@ mod tests {
             (read(&image, 5000).await, read(&image, 5001).await, read(&overlay, 5000).await),
             (1, 7, 2)
         );
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_was_cut_is_neither_exported_nor_given_to_peers() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        create(&node, "a").await.unwrap();
+        let root = node.store.root_of(&"base".parse().unwrap()).unwrap().unwrap();
+        node.close().await.unwrap();
+        let disk = fs::File::options().write(true).open(node.store.image_dir(root).join("disk")).unwrap();
+        disk.set_len(60 << 10).unwrap();
+        for name in ["base", "a"] {
+            let error = node.export(name).await.map(|_| ()).unwrap_err();
+            assert!(error.contains("it has 61440 bytes, not 65536"), "{error}");
+        }
+        assert!(node.catalogue.find(&Wanted::Root(root)).is_none());
+        disk.set_len(64 << 10).unwrap();
+        assert!(node.export("a").await.is_ok() && node.catalogue.find(&Wanted::Root(root)).is_some());
     }
 
     #[tokio::test]
