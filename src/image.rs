@@ -21,3 +21,4 @@ pub mod stored_disk;
 pub mod tree;
 pub mod tree_builder;
 pub mod verify;
+mod vmdk;

@@ -106,9 +106,10 @@ fn a_file_whose_end_is_missing_is_refused_or_gives_the_same_image() {
     fs::write(&raw, support::noise(11, 5 << 20)).unwrap();
     add(&store, "whole", &raw, &[]);
     let expected = shown(&store, "whole")["root"].clone();
-    let sources: [(&str, &[&str]); 5] = [
+    let sources: [(&str, &[&str]); 6] = [
         ("plain.qcow2", &[]),
         ("compressed.qcow2", &["-c"]),
+        ("sparse.vmdk", &[]),
         ("stream.vmdk", &["-o", "subformat=streamOptimized"]),
         ("dynamic.vdi", &[]),
         ("dynamic.vhdx", &[]),

@@ -33,10 +33,11 @@ use super::qemu_img::{self, QemuImgError};
 use super::scan::{DiskSource, FileSource, PageView, ScanError, Watch, scan};
 use super::tree::{SIZE_MAX, TreeError};
 use super::tree_builder::TreeBuilder;
+use super::vmdk;
 
 /// zstd level of archives, all of which is compressed: 9 packs 5 % tighter than 3, at 70 MB/s a core.
 const ARCHIVE_LEVEL: i32 = 9;
-const TRUNCATED_QCOW2: &str = "it is truncated: its tables name clusters past its end";
+const TRUNCATED: &str = "it is truncated: its tables name parts of the disk past its end";
 
 /// Why a file did not become an image. Nothing of it is left in the store then.
 #[derive(Debug, thiserror::Error)]
@@ -203,11 +204,15 @@ impl Opened {
             }
             match format {
                 SourceFormat::Vdi => refuse_truncated_vdi(&head, length).map_err(format_error)?,
-                SourceFormat::Qcow2 => match qcow2::holds_its_clusters(&file, length) {
-                    Ok(true) => {}
-                    Ok(false) => return Err(format_error(FormatError::Unsound(TRUNCATED_QCOW2))),
-                    Err(error) => return Err(ImportError::Source { path: given.to_owned(), error }),
-                },
+                SourceFormat::Qcow2 | SourceFormat::Vmdk => {
+                    let is_qcow2 = format == SourceFormat::Qcow2;
+                    let check = if is_qcow2 { qcow2::holds_its_clusters } else { vmdk::holds_its_grains };
+                    let is_whole = check(&file, length)
+                        .map_err(|error| ImportError::Source { path: given.to_owned(), error })?;
+                    if !is_whole {
+                        return Err(format_error(FormatError::Unsound(TRUNCATED)));
+                    }
+                }
                 _ => {}
             }
             ask_qemu_img(given, &path, format, options, watch)?
