@@ -15,6 +15,9 @@ pub use until::Until;
 /// The program; others can be run as a command of one's own.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
+/// The hardware address of a guest's first card, where QEMU chooses it.
+pub const FIRST_MAC: &str = "52:54:00:12:34:56";
+
 /// What the guest's disk is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disk {

@@ -113,6 +113,26 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     assert!(!store.path().join("vms/never").exists() && !store.path().join("overlays/never").exists());
     assert!(process_of("qemu-system", "guest=never,").is_none());
 
+    // Ended while it starts them: as if it had never been called.
+    {
+        let mut late = boot(&["--name", "late", "--count", "3", "--until", "serial:NO SUCH LINE"]);
+        let mut process = Process::start(&mut late);
+        let record = store.path().join("vms/late-1/vm.json");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !record.exists() {
+            assert!(Instant::now() < deadline, "{}", process.said());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        process.signal(rustix::process::Signal::TERM);
+        assert_eq!(process.wait(Duration::from_secs(60)).code(), Some(130), "{}", process.said());
+    }
+    for number in 1..=3 {
+        let name = format!("late-{number}");
+        assert!(!store.path().join("vms").join(&name).exists(), "{name}");
+        assert!(!store.path().join("overlays").join(&name).exists(), "{name}");
+        assert!(process_of("qemu-system", &format!("guest={name},")).is_none(), "{name}");
+    }
+
     // A domain of somebody else has the name: it is left alone, and nothing of ours stays.
     let xml = store.beside("theirs.xml");
     let theirs = "<domain type='qemu'><name>theirs</name><memory unit='MiB'>32</memory>
@@ -123,8 +143,9 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     virsh(&["define", xml.to_str().unwrap()]);
     virsh(&["start", "theirs"]);
     let output = boot(&["--name", "theirs", "--until", BOOTED]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("already exists"), "{said}");
+    let outcomes: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let error = outcomes[0]["error"].as_str().unwrap_or_default();
+    assert!(!output.status.success() && error.contains("already exists"), "{outcomes}");
     assert!(!store.path().join("vms/theirs").exists() && !store.path().join("overlays/theirs").exists());
     assert_eq!(virsh(&["domstate", "theirs"]).trim(), "running");
     virsh(&["destroy", "theirs"]);
@@ -148,6 +169,41 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
 
 fn user_id(user: &str) -> u32 {
     support::run(Command::new("id").args(["-u", user])).trim().parse().unwrap()
+}
+
+#[test]
+fn an_image_that_was_recorded_until_its_guest_connected_boots_in_libvirt_without_being_told_more() {
+    const PORT: u16 = 17_001;
+    if !support::require(&LIBVIRT) || !support::require(&["mount", "sed"]) || !support::require_root() {
+        return;
+    }
+    let store = Store::new();
+    open_to_all(store.path().parent().unwrap());
+    let (disk, mount) = (store.beside("calls.raw"), store.beside("mount"));
+    support::run(Command::new("cp").arg("--sparse=always").arg(support::guest::disk("tiny")).arg(&disk));
+    std::fs::create_dir(&mount).unwrap();
+    // This one knows whom to call.
+    let change = format!(
+        "set -e; mount -o loop,offset=1048576,sizelimit=67108864 {disk} {mount}; trap 'umount {mount}' EXIT
+         sed -i 's/^report=$(told report) .*/report=10.0.2.2:{PORT}/' {mount}/sbin/init
+         grep -q '^report=10.0.2.2:{PORT}$' {mount}/sbin/init",
+        disk = disk.display(),
+        mount = mount.display(),
+    );
+    support::run(Command::new("sh").args(["-c", &change]));
+    store.run(["image", "add", "calls", disk.to_str().unwrap()]);
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up_with_qemu_as("libvirt-qemu", store.path().parent().unwrap(), &net, 0);
+    net.within(0, || {
+        let guest = ["--memory", "128", "--accel", "tcg"];
+        let until = format!("tcp:{PORT}");
+        store.run(["record", "calls", "--runs", "1", "--until", &until].iter().chain(&guest));
+        let boot = ["--json", "boot", "calls", "--connect", host.libvirt(), "--time-limit", "100"];
+        let outcomes: Value = serde_json::from_str(&store.run(boot.iter().chain(&guest))).unwrap();
+        assert!(outcomes[0]["seconds"].as_f64().unwrap() > 0.5, "{outcomes}");
+        store.run(["stop", "calls-vm", "--force", "--remove"]);
+    });
+    kill(&process_of(store.path().to_str().unwrap(), "\0serve").expect("the daemon that boot started"));
 }
 
 #[test]

@@ -10,11 +10,14 @@ use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
 use bootcache::qemu::{Accelerator, Until};
 use bootcache::store::Store;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::boot_report::{self, BootReport};
 use super::guest::{DiskWay, Guest, Plan, undo};
+use super::signals::Ending;
 
 /// Most VMs that one command starts.
 const COUNT_MAX: u32 = 10_000;
@@ -75,6 +78,19 @@ struct Outcome {
     seconds: Option<f64>,
     /// Where the time of its reads went; none when its image was all here, or nobody waited.
     report: Option<BootReport>,
+    /// Why it did not come up; none when it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+impl Outcome {
+    fn started(name: HostName) -> Self {
+        Self { name, seconds: None, report: None, error: None }
+    }
+
+    fn failed(name: HostName, error: &anyhow::Error) -> Self {
+        Self { error: Some(format!("{error:#}")), ..Self::started(name) }
+    }
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
@@ -85,18 +101,22 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
     let dir = globals.store_dir();
     let store = Store::open(&dir)?;
     let entry = store.resolve(&args.image)?;
-    let until = match (&args.until, entry.manifest.boot.as_ref().and_then(|boot| boot.until.as_ref())) {
-        _ if args.no_wait => None,
+    let recorded = entry.manifest.boot.as_ref().and_then(|boot| boot.until.as_ref());
+    let until = match (&args.until, recorded) {
         (Some(until), _) => Some(until.clone()),
-        (None, Some(recorded)) => {
-            Some(recorded.parse().context("the boot cache names a condition of its own")?)
-        }
+        (None, Some(recorded)) => match recorded.parse() {
+            Err(_) if args.no_wait => None,
+            parsed => Some(parsed.context("the boot cache names a condition of its own")?),
+        },
+        (None, None) if args.no_wait => None,
         (None, None) => bail!(
             "image '{0}' was not recorded, so nobody knows when it has booted: say --until CONDITION or \
              --no-wait, or record it with `bootcache record {0}`",
             args.image
         ),
     };
+    let nat = matches!(until, Some(Until::Tcp(_))) && args.bridge.is_empty();
+    let until = until.filter(|_| !args.no_wait);
     let names = names(&args)?;
     if matches!(until, Some(Until::Tcp(_))) && names.len() > 1 {
         bail!("--until tcp: waits for one VM: boot several with serial: or idle:, or one at a time");
@@ -125,12 +145,15 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         cpus: args.cpus,
         accelerator,
         bridges: args.bridge.clone(),
+        nat,
+        until,
+        time_limit: Duration::from_secs(args.time_limit),
         libvirt,
         owner,
         qemu_arguments: args.qemu_arg.clone(),
     };
-    let mut client = super::daemon::daemon(store.dir()).await?;
-    let (code, mut outcomes) = boot_all(&plan, &mut client, names.clone(), until.as_ref(), &args).await;
+    super::daemon::daemon(store.dir()).await?;
+    let (code, mut outcomes) = boot_all(&plan, names.clone(), args.keep).await?;
     if globals.json {
         // In the order of the names, whoever was up first.
         outcomes.sort_by_key(|outcome| names.iter().position(|name| *name == outcome.name));
@@ -157,100 +180,112 @@ fn names(args: &Args) -> anyhow::Result<Vec<HostName>> {
 }
 
 /// Starts the guests one after the other and waits for all of them together.
-async fn boot_all(
-    plan: &Plan,
-    client: &mut bootcache::control::Client,
-    names: Vec<HostName>,
-    until: Option<&Until>,
-    args: &Args,
-) -> (ExitCode, Vec<Outcome>) {
-    let total = names.len();
-    let bar = progress(total);
-    let limit = Duration::from_secs(args.time_limit);
-    let mut outcomes = Vec::new();
-    let mut failed: Vec<HostName> = Vec::new();
-    let mut waits = futures_util::stream::FuturesUnordered::new();
-    let mut starts = names.into_iter();
-    let mut interrupted = false;
+async fn boot_all(plan: &Plan, names: Vec<HostName>, keep: bool) -> anyhow::Result<(ExitCode, Vec<Outcome>)> {
+    let mut ending = Ending::listen()?;
+    let bar = progress(names.len());
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    let mut names = names.into_iter();
+    // One start at a time, while those that were started boot.
+    let mut starts = FuturesUnordered::new();
+    let mut waits = FuturesUnordered::new();
+    // Those that are neither up nor undone.
     let mut pending: Vec<HostName> = Vec::new();
-    let stop = tokio::signal::ctrl_c();
-    tokio::pin!(stop);
-    loop {
-        // One start at a time, while those that were started boot.
-        if !interrupted && let Some(name) = starts.next() {
-            bar.set_message(format!("starting {name}"));
-            match Guest::start(plan, client, name.clone()).await {
+    let interrupted = loop {
+        if starts.is_empty()
+            && let Some(name) = names.next()
+        {
+            pending.push(name.clone());
+            starts.push(async move { (name.clone(), Guest::start(plan, name).await) });
+        }
+        if starts.is_empty() && waits.is_empty() {
+            break false;
+        }
+        bar.set_message(match pending.last() {
+            Some(name) if !starts.is_empty() => format!("starting {name}"),
+            _ => format!("{} booting", waits.len()),
+        });
+        let outcome = tokio::select! {
+            () = ending.wait() => break true,
+            Some((name, started)) = starts.next() => match started {
+                Ok(guest) if plan.until.is_some() => {
+                    waits.push(async move { (wait(plan, guest, keep).await, name) });
+                    continue;
+                }
+                Ok(_) => Outcome::started(name),
                 Err(error) => {
-                    bar.suspend(|| eprintln!("bootcache: {name}: {error:#}"));
                     // What keeps one from starting keeps the others too.
-                    starts = Vec::new().into_iter();
-                    failed.push(name);
+                    names = Vec::new().into_iter();
+                    Outcome::failed(name, &error)
                 }
-                Ok(_) if until.is_none() => {
-                    outcomes.push(Outcome { name, seconds: None, report: None });
-                    bar.inc(1);
+            },
+            Some((waited, name)) = waits.next() => match waited {
+                Ok((time, report)) => {
+                    Outcome { seconds: Some(time.as_secs_f64()), report, ..Outcome::started(name) }
                 }
-                Ok(mut guest) => {
-                    pending.push(name);
-                    let until = until.cloned();
-                    waits.push(async move {
-                        let until = until.expect("checked above");
-                        let result = guest.booted(plan, &until, limit).await;
-                        (guest.name().clone(), result)
-                    });
-                }
-            }
-            continue;
-        }
-        bar.set_message(format!("{} booting", waits.len()));
-        let finished = tokio::select! {
-            _ = &mut stop, if !interrupted => {
-                interrupted = true;
-                break;
-            }
-            finished = futures_util::StreamExt::next(&mut waits) => finished,
+                Err(error) => Outcome::failed(name, &error),
+            },
         };
-        let Some((name, result)) = finished else { break };
-        pending.retain(|other| *other != name);
+        pending.retain(|other| *other != outcome.name);
         bar.inc(1);
-        match result {
-            Ok(time) => {
-                let report = report(client, &name).await;
-                let misses = plan.misses();
-                bar.suspend(|| {
-                    eprintln!("{name} booted in {:.2} s", time.as_secs_f64());
-                    report.iter().flat_map(|report| report.lines(&misses)).for_each(|l| eprintln!("  {l}"));
-                });
-                outcomes.push(Outcome { name, seconds: Some(time.as_secs_f64()), report });
-            }
-            Err(error) => {
-                bar.suspend(|| eprintln!("bootcache: {name}: {error:#}"));
-                if !args.keep {
-                    undo(plan, client, &name).await;
-                }
-                failed.push(name);
-            }
-        }
-    }
+        bar.suspend(|| say(plan, &outcome));
+        outcomes.push(outcome);
+    };
     drop(waits);
     bar.finish_and_clear();
     if interrupted {
-        for name in &pending {
-            if args.keep {
-                eprintln!("{name} goes on booting: `bootcache stop {name}` ends it");
-            } else {
-                undo(plan, client, name).await;
+        // libvirt goes on with a start that nobody waits for.
+        let clean_up = async {
+            if let Some((name, Err(_))) = starts.next().await {
+                pending.retain(|other| *other != name);
             }
+            for name in &pending {
+                if keep {
+                    eprintln!("{name} goes on booting: `bootcache stop {name}` ends it");
+                } else {
+                    undo(plan, name).await;
+                }
+            }
+        };
+        tokio::select! {
+            () = clean_up => {}
+            () = ending.wait() => eprintln!("some VMs may go on: `bootcache status` shows them"),
         }
-        return (ExitCode::from(130), outcomes);
+        return Ok((ExitCode::from(130), outcomes));
     }
-    let code = if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    (code, outcomes)
+    let all = outcomes.iter().all(|outcome| outcome.error.is_none());
+    Ok((if all { ExitCode::SUCCESS } else { ExitCode::FAILURE }, outcomes))
+}
+
+/// Waits for a guest; one that does not come up is undone, unless it is to be kept.
+async fn wait(plan: &Plan, guest: Guest, keep: bool) -> anyhow::Result<(Duration, Option<BootReport>)> {
+    let name = guest.name().clone();
+    match guest.booted(plan).await {
+        Ok(time) => Ok((time, report(plan, &name).await)),
+        Err(error) => {
+            if !keep {
+                undo(plan, &name).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Tells a person how a VM came up.
+fn say(plan: &Plan, outcome: &Outcome) {
+    let Outcome { name, seconds, report, error } = outcome;
+    if let Some(error) = error {
+        eprintln!("bootcache: {name}: {error}");
+    }
+    if let Some(seconds) = seconds {
+        eprintln!("{name} booted in {seconds:.2} s");
+    }
+    let misses = plan.misses();
+    report.iter().flat_map(|report| report.lines(&misses)).for_each(|line| eprintln!("  {line}"));
 }
 
 /// Where the time of a boot went. Without an answer the boot is none the worse.
-async fn report(client: &mut bootcache::control::Client, vm: &HostName) -> Option<BootReport> {
-    match client.call(&Request::Status).await {
+async fn report(plan: &Plan, vm: &HostName) -> Option<BootReport> {
+    match plan.client().await.ok()?.call(&Request::Status).await {
         Ok(Reply::Status(status)) => boot_report::of(&status, vm),
         _ => None,
     }

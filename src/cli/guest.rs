@@ -41,6 +41,12 @@ pub(super) struct Plan {
     pub(super) cpus: u32,
     pub(super) accelerator: Accelerator,
     pub(super) bridges: Vec<String>,
+    /// Gives it a card behind QEMU's own NAT, as it had when it was recorded.
+    pub(super) nat: bool,
+    /// When a guest has booted; nobody waits otherwise.
+    pub(super) until: Option<Until>,
+    /// How long it may take.
+    pub(super) time_limit: Duration,
     /// libvirt, or none for a plain QEMU.
     pub(super) libvirt: Option<(Libvirt, String)>,
     /// Who QEMU runs as, when that is somebody else.
@@ -53,6 +59,11 @@ impl Plan {
     pub(super) fn misses(&self) -> PathBuf {
         self.store.image_dir(self.root).join(bootcache::transfer::missed::FILE)
     }
+
+    /// A connection to the store's daemon, which runs.
+    pub(super) async fn client(&self) -> anyhow::Result<Client> {
+        Ok(Client::connect(&self.store.dir().join(CONTROL_SOCKET)).await?)
+    }
 }
 
 /// A guest that was started.
@@ -61,23 +72,36 @@ pub(super) struct Guest {
     dir: PathBuf,
     started: Instant,
     child: Option<tokio::process::Child>,
+    condition: Option<Condition>,
 }
 
 impl Guest {
     /// Makes the overlay and the socket, and starts the guest; undoes what it did when that fails.
-    pub(super) async fn start(plan: &Plan, client: &mut Client, name: HostName) -> anyhow::Result<Self> {
+    ///
+    /// Dropped, it may leave a guest that starts all the same: libvirt goes on.
+    pub(super) async fn start(plan: &Plan, name: HostName) -> anyhow::Result<Self> {
+        let condition = match plan.until.clone() {
+            Some(until) => Some(Condition::prepare(until, std::net::Ipv4Addr::UNSPECIFIED).await?),
+            None => None,
+        };
+        let mut client = plan.client().await?;
         let request = Request::OverlayCreate { image: plan.image.clone(), name: name.clone(), size: None };
         client.call(&request).await?;
-        match Self::start_on_overlay(plan, client, &name).await {
+        match Self::start_on_overlay(plan, &mut client, &name, condition).await {
             Ok(guest) => Ok(guest),
             Err(error) => {
-                undo(plan, client, &name).await;
+                undo(plan, &name).await;
                 Err(error)
             }
         }
     }
 
-    async fn start_on_overlay(plan: &Plan, client: &mut Client, name: &HostName) -> anyhow::Result<Self> {
+    async fn start_on_overlay(
+        plan: &Plan,
+        client: &mut Client,
+        name: &HostName,
+        condition: Option<Condition>,
+    ) -> anyhow::Result<Self> {
         let open = Request::VmOpen { name: name.clone(), owner: plan.owner };
         let Reply::Vm(vm) = client.call(&open).await? else { bail!("the daemon answered out of turn") };
         let dir = plan.store.vm_dir(name);
@@ -102,17 +126,15 @@ impl Guest {
             }
             None => Some(start_qemu(plan, &vm, device, &dir, serial)?),
         };
-        Ok(Self { name: name.clone(), dir, started, child })
+        Ok(Self { name: name.clone(), dir, started, child, condition })
     }
 
-    /// Waits until the guest has booted; returns how long that took.
-    pub(super) async fn booted(
-        &mut self,
-        plan: &Plan,
-        until: &Until,
-        limit: Duration,
-    ) -> anyhow::Result<Duration> {
-        let condition = Condition::prepare(until.clone(), std::net::Ipv4Addr::UNSPECIFIED).await?;
+    /// Waits until the guest has booted, which the plan says when; returns how long that took.
+    pub(super) async fn booted(mut self, plan: &Plan) -> anyhow::Result<Duration> {
+        let (Some(condition), Some(until)) = (self.condition.take(), &plan.until) else {
+            bail!("nobody said when it has booted");
+        };
+        let limit = plan.time_limit;
         let (mut writer, reader) = tokio::io::duplex(64 << 10);
         let path = serial_path(&self.dir);
         let tail = async move {
@@ -146,6 +168,11 @@ impl Guest {
         }
     }
 
+    /// Its name.
+    pub(super) fn name(&self) -> &HostName {
+        &self.name
+    }
+
     /// A count of the guest's reads, for [`Until::Idle`] alone, and what keeps it up to date.
     fn watch_reads(
         &self,
@@ -175,15 +202,10 @@ impl Guest {
         };
         (reads, watch)
     }
-
-    /// Its name.
-    pub(super) fn name(&self) -> &HostName {
-        &self.name
-    }
 }
 
 /// Ends a guest and removes what belongs to it.
-pub(super) async fn undo(plan: &Plan, client: &mut Client, name: &HostName) {
+pub(super) async fn undo(plan: &Plan, name: &HostName) {
     let dir = plan.store.vm_dir(name);
     if let Err(error) = stop(&plan.store, name, Duration::ZERO).await {
         eprintln!("{name}: {error:#}");
@@ -191,10 +213,14 @@ pub(super) async fn undo(plan: &Plan, client: &mut Client, name: &HostName) {
     if let Err(error) = super::attach::detach_vm(plan.store.dir(), name).await {
         eprintln!("{name}: {error:#}");
     }
-    let _ = client.call(&Request::VmClose { name: name.clone() }).await;
-    let _ = std::fs::remove_dir_all(&dir);
-    if let Err(error) = client.call(&Request::OverlayRemove { name: name.clone() }).await {
-        eprintln!("{name}: its overlay stays: {error}");
+    let removed = async {
+        let mut client = plan.client().await?;
+        let _ = client.call(&Request::VmClose { name: name.clone() }).await;
+        let _ = std::fs::remove_dir_all(&dir);
+        anyhow::Ok(client.call(&Request::OverlayRemove { name: name.clone() }).await?)
+    };
+    if let Err(error) = removed.await {
+        eprintln!("{name}: its overlay stays: {error:#}");
     }
 }
 
@@ -259,7 +285,19 @@ fn domain_xml(
     serial: PathBuf,
 ) -> anyhow::Result<String> {
     let emulator = install_emulator(plan.store.dir())?;
-    let card = |bridge: &String| Card { bridge: bridge.clone(), mac: None, tap: None, mtu: None };
+    let mut cards: Vec<Card> = Vec::new();
+    cards.extend(plan.nat.then(|| Card {
+        bridge: None,
+        mac: Some(qemu::FIRST_MAC.to_owned()),
+        tap: None,
+        mtu: None,
+    }));
+    cards.extend(plan.bridges.iter().map(|bridge| Card {
+        bridge: Some(bridge.clone()),
+        mac: None,
+        tap: None,
+        mtu: None,
+    }));
     let domain = Domain {
         name: name.clone(),
         memory_mib: plan.memory_mib,
@@ -270,7 +308,7 @@ fn domain_xml(
             Some(path) => DomainDisk::Block(path),
             None => DomainDisk::Nbd { socket: vm.socket.clone(), export: vm.export.clone() },
         },
-        cards: plan.bridges.iter().map(card).collect(),
+        cards,
         serial,
         facts: Vec::new(),
         guest_agent: false,

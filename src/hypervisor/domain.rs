@@ -53,8 +53,8 @@ pub struct Domain {
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Card {
-    /// The bridge of the host that it is on.
-    pub bridge: String,
+    /// The bridge of the host that it is on; without one it is behind QEMU's own NAT.
+    pub bridge: Option<String>,
     /// Its hardware address; libvirt makes one up otherwise.
     pub mac: Option<String>,
     /// The name of the host's end, at most 15 bytes; libvirt counts them otherwise.
@@ -169,13 +169,16 @@ impl Domain {
 
     fn cards(&self, xml: &mut Xml) -> std::io::Result<()> {
         for card in &self.cards {
-            let interface = xml.create_element("interface").with_attribute(("type", "bridge"));
+            let kind = if card.bridge.is_some() { "bridge" } else { "user" };
+            let interface = xml.create_element("interface").with_attribute(("type", kind));
             interface.write_inner_content(|xml| {
                 if let Some(mac) = &card.mac {
                     xml.create_element("mac").with_attribute(("address", mac.as_str())).write_empty()?;
                 }
-                let source = xml.create_element("source");
-                source.with_attribute(("bridge", card.bridge.as_str())).write_empty()?;
+                if let Some(bridge) = &card.bridge {
+                    let source = xml.create_element("source");
+                    source.with_attribute(("bridge", bridge.as_str())).write_empty()?;
+                }
                 if let Some(tap) = &card.tap {
                     xml.create_element("target").with_attribute(("dev", tap.as_str())).write_empty()?;
                 }
@@ -332,7 +335,12 @@ mod tests {
             accelerator: Accelerator::Tcg,
             emulator: "/usr/bin/qemu-system-x86_64".into(),
             disk: DomainDisk::Nbd { socket: "/s/'<&>\".sock".into(), export: "vm-1".into() },
-            cards: vec![Card { bridge: "br0\"/><evil/>".into(), mac: None, tap: None, mtu: Some(1450) }],
+            cards: vec![Card {
+                bridge: Some("br0\"/><evil/>".into()),
+                mac: None,
+                tap: None,
+                mtu: Some(1450),
+            }],
             serial: "/s/serial.log".into(),
             facts: vec![("address".into(), "</entry><evil/>".into())],
             guest_agent: true,

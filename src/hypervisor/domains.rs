@@ -70,7 +70,7 @@ impl Domains {
         let emulator = emulator.map_err(|error| refused(error.to_string()))?;
         let names = taps(&self.owner, &launch.name);
         let cards = launch.nics.iter().zip(names).map(|(nic, tap)| Card {
-            bridge: nic.bridge.clone(),
+            bridge: Some(nic.bridge.clone()),
             mac: Some(nic.mac.clone()),
             tap: Some(tap),
             mtu: nic.mtu,

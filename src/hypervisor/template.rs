@@ -162,7 +162,7 @@ mod tests {
             emulator: "/bin/qemu".into(),
             disk: DomainDisk::Nbd { socket: "/s/nbd.sock".into(), export: "vm-1".into() },
             cards: vec![Card {
-                bridge: "br-lab".into(),
+                bridge: Some("br-lab".into()),
                 mac: Some("52:54:00:00:00:01".into()),
                 tap: None,
                 mtu: None,
