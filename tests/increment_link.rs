@@ -60,6 +60,12 @@ fn an_increment_costs_the_link_what_it_adds_where_its_base_is_and_everything_els
     for store in [&beside, &alone] {
         store.run(["image", "verify", "increment"]);
         assert!(exported(store) == expected, "the increment is another disk there");
+        // Here it is a whole disk, base or no base, which the tracer sees too.
+        for via in ["preload", "nbd"] {
+            let record = ["record", "increment", "--runs", "1", "--until", "exit", "--via", via, "--"];
+            let read = "if [ -e '{disk}' ]; then head -c 1M '{disk}'; else qemu-io -r -f raw -c 'read 0 1M' '{disk}'; fi";
+            store.run(record.into_iter().chain(["sh", "-c", read]));
+        }
     }
 }
 

@@ -99,7 +99,7 @@ fn recording(args: &Args, entry: Option<&ImageEntry>) -> anyhow::Result<Recordin
 fn disk(args: &Args, entry: Option<&ImageEntry>) -> anyhow::Result<Option<Arc<File>>> {
     let path = match (&args.verify, entry) {
         (Some(path), _) => path.clone(),
-        (None, Some(entry)) if entry.is_complete() && entry.manifest.base.is_none() => entry.disk_path(),
+        (None, Some(entry)) if entry.is_complete() && entry.below().is_none() => entry.disk_path(),
         _ => return Ok(None),
     };
     let file = File::open(&path).with_context(|| path.display().to_string())?;

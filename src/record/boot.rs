@@ -55,7 +55,7 @@ impl<'a> Plan<'a> {
         entry: &'a ImageEntry,
         options: &'a Options,
     ) -> Result<Self, RecordError> {
-        let increment = entry.manifest.base.is_some();
+        let increment = entry.below().is_some();
         let via = match options.via {
             Some(Via::Preload) if increment => return Err(RecordError::Increment),
             Some(via) => via,

@@ -163,7 +163,7 @@ fn uri(socket: &Path) -> String {
 fn open_disk(store: &Store, entry: &ImageEntry) -> Result<SharedDisk, RecordError> {
     let mut increments = Vec::new();
     let mut lowest = entry.clone();
-    while let Some(base) = lowest.manifest.base {
+    while let Some(base) = lowest.below() {
         let below = store.image(base)?;
         increments.push((lowest, base));
         if increments.len() > LAYERS_MAX {
@@ -174,9 +174,13 @@ fn open_disk(store: &Store, entry: &ImageEntry) -> Result<SharedDisk, RecordErro
     }
     let path = lowest.disk_path();
     let mut disk: SharedDisk = Arc::new(ImageDisk::open(&path).map_err(at(&path))?);
+    lowest.check_length(disk.size())?;
     for (increment, base) in increments.into_iter().rev() {
-        let opened = ImageDisk::open_increment(&increment.index_path(), &increment.disk_path(), disk, base)
-            .map_err(|error| StoreError::Damaged { path: increment.dir, what: error.to_string() })?;
+        let opened =
+            ImageDisk::open_increment(&increment.index_path(), &increment.disk_path(), disk, base).map_err(
+                |error| StoreError::Damaged { path: increment.dir.clone(), what: error.to_string() },
+            )?;
+        increment.check_length(opened.size())?;
         disk = Arc::new(opened);
     }
     Ok(disk)
