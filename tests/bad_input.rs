@@ -6,7 +6,9 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
+use support::process::Process;
 use support::store::Store;
 
 /// A small raw disk, 1 MiB of noise in 2 MiB.
@@ -167,7 +169,32 @@ fn a_second_server_on_a_store_is_refused_and_the_first_goes_on() {
     first.kill();
     let mut next = store.serve([""; 0]);
     assert!(store.run(["overlay", "list"]).contains("vm"));
-    assert!(next.terminate(std::time::Duration::from_secs(10)).success());
+    assert!(next.terminate(Duration::from_secs(10)).success());
+}
+
+#[test]
+fn commands_without_a_daemon_wait_for_each_other_and_start_one_daemon_together() {
+    let store = Store::new();
+    let raw = small_disk(&store, "small.raw", 1);
+    store.run(["image", "add", "golden", raw.to_str().unwrap()]);
+    let all = |commands: Vec<Vec<&str>>| {
+        let start = |words: Vec<&str>| Process::start(&mut store.command(words));
+        let started: Vec<_> = commands.into_iter().map(start).collect();
+        for mut process in started {
+            assert!(process.wait(Duration::from_secs(60)).success(), "{}", process.said());
+        }
+    };
+    let vms = ["a", "b", "c", "d"];
+    all(vms.iter().map(|vm| vec!["overlay", "create", "golden", vm]).collect());
+    for vm in vms {
+        std::fs::create_dir(store.path().join("vms").join(vm)).unwrap();
+    }
+    all(vms.iter().map(|vm| vec!["stop", vm, "--remove"]).collect());
+    let left: serde_json::Value = serde_json::from_str(&store.run(["--json", "overlay", "list"])).unwrap();
+    assert_eq!(left, serde_json::json!([]));
+    let status: serde_json::Value = serde_json::from_str(&store.run(["--json", "status"])).unwrap();
+    let daemon = rustix::process::Pid::from_raw(status["pid"].as_i64().unwrap().try_into().unwrap());
+    rustix::process::kill_process(daemon.unwrap(), rustix::process::Signal::KILL).unwrap();
 }
 
 /// A small file system in memory, unmounted on drop.

@@ -26,12 +26,17 @@ pub(crate) async fn daemon_with(dir: &Path, more: &[String]) -> anyhow::Result<C
         Err(ControlError::NoDaemon) => {}
         other => return Ok(other?),
     }
-    let log = start(dir, more).await?;
-    eprintln!("started a daemon on {} (its log: {})", dir.display(), log.display());
-    Ok(Client::connect(&socket).await?)
+    match start(dir, more).await {
+        Ok(log) => {
+            eprintln!("started a daemon on {} (its log: {})", dir.display(), log.display());
+            Ok(Client::connect(&socket).await?)
+        }
+        // Another command may have started one meanwhile.
+        Err(error) => Client::connect(&socket).await.map_err(|_| error),
+    }
 }
 
-/// Starts `bootcache serve` in a session of its own and waits until it says that it is ready.
+/// Starts `bootcache serve` in a process group of its own and waits until it says that it is ready.
 async fn start(dir: &Path, more: &[String]) -> anyhow::Result<PathBuf> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let path = dir.join("serve.log");

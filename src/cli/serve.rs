@@ -11,6 +11,8 @@ use bootcache::store::Store;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::session::Session;
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Unix socket for NBD clients [default: nbd.sock in the store]
@@ -49,7 +51,12 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             uplink: std::sync::Arc::clone(&transfer.uplink),
             faults: None,
         };
-        let node = Node::open_as(Store::open(&globals.store_dir())?, transfer)?;
+        let dir = globals.store_dir();
+        let node = match Session::open_as(&dir, transfer.clone()).await? {
+            Session::Direct(node) => *node,
+            // The error says who it is.
+            Session::Daemon(_) => Node::open_as(Store::open(&dir)?, transfer)?,
+        };
         let options = Options {
             peers: args.peer_listen.map(|address| (address, server)),
             socket: args.socket,

@@ -1,11 +1,16 @@
 //! How a subcommand reaches the store: through the daemon that runs on it, or directly when none does.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use bootcache::control::{Client, ControlError, Reply, Request};
-use bootcache::serve::{CONTROL_SOCKET, Node};
-use bootcache::store::Store;
+use bootcache::serve::{CONTROL_SOCKET, Node, NodeError};
+use bootcache::store::{Store, StoreError};
 use bootcache::transfer;
+
+/// How long another command is waited for that has the store, or a daemon that is about to listen.
+const PATIENCE: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(20);
 
 /// Somebody who carries out requests on one store.
 pub(crate) enum Session {
@@ -23,12 +28,19 @@ impl Session {
 
     /// As [`Session::open`]; if there is no daemon, images are fetched as `options` say.
     pub(crate) async fn open_as(dir: &Path, options: transfer::Options) -> anyhow::Result<Self> {
-        match Client::connect(&dir.join(CONTROL_SOCKET)).await {
-            Ok(client) => Ok(Self::Daemon(client)),
-            Err(ControlError::NoDaemon) => {
-                Ok(Self::Direct(Box::new(Node::open_as(Store::open(dir)?, options)?)))
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Client::connect(&dir.join(CONTROL_SOCKET)).await {
+                Ok(client) => return Ok(Self::Daemon(client)),
+                Err(ControlError::NoDaemon) => {}
+                Err(error) => return Err(error.into()),
             }
-            Err(error) => Err(error.into()),
+            match Node::open_as(Store::open(dir)?, options.clone()) {
+                Err(NodeError::Store(StoreError::Locked { .. })) if Instant::now() < deadline => {
+                    tokio::time::sleep(POLL).await;
+                }
+                opened => return Ok(Self::Direct(Box::new(opened?))),
+            }
         }
     }
 
