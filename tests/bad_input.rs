@@ -197,6 +197,25 @@ fn commands_without_a_daemon_wait_for_each_other_and_start_one_daemon_together()
     rustix::process::kill_process(daemon.unwrap(), rustix::process::Signal::KILL).unwrap();
 }
 
+#[test]
+fn a_socket_takes_the_place_of_a_dead_one_and_of_nothing_else() {
+    let store = Store::new();
+    let (socket, beside) = (store.beside("nbd.sock"), store.beside("nbd.sock.new"));
+    let serve = ["serve", "--socket", socket.to_str().unwrap()];
+    for file in [&socket, &beside] {
+        std::fs::write(file, "precious").unwrap();
+        one_line(&store.refused(serve), "not a socket");
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");
+        std::fs::remove_file(file).unwrap();
+    }
+    let other = Store::new();
+    let mut first = other.serve(&serve[1..]);
+    one_line(&store.refused(serve), "in use");
+    std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    first.kill();
+    drop(store.serve(&serve[1..]));
+}
+
 /// A small file system in memory, unmounted on drop.
 struct SmallDisk(PathBuf);
 

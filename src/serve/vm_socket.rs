@@ -5,11 +5,13 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bootcache_nbd::{Export, Server, SharedLimits, Tls};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -83,12 +85,15 @@ impl VmSocket {
 
 /// Binds a socket at `path` that only this user, and `owner` if given, may open. What a dead process left is replaced.
 ///
-/// The store's lock is held, so nobody alive listens at `path`.
+/// # Errors
+/// [`io::ErrorKind::AddrInUse`] when somebody listens there, [`io::ErrorKind::AlreadyExists`] when it is no socket.
 pub(super) fn bind(path: &Path, owner: Option<Owner>) -> io::Result<UnixListener> {
     // Bound under another name first: it gets its final name once it has its owner and mode.
     let mut hidden = path.as_os_str().to_owned();
     hidden.push(".new");
     let hidden = PathBuf::from(hidden);
+    check_dead(path)?;
+    check_dead(&hidden)?;
     match fs::remove_file(&hidden) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -100,6 +105,26 @@ pub(super) fn bind(path: &Path, owner: Option<Owner>) -> io::Result<UnixListener
     }
     fs::rename(&hidden, path)?;
     Ok(listener)
+}
+
+/// Refuses what is at `path` unless it is a socket that nobody listens on, or nothing.
+fn check_dead(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+        Ok(found) if !found.file_type().is_socket() => {
+            let what = format!("{} is there and is not a socket", path.display());
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
+        }
+        Ok(_) => {}
+    }
+    // Without waiting: whoever listens may not accept.
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
+        _ => Err(io::ErrorKind::AddrInUse.into()),
+    }
 }
 
 #[cfg(test)]
