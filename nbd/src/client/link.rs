@@ -104,6 +104,29 @@ impl Drop for Link {
     }
 }
 
+/// Belongs to the task that reads. When that ends, by an error of its own or because it was aborted, nobody is left to
+/// answer: the connection is broken, and whoever waits is told.
+struct Ending {
+    waiting: Arc<Table>,
+    broken: Arc<AtomicBool>,
+    reason: io::Error,
+}
+
+impl Ending {
+    async fn of(mut self, replies: Replies) {
+        self.reason = replies.run().await;
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.broken.store(true, Ordering::Release);
+        for (_, waiting) in self.waiting.lock().unwrap_or_else(PoisonError::into_inner).drain() {
+            let _ = waiting.done.send(Err(io::Error::new(self.reason.kind(), self.reason.to_string())));
+        }
+    }
+}
+
 impl Link {
     pub(super) fn new(stream: Box<dyn Stream>, description: &ExportDescription) -> Self {
         let (reader, writer) = tokio::io::split(stream);
@@ -115,14 +138,12 @@ impl Link {
             style: description.style,
             allocation: description.allocation,
         };
-        let (table, flag) = (Arc::clone(&waiting), Arc::clone(&broken));
-        let reader = tokio::spawn(async move {
-            let error = replies.run().await;
-            flag.store(true, Ordering::Release);
-            for (_, waiting) in table.lock().unwrap_or_else(PoisonError::into_inner).drain() {
-                let _ = waiting.done.send(Err(io::Error::new(error.kind(), error.to_string())));
-            }
-        });
+        let ending = Ending {
+            waiting: Arc::clone(&waiting),
+            broken: Arc::clone(&broken),
+            reason: io::Error::new(io::ErrorKind::BrokenPipe, "a request of this connection was cut short"),
+        };
+        let reader = tokio::spawn(ending.of(replies));
         Self {
             writer: tokio::sync::Mutex::new(writer),
             waiting,
