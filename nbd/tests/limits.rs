@@ -129,6 +129,32 @@ async fn servers_of_shared_limits_have_so_many_bytes_in_flight_together() {
     }
 }
 
+/// Once, a connection's reserve was looked at only when a request came, and whoever found it in use waited for the bytes
+/// in all, even after the reserve was free again: an image whose origin was dead held up the VMs of every other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_wait_for_ever_hold_up_no_other_servers_clients() {
+    let dir = tempfile::tempdir().unwrap();
+    let shared = SharedLimits::from(Limits { bytes: 4 * PIECE as usize, ..Limits::default() });
+    let dead = held();
+    let first = serve(dir.path(), "dead", Arc::clone(&dead) as SharedDisk, shared.clone());
+    let all = ask(&first, 1 + 4).await;
+    assert!(came(&dead, 5, LONG).await);
+
+    let well = held();
+    well.gate().open.cancel();
+    let second = serve(dir.path(), "well", well, shared);
+    let client = Client::connect(Address::Unix(second), "disk", Policy::default()).await.unwrap();
+    for length in [4096, 64 << 10, PIECE] {
+        for _ in 0..10 {
+            let reads = (0..16).map(|number| client.read(number * u64::from(length), length));
+            let reads = tokio::time::timeout(LONG, futures_util::future::join_all(reads)).await;
+            assert!(reads.expect("they wait for the dead image's").iter().all(Result::is_ok));
+        }
+    }
+    dead.gate().open.cancel();
+    tokio::time::timeout(LONG, all).await.unwrap().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_of_nothing_serve_a_client_all_the_same() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::limits::Limits;
+use crate::limits::{Limits, PIECE_BYTES};
 
 const NEVER: &str = "the semaphores are never closed";
 
@@ -14,6 +14,8 @@ pub(super) struct Budget {
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     bytes_max: usize,
+    /// Bytes that are this connection's alone: whatever others hold, and for how long, it goes on with these.
+    reserve: Arc<Semaphore>,
     bytes_in_all: Arc<Semaphore>,
 }
 
@@ -22,7 +24,7 @@ pub(super) struct Budget {
 pub(super) struct Share {
     _request: OwnedSemaphorePermit,
     _bytes: OwnedSemaphorePermit,
-    _bytes_in_all: Option<OwnedSemaphorePermit>,
+    _reserve_or_in_all: OwnedSemaphorePermit,
 }
 
 impl Budget {
@@ -31,22 +33,22 @@ impl Budget {
             requests: Arc::new(Semaphore::new(limits.requests)),
             bytes: Arc::new(Semaphore::new(limits.bytes_per_connection)),
             bytes_max: limits.bytes_per_connection,
+            reserve: Arc::new(Semaphore::new(PIECE_BYTES)),
             bytes_in_all: Arc::clone(bytes_in_all),
         }
     }
 
-    /// Waits for a share.
+    /// Waits for a share of at most [`PIECE_BYTES`]: of the reserve or of what there is in all, whichever is free first.
     pub(super) async fn share(&self, bytes: usize) -> Share {
+        debug_assert!(bytes <= PIECE_BYTES, "more than the reserve holds would wait for ever");
         let request = Arc::clone(&self.requests).acquire_owned().await.expect(NEVER);
-        let idle = self.bytes.available_permits() == self.bytes_max;
         let bytes = u32::try_from(bytes.min(self.bytes_max)).unwrap_or(u32::MAX);
         let own = Arc::clone(&self.bytes).acquire_many_owned(bytes).await.expect(NEVER);
-        // A connection with nothing in flight has its reserve: others cannot starve it.
-        let in_all = if idle {
-            None
-        } else {
-            Some(Arc::clone(&self.bytes_in_all).acquire_many_owned(bytes).await.expect(NEVER))
+        let reserve_or_in_all = tokio::select! {
+            biased;
+            reserve = Arc::clone(&self.reserve).acquire_many_owned(bytes) => reserve,
+            in_all = Arc::clone(&self.bytes_in_all).acquire_many_owned(bytes) => in_all,
         };
-        Share { _request: request, _bytes: own, _bytes_in_all: in_all }
+        Share { _request: request, _bytes: own, _reserve_or_in_all: reserve_or_in_all.expect(NEVER) }
     }
 }
