@@ -42,6 +42,15 @@ impl Answer {
         }
     }
 
+    /// Success of a request for no bytes. A chunk of data has one at least, and where there are chunks a read has no other
+    /// reply: it is the empty chunk.
+    pub fn nothing(self, out: &mut Vec<u8>) {
+        match self.style {
+            Style::Simple => self.simple(out, 0),
+            Style::Structured | Style::Extended => self.header(out, REPLY_FLAG_DONE, chunk::NONE, 0),
+        }
+    }
+
     /// Failure. `message` is for people, and is sent where the style has room for it.
     pub fn error(self, out: &mut Vec<u8>, errno: Errno, message: &str) {
         if self.style == Style::Simple {

@@ -28,7 +28,7 @@ pub(crate) use output::Pieces;
 use replies::{EXTENTS_MAX, Patience, Replies, Writer, is_zero};
 
 use crate::chunk::{Answer, HEADER_MAX, Style};
-use crate::consts::{Errno, command};
+use crate::consts::Errno;
 use crate::disk::{Attempt, BoxFuture, Disk, ZeroFlags};
 use crate::limits::PIECE_BYTES;
 use crate::negotiate::{Agreed, Stream};
@@ -175,10 +175,7 @@ impl Connection {
                 .out
                 .put(|out| answer.error(out, errno, "the request is against the rules of this export")),
             Ok(Action::Disconnect) => return Ok(true),
-            Ok(Action::Nothing) if request.command == command::READ => {
-                self.out.put(|out| answer.data(out, request.offset, 0, true));
-            }
-            Ok(Action::Nothing) => self.out.put(|out| answer.done(out)),
+            Ok(Action::Nothing) => self.out.put(|out| answer.nothing(out)),
             Ok(Action::Read { offset, length, dont_fragment }) => {
                 self.stats.reads.fetch_add(1, Ordering::Relaxed);
                 self.stats.read_bytes.fetch_add(length.into(), Ordering::Relaxed);
