@@ -7,22 +7,24 @@
 
 mod budget;
 mod guard;
+mod input;
 mod output;
 mod replies;
 
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncReadExt, ReadHalf};
+use tokio::io::ReadHalf;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use budget::{Budget, Share};
 use guard::{attempt, guarded};
+use input::{INPUT_BYTES, Input};
 use output::Output;
 pub(crate) use output::Pieces;
 use replies::{EXTENTS_MAX, Patience, Replies, Writer, is_zero};
@@ -35,8 +37,6 @@ use crate::negotiate::{Agreed, Stream};
 use crate::request::{Action, COMPACT_BYTES, EXTENDED_BYTES, Request, Terms, check};
 use crate::server::{ExportStats, Shared};
 
-/// Requests are read into a buffer of this size.
-const INPUT_BYTES: usize = 64 << 10;
 /// Replies gather up to this size; what is longer is sent by itself.
 const GATHER_BYTES: usize = 64 << 10;
 
@@ -70,59 +70,75 @@ pub(crate) async fn serve(
         writer: Mutex::new(Writer::new(writer)),
         broken: cancel.child_token(),
     });
+    let gone = CancellationToken::new();
     let mut connection = Connection {
         reader,
-        input: BytesMut::with_capacity(INPUT_BYTES),
+        input: Input::new(),
         out: Output::default(),
         terms,
         replies: Arc::clone(&replies),
-        budget: Budget::new(&shared.limits, &shared.bytes),
+        budget: Arc::new(Budget::new(&shared.limits, &shared.bytes)),
         tasks: TaskTracker::new(),
-        gone: CancellationToken::new(),
+        changes: gone.child_token(),
+        gone,
         stats: Arc::clone(&agreed.export.stats),
     };
-    let result = tokio::select! {
-        () = replies.broken.cancelled() => Ok(()),
-        () = agreed.export.closed.cancelled() => Ok(()),
-        result = connection.run() => result,
+    let ended = tokio::select! {
+        () = replies.broken.cancelled() => Ok(if cancel.is_cancelled() { End::Ours } else { End::Lost }),
+        () = agreed.export.closed.cancelled() => Ok(End::Ours),
+        ended = connection.run() => ended,
     };
+    if !matches!(ended, Ok(End::Ours)) {
+        connection.changes.cancel();
+    }
     connection.drain(shared.limits.drain_timeout).await;
-    result
+    ended.map(drop)
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The client said goodbye, or the server wants it so: what is under way is carried out.
+    Ours,
+    /// The client is gone without a word. It may send again, on another connection, what it has no answer to, and then
+    /// newer writes to the same place: what waits to change the disk must not come behind those.
+    Lost,
 }
 
 struct Connection {
     reader: ReadHalf<Box<dyn Stream>>,
-    input: BytesMut,
+    input: Input,
     /// Replies that have not been written yet.
     out: Output,
     terms: Terms,
     replies: Arc<Replies>,
-    budget: Budget,
+    budget: Arc<Budget>,
     tasks: TaskTracker,
     /// Ends the tasks that had not finished when the time to do so was over.
     gone: CancellationToken,
+    /// Ends those that would change the disk: with `gone`, or at once when the client is lost.
+    changes: CancellationToken,
     stats: Arc<ExportStats>,
 }
 
 impl Connection {
-    async fn run(&mut self) -> io::Result<()> {
+    async fn run(&mut self) -> io::Result<End> {
         let size = if self.terms.extended { EXTENDED_BYTES } else { COMPACT_BYTES };
         loop {
             while let Some(request) =
-                Request::parse(&self.input, self.terms.extended).map_err(io::Error::other)?
+                Request::parse(self.input.rest(), self.terms.extended).map_err(io::Error::other)?
             {
                 self.input.advance(size);
                 if self.handle(&request).await? {
-                    return Ok(());
+                    return Ok(End::Ours);
                 }
                 if self.out.len() >= GATHER_BYTES {
                     self.flush().await?;
                 }
             }
             self.flush().await?;
-            self.input.reserve(INPUT_BYTES);
-            if self.reader.read_buf(&mut self.input).await? == 0 {
-                return Ok(());
+            if self.input.read(&mut self.reader, INPUT_BYTES).await? == 0 {
+                return Ok(End::Lost);
             }
         }
     }
@@ -147,16 +163,16 @@ impl Connection {
         Ok(())
     }
 
-    /// Runs what answers a request in a task of its own.
-    fn spawn<R>(&self, share: Share, run: impl FnOnce(Arc<Replies>) -> R)
+    /// Runs what answers a request in a task of its own, until `given_up`.
+    fn spawn<R>(&self, share: Share, given_up: &CancellationToken, run: impl FnOnce(Arc<Replies>) -> R)
     where
         R: Future<Output = io::Result<()>> + Send + 'static,
     {
-        let (replies, gone) = (Arc::clone(&self.replies), self.gone.clone());
+        let (replies, given_up) = (Arc::clone(&self.replies), given_up.clone());
         let sending = run(Arc::clone(&replies));
         self.tasks.spawn(async move {
             let _share = share;
-            gone.run_until_cancelled(replies.answer(sending)).await;
+            given_up.run_until_cancelled(replies.answer(sending)).await;
         });
     }
 
@@ -198,11 +214,11 @@ impl Connection {
                 self.later(answer, 0, move |disk| disk.prefetch(offset, length)).await?;
             }
             Ok(Action::Status { offset, length, one }) => {
-                let share = self.share(EXTENTS_MAX * 16).await?;
-                self.spawn(
-                    share,
-                    move |replies| async move { replies.status(answer, offset, length, one).await },
-                );
+                // As the disk gives them, and as they are sent.
+                let share = self.share(EXTENTS_MAX * 16 * 2).await?;
+                self.spawn(share, &self.gone, move |replies| async move {
+                    replies.status(answer, offset, length, one).await
+                });
             }
         }
         Ok(false)
@@ -239,7 +255,7 @@ impl Connection {
             0
         };
         if done < length {
-            self.spawn(share, move |replies| async move {
+            self.spawn(share, &self.gone, move |replies| async move {
                 replies.read(answer, offset + done as u64, length - done, whole).await
             });
         }
@@ -250,42 +266,47 @@ impl Connection {
     async fn write(&mut self, answer: Answer, offset: u64, length: usize, fua: bool) -> io::Result<()> {
         if length <= PIECE_BYTES {
             self.fill(length).await?;
-            let payload = self.input.split_to(length);
-            if !fua {
-                match attempt(|| self.replies.disk.try_write(offset, &payload)) {
-                    Attempt::Ready(result) => {
-                        self.finish(answer, result);
-                        return Ok(());
-                    }
-                    Attempt::WouldBlock => {}
-                }
+            if !fua && let Attempt::Ready(result) = self.try_write(offset, length) {
+                self.input.advance(length);
+                self.finish(answer, result);
+                return Ok(());
             }
-            return self
-                .later(answer, length, move |disk| {
-                    Box::pin(async move { disk.write(offset, &payload, fua).await })
-                })
-                .await;
+            let share = self.share(length).await?;
+            let payload = self.input.take(length);
+            self.carry_out(answer, share, move |disk| {
+                Box::pin(async move { disk.write(offset, &payload, fua).await })
+            });
+            return Ok(());
         }
         let mut result = Ok(());
         let mut done = 0;
         while done < length {
             let piece = (length - done).min(PIECE_BYTES);
             self.fill(piece).await?;
-            let payload = self.input.split_to(piece);
-            if result.is_ok() {
-                let (at, disk) = (offset + done as u64, &self.replies.disk);
-                result = match attempt(|| disk.try_write(at, &payload)) {
-                    Attempt::Ready(result) => result,
-                    Attempt::WouldBlock => guarded(|| disk.write(at, &payload, false)).await,
-                };
-            }
+            let at = offset + done as u64;
             done += piece;
+            if result.is_ok()
+                && let Attempt::Ready(now) = self.try_write(at, piece)
+            {
+                result = now;
+            } else if result.is_ok() {
+                let (payload, disk) = (self.input.take(piece), Arc::clone(&self.replies.disk));
+                result = self.while_here(guarded(|| disk.write(at, &payload, false))).await?;
+                continue;
+            }
+            self.input.advance(piece);
         }
         if fua && result.is_ok() {
-            result = guarded(|| self.replies.disk.flush()).await;
+            let disk = Arc::clone(&self.replies.disk);
+            result = self.while_here(guarded(|| disk.flush())).await?;
         }
         self.finish(answer, result);
         Ok(())
+    }
+
+    /// Tries to write the next `length` bytes of the input.
+    fn try_write(&self, offset: u64, length: usize) -> Attempt {
+        attempt(|| self.replies.disk.try_write(offset, &self.input.rest()[..length]))
     }
 
     fn finish(&mut self, answer: Answer, result: io::Result<()>) {
@@ -305,7 +326,16 @@ impl Connection {
         F: for<'a> FnOnce(&'a dyn Disk) -> BoxFuture<'a, io::Result<()>> + Send + 'static,
     {
         let share = self.share(bytes).await?;
-        self.spawn(share, move |replies| async move {
+        self.carry_out(answer, share, run);
+        Ok(())
+    }
+
+    /// The same, for what has its share.
+    fn carry_out<F>(&self, answer: Answer, share: Share, run: F)
+    where
+        F: for<'a> FnOnce(&'a dyn Disk) -> BoxFuture<'a, io::Result<()>> + Send + 'static,
+    {
+        self.spawn(share, &self.changes, move |replies| async move {
             let result = guarded(|| run(&*replies.disk)).await;
             let mut out = Vec::with_capacity(HEADER_MAX);
             match result {
@@ -314,23 +344,42 @@ impl Connection {
             }
             replies.send(&out).await
         });
-        Ok(())
     }
 
     /// Waits for a share of the budgets. What is ready is sent first: the client may wait for just that.
     async fn share(&mut self, bytes: usize) -> io::Result<Share> {
         self.flush().await?;
-        Ok(self.budget.share(bytes).await)
+        let share = Arc::clone(&self.budget).share(bytes);
+        self.while_here(share).await
+    }
+
+    /// Waits for `work`, and reads on a little meanwhile: that is how a client's leaving is noticed.
+    ///
+    /// # Errors
+    ///
+    /// The client has left.
+    async fn while_here<T>(&mut self, work: impl Future<Output = T>) -> io::Result<T> {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                read = self.input.read(&mut self.reader, 1), if self.input.len() < INPUT_BYTES => {
+                    if read? == 0 {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                }
+            }
+        }
     }
 
     /// Reads until `length` bytes are in the input buffer.
     async fn fill(&mut self, length: usize) -> io::Result<()> {
         if self.input.len() < length {
             self.flush().await?;
-            self.input.reserve(length - self.input.len());
         }
         while self.input.len() < length {
-            if self.reader.read_buf(&mut self.input).await? == 0 {
+            if self.input.read(&mut self.reader, length - self.input.len()).await? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
@@ -341,7 +390,7 @@ impl Connection {
     async fn skip(&mut self, length: u64) -> io::Result<()> {
         let mut left = length;
         while left > 0 {
-            if self.input.is_empty() {
+            if self.input.len() == 0 {
                 self.fill(1).await?;
             }
             let here = usize::try_from(left).unwrap_or(usize::MAX).min(self.input.len());

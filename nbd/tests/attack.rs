@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::layers::MemoryDisk;
-use bootcache_nbd::{Export, Limits, Server, Tls};
+use bootcache_nbd::{Attempt, BoxFuture, Disk, Export, Features, Limits, Server, SharedDisk, Tls};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -44,18 +44,22 @@ struct Beside {
 }
 
 impl Attacked {
-    /// Starts a server with a short patience for handshakes, so that the tests need not wait long.
+    /// Starts a server of memory.
     async fn start(name: &'static str) -> Self {
+        // It is there before the attack: what grows is the server.
+        let mut content = vec![1; SIZE];
+        content.fill(0);
+        Self::start_with(name, Arc::new(MemoryDisk::from(content))).await
+    }
+
+    /// Starts a server with a short patience for handshakes, so that the tests need not wait long.
+    async fn start_with(name: &'static str, disk: SharedDisk) -> Self {
         let turn = TURN.lock().await;
         let limits = Limits {
             handshake_timeout: Duration::from_secs(2),
             connections_per_export: 400,
             ..Limits::default()
         };
-        // Its memory is there before the attack: what grows is the server.
-        let mut content = vec![1; SIZE];
-        content.fill(0);
-        let disk = Arc::new(MemoryDisk::from(content));
         let server = Server::new(Arc::new(Export::new("disk", disk)), limits, Tls::Off);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -257,6 +261,67 @@ async fn half_sent_writes_and_resets_with_reads_pending_end_nothing_else() {
     });
     resets.await;
     drop(half);
+    attacked.survived().await;
+}
+
+/// Memory on which nothing ever becomes durable.
+struct NeverDurable(MemoryDisk);
+
+impl Disk for NeverDurable {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn features(&self) -> Features {
+        self.0.features()
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Attempt {
+        self.0.try_read(offset, buf)
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, std::io::Result<()>> {
+        self.0.read(offset, buf)
+    }
+
+    fn try_write(&self, offset: u64, data: &[u8]) -> Attempt {
+        self.0.try_write(offset, data)
+    }
+
+    fn write<'a>(&'a self, _: u64, _: &'a [u8], _: bool) -> BoxFuture<'a, std::io::Result<()>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+/// Once, a byte that waited for the disk kept the whole buffer alive that it had come in, and was charged for a byte.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn short_writes_that_wait_behind_long_ones_hold_what_they_are_charged_for() {
+    let mut content = vec![1; SIZE];
+    content.fill(0);
+    let disk = NeverDurable(MemoryDisk::from(content));
+    let attacked = Attacked::start_with("writes that wait behind long ones", Arc::new(disk)).await;
+    let pairs = attacked.run(|address| {
+        let fua = |cookie| {
+            let mut bytes = request(1, cookie, 8 << 20, 1);
+            bytes[5] = 1;
+            bytes.push(7);
+            bytes
+        };
+        let mut pair = request(1, 0, 16 << 20, 256 << 10);
+        pair.resize(28 + (256 << 10), 7);
+        pair.extend(fua(1));
+        let streams: Vec<_> = (0..16).map(|_| open(address)).collect();
+        for mut stream in &streams {
+            for _ in 0..100 {
+                stream.write_all(&pair).unwrap();
+                stream.read_exact(&mut [0; 16]).unwrap();
+            }
+        }
+        streams
+    });
+    let streams = pairs.await;
+    attacked.good_client_is_served().await;
+    drop(streams);
     attacked.survived().await;
 }
 

@@ -1,12 +1,15 @@
-//! A server that ends in the middle of a reply: the client gets a first part of the truth, and nothing else.
+//! Ends of connections: what was begun is finished or given up, and a client never gets more than a first part of the truth.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bootcache_nbd::layers::MemoryDisk;
-use bootcache_nbd::{Export, Limits, Server, Tls};
+use bootcache_nbd::layers::{Gate, Gated, MemoryDisk, Operation};
+use bootcache_nbd::{BoxFuture, Export, Limits, Server, Tls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
@@ -66,4 +69,128 @@ async fn a_reply_that_is_cut_short_is_followed_by_nothing() {
         assert!(data == &content[..data.len()], "bytes that are not the disk's");
     }
     serving.await.unwrap();
+}
+
+/// Holds every request until it is opened, and counts those that came.
+#[derive(Debug, Default)]
+struct Held {
+    came: AtomicUsize,
+    open: CancellationToken,
+}
+
+impl Gate for Held {
+    fn pass(&self, _: Operation) -> BoxFuture<'_, io::Result<()>> {
+        self.came.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async {
+            self.open.cancelled().await;
+            Ok(())
+        })
+    }
+}
+
+/// A disk that holds requests, its memory, and the export that shows it.
+struct HeldExport {
+    disk: Arc<Gated<Held>>,
+    memory: Arc<MemoryDisk>,
+    export: Export,
+    path: PathBuf,
+}
+
+impl HeldExport {
+    fn serve(dir: &Path, limits: Limits) -> Self {
+        let memory = Arc::new(MemoryDisk::new(1 << 20));
+        let disk = Arc::new(Gated::new(Arc::clone(&memory) as Arc<_>, Held::default()));
+        let export = Export::new("disk", Arc::clone(&disk) as Arc<_>);
+        let path = dir.join("nbd.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = Server::new(Arc::new(export.clone()), limits, Tls::Off);
+        tokio::spawn(async move { server.serve_unix(listener, CancellationToken::new()).await });
+        Self { disk, memory, export, path }
+    }
+
+    async fn connect(&self) -> UnixStream {
+        let mut stream = UnixStream::connect(&self.path).await.unwrap();
+        stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").await.unwrap();
+        stream.read_exact(&mut [0; 18 + 10]).await.unwrap();
+        stream
+    }
+
+    /// Waits until so many requests have come to the disk.
+    async fn came(&self, count: usize) {
+        until(|| self.disk.gate().came.load(Ordering::SeqCst) >= count).await;
+    }
+
+    /// Waits until nobody is connected.
+    async fn left(&self) {
+        until(|| self.export.stats.connections.load(Ordering::SeqCst) == 0).await;
+    }
+}
+
+async fn until(reached: impl Fn() -> bool) {
+    let reach = async {
+        while !reached() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), reach).await.expect("it takes too long");
+}
+
+fn request(command: u8, length: u32) -> Vec<u8> {
+    let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
+    bytes.extend([0, 0, 0, command]);
+    bytes.resize(24, 0);
+    bytes.extend(length.to_be_bytes());
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_waits_when_its_client_says_goodbye_is_carried_out_and_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = HeldExport::serve(dir.path(), Limits::default());
+    let mut client = held.connect().await;
+    let write = [&request(1, 4)[..], b"kept", &request(2, 0)].concat();
+    client.write_all(&write).await.unwrap();
+    held.came(1).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    held.disk.gate().open.cancel();
+    let mut answers = Vec::new();
+    client.read_to_end(&mut answers).await.unwrap();
+    assert_eq!(answers, [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(held.memory.to_vec()[..4], *b"kept");
+}
+
+/// It may send again what it has no answer to, on another connection, and then write anew to the same place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_waits_when_its_client_is_lost_never_lands() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = HeldExport::serve(dir.path(), Limits::default());
+    let mut client = held.connect().await;
+    client.write_all(&[&request(1, 4)[..], b"lost"].concat()).await.unwrap();
+    held.came(1).await;
+    drop(client);
+    // The connection does not take its time to end what is under way, as it does when the client says goodbye.
+    let _ = tokio::time::timeout(Duration::from_secs(2), held.left()).await;
+    held.disk.gate().open.cancel();
+    let mut second = held.connect().await;
+    second.write_all(&[&request(1, 1)[..], b"2"].concat()).await.unwrap();
+    second.read_exact(&mut [0; 16]).await.unwrap();
+    assert_eq!(held.memory.to_vec()[..4], *b"2\0\0\0");
+}
+
+/// Once, a connection that waited for its budget, or for a long write, did not look whether its client was there, and
+/// kept its place among those of the export.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_while_its_requests_wait_is_noticed() {
+    let long = [&request(1, 1 << 20)[..], &[7; 256 << 10]].concat();
+    for (requests, asked, reached) in [(1, request(0, 4096).repeat(3), 1), (128, long, 1)] {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits { requests, drain_timeout: Duration::from_millis(50), ..Limits::default() };
+        let held = HeldExport::serve(dir.path(), limits);
+        let mut client = held.connect().await;
+        client.write_all(&asked).await.unwrap();
+        held.came(reached).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(client);
+        held.left().await;
+    }
 }

@@ -39,7 +39,7 @@ impl Budget {
     }
 
     /// Waits for a share of at most [`PIECE_BYTES`]: of the reserve or of what there is in all, whichever is free first.
-    pub(super) async fn share(&self, bytes: usize) -> Share {
+    pub(super) async fn share(self: Arc<Self>, bytes: usize) -> Share {
         debug_assert!(bytes <= PIECE_BYTES, "more than the reserve holds would wait for ever");
         let request = Arc::clone(&self.requests).acquire_owned().await.expect(NEVER);
         let bytes = u32::try_from(bytes.min(self.bytes_max)).unwrap_or(u32::MAX);
