@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bootcache_nbd::chunk::Style;
 use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::layers::{DelayDisk, Delays, ErrorDisk, Errors, Fault, MemoryDisk, Operation, StatsDisk};
 use bootcache_nbd::{Attempt, BoxFuture, Disk, Export, Features, Limits, Server, SharedDisk, Tls};
@@ -163,6 +164,69 @@ async fn a_panic_in_the_synchronous_forms_is_an_error_too() {
         assert_eq!(answer.unwrap_err().raw_os_error(), Some(5));
     }
     soon(client.read(4096, 4096)).await.unwrap();
+}
+
+/// Memory of which all but the first 256 KiB are not there until somebody has waited for them, or are never.
+struct Patchy {
+    memory: MemoryDisk,
+    arrived: CancellationToken,
+    lost: bool,
+}
+
+const THERE: u64 = 256 << 10;
+
+impl Disk for Patchy {
+    fn size(&self) -> u64 {
+        SIZE as u64
+    }
+
+    fn features(&self) -> Features {
+        Features::READ_ONLY
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Attempt {
+        let there = offset + buf.len() as u64 <= THERE || (self.arrived.is_cancelled() && !self.lost);
+        if there { self.memory.try_read(offset, buf) } else { Attempt::WouldBlock }
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, std::io::Result<()>> {
+        Box::pin(async move {
+            self.arrived.cancelled().await;
+            if self.lost { Err(std::io::Error::other("lost")) } else { self.memory.read(offset, buf).await }
+        })
+    }
+}
+
+/// Simple replies, which are all that the kernel knows, have one header. Once it was sent before the later pieces were
+/// there: meanwhile nothing else was answered, and an error could only end the connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_read_with_one_header_waits_and_fails_before_it_is_sent() {
+    for lost in [false, true] {
+        let (arrived, until) = (CancellationToken::new(), CancellationToken::new());
+        let disk = Patchy { memory: MemoryDisk::from(vec![7; SIZE]), arrived: arrived.clone(), lost };
+        let served = Served::new(Arc::new(disk), Limits::default());
+        let policy = Policy { style: Style::Simple, ..Policy::default() };
+        let client = Client::connect(Address::Unix(served.path()), "disk", policy).await.unwrap();
+        let long = async {
+            let answer = client.read(0, 1 << 20).await;
+            assert!(until.is_cancelled(), "it was answered too early");
+            answer
+        };
+        let others = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            for number in 0..10 {
+                assert_eq!(soon(client.read(number * 4096, 4096)).await.unwrap(), [7; 4096]);
+            }
+            until.cancel();
+            arrived.cancel();
+        };
+        let (long, ()) = soon(async { tokio::join!(long, others) }).await;
+        match long {
+            Ok(data) => assert!(!lost && data == vec![7; 1 << 20]),
+            Err(error) => assert!(lost && error.raw_os_error() == Some(5), "{error}"),
+        }
+        assert_eq!(soon(client.read(0, 4096)).await.unwrap(), [7; 4096]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -130,25 +130,20 @@ impl Replies {
         whole: bool,
     ) -> io::Result<usize> {
         let mut out = self.pieces.take();
-        let one = one_header(answer, length, whole);
-        let mut done = 0;
-        while done < length {
-            let piece = (length - done).min(PIECE_BYTES);
+        if one_header(answer, length, whole) {
+            return self.read_whole_now(answer, offset, length, &mut out).await;
+        }
+        for (done, piece) in pieces(length) {
             let (at, last) = (offset + done as u64, done + piece == length);
             out.truncate(0);
-            out.put(|out| answer.data(out, at, if one { length } else { piece }, one || last));
+            out.put(|out| answer.data(out, at, piece, last));
             let buf = out.space(piece);
-            let Attempt::Ready(result) = attempt(|| self.disk.try_read(at, buf)) else { break };
-            if one && result.is_ok() {
-                self.send_whole(offset, length, &mut out).await?;
-                return Ok(length);
-            }
+            let Attempt::Ready(result) = attempt(|| self.disk.try_read(at, buf)) else { return Ok(done) };
             if self.send_piece(answer, (at, piece, last), result, &mut out).await?.is_break() {
-                return Ok(length);
+                break;
             }
-            done += piece;
         }
-        Ok(done)
+        Ok(length)
     }
 
     /// Answers a read in pieces, each sent as soon as it is there.
@@ -160,23 +155,67 @@ impl Replies {
         whole: bool,
     ) -> io::Result<()> {
         let mut out = self.pieces.take();
-        let one = one_header(answer, length, whole);
-        let mut done = 0;
-        while done < length {
-            let piece = (length - done).min(PIECE_BYTES);
+        if one_header(answer, length, whole) {
+            return self.read_whole(answer, offset, length, &mut out).await;
+        }
+        for (done, piece) in pieces(length) {
             let (at, last) = (offset + done as u64, done + piece == length);
             out.truncate(0);
-            out.put(|out| answer.data(out, at, if one { length } else { piece }, one || last));
+            out.put(|out| answer.data(out, at, piece, last));
             let result = self.fetch(at, out.space(piece)).await;
-            if one && result.is_ok() {
-                return self.send_whole(offset, length, &mut out).await;
-            }
             if self.send_piece(answer, (at, piece, last), result, &mut out).await?.is_break() {
                 break;
             }
-            done += piece;
         }
         Ok(())
+    }
+
+    /// Answers a read with one header if none of its pieces needs waiting for the disk; 0 if one does.
+    ///
+    /// All are read before the header is sent. Behind it an error could only end the connection, and its client would
+    /// ask the same of the next; and while a piece is waited for, nothing else could be answered.
+    async fn read_whole_now(
+        &self,
+        answer: Answer,
+        offset: u64,
+        length: usize,
+        out: &mut Output,
+    ) -> io::Result<usize> {
+        out.put(|out| answer.data(out, offset, length, true));
+        let header = out.len();
+        // The first one last: it stays behind the header.
+        for (done, piece) in pieces(length).rev() {
+            out.truncate(header);
+            let buf = out.space(piece);
+            let Attempt::Ready(result) = attempt(|| self.disk.try_read(offset + done as u64, buf)) else {
+                return Ok(0);
+            };
+            if let Err(error) = result {
+                self.send_error(answer, &error, out).await?;
+                return Ok(length);
+            }
+        }
+        self.send_whole(offset, length, out).await?;
+        Ok(length)
+    }
+
+    /// The same, whatever has to be waited for. What was read once is in the page cache when it is read to be sent.
+    async fn read_whole(
+        &self,
+        answer: Answer,
+        offset: u64,
+        length: usize,
+        out: &mut Output,
+    ) -> io::Result<()> {
+        out.put(|out| answer.data(out, offset, length, true));
+        let header = out.len();
+        for (done, piece) in pieces(length).chain(pieces(length).take(1)) {
+            out.truncate(header);
+            if let Err(error) = self.fetch(offset + done as u64, out.space(piece)).await {
+                return self.send_error(answer, &error, out).await;
+            }
+        }
+        self.send_whole(offset, length, out).await
     }
 
     /// Sends a piece that stands in `out` behind its header, or the error instead, which ends the reply.
@@ -188,9 +227,7 @@ impl Replies {
         out: &mut Output,
     ) -> io::Result<ControlFlow<()>> {
         if let Err(error) = result {
-            out.truncate(0);
-            out.put(|out| answer.error(out, Errno::from(&error), &error.to_string()));
-            self.send(out.filled()).await?;
+            self.send_error(answer, &error, out).await?;
             return Ok(ControlFlow::Break(()));
         }
         if answer.style != Style::Simple && is_zero(out.since(out.len() - piece)) {
@@ -202,24 +239,24 @@ impl Replies {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Sends a reply that has one header: `out` holds it and the first piece, the rest is read as it goes.
-    ///
-    /// An error behind the header ends the connection, as the specification wants.
+    async fn send_error(&self, answer: Answer, error: &io::Error, out: &mut Output) -> io::Result<()> {
+        out.truncate(0);
+        out.put(|out| answer.error(out, Errno::from(error), &error.to_string()));
+        self.send(out.filled()).await
+    }
+
+    /// Sends a reply that has one header: `out` holds it and the first piece, the rest is read again as it goes.
     async fn send_whole(&self, offset: u64, length: usize, out: &mut Output) -> io::Result<()> {
-        let mut done = PIECE_BYTES.min(length);
         let mut writer = self.writer.lock().await;
         writer.begin()?;
-        loop {
-            writer.put(out.filled(), &self.patience).await?;
-            if done == length {
-                return writer.end(&self.patience).await;
-            }
+        writer.put(out.filled(), &self.patience).await?;
+        for (done, piece) in pieces(length).skip(1) {
             out.truncate(0);
-            let piece = (length - done).min(PIECE_BYTES);
-            // The writer stays torn on an error: this connection has said its last.
+            // The writer stays torn on an error: this connection has said its last, as the specification wants.
             self.fetch(offset + done as u64, out.space(piece)).await?;
-            done += piece;
+            writer.put(out.filled(), &self.patience).await?;
         }
+        writer.end(&self.patience).await
     }
 
     async fn fetch(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -253,6 +290,15 @@ impl Replies {
         }
         self.send(&out).await
     }
+}
+
+/// The pieces of a read of `length` bytes: where each begins in it, and its size.
+fn pieces(length: usize) -> impl DoubleEndedIterator<Item = (usize, usize)> {
+    let count = length.div_ceil(PIECE_BYTES);
+    (0..count).map(move |number| {
+        let done = number * PIECE_BYTES;
+        (done, (length - done).min(PIECE_BYTES))
+    })
 }
 
 /// Whether a read has one header for all its data: simple replies, and those that must not be fragmented.
