@@ -31,6 +31,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use bootcache_nbd::layers::InlineWrites;
 use bootcache_nbd::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
 
 use crate::digest::Digest;
@@ -85,6 +86,7 @@ struct Inner {
     header: Header,
     dirty: DirtySet,
     locks: RangeLock,
+    inline: InlineWrites,
     /// Count of changes, so that a flush with nothing to do costs nothing.
     written: AtomicU64,
     flusher: Flusher,
@@ -188,6 +190,7 @@ impl Overlay {
             header,
             dirty,
             locks: RangeLock::default(),
+            inline: InlineWrites::default(),
             // The first flush syncs the diff whatever comes before it: blocks may have been written over by a process
             // that was killed.
             written: AtomicU64::new(1),

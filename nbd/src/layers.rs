@@ -1,10 +1,11 @@
 //! Disks to serve ([`mod@file`], [`memory`]), and layers to put over any disk: [`delay`], [`error`], [`stats`],
-//! and others behind a [`gate`].
+//! and others behind a [`gate`]. [`inline`] is for disks that write files.
 
 pub mod delay;
 pub mod error;
 pub mod file;
 pub mod gate;
+pub mod inline;
 pub mod memory;
 pub mod stats;
 
@@ -12,6 +13,7 @@ pub use delay::{DelayDisk, Delays};
 pub use error::{ErrorDisk, Errors, Fault};
 pub use file::FileDisk;
 pub use gate::{Gate, Gated};
+pub use inline::InlineWrites;
 pub use memory::MemoryDisk;
 pub use stats::StatsDisk;
 

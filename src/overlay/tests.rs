@@ -98,6 +98,25 @@ pub(super) async fn read(disk: &dyn Disk, offset: u64, length: usize) -> Vec<u8>
     bytes
 }
 
+/// Punching a long range holds the file's lock: a write beside it would hold up a worker thread.
+#[test]
+fn writes_beside_a_range_that_is_given_back_go_to_a_thread_that_may_block() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = MemoryBase::patterned(70_000);
+    Overlay::create(dir.path(), ROOT, 70_000).unwrap();
+    let overlay = Overlay::open(dir.path(), base, ROOT).unwrap();
+    assert!(matches!(overlay.try_write(0, &[1; 4096]), Attempt::Ready(Ok(()))));
+    let long = overlay.0.inline.long();
+    for offset in [0, 8192] {
+        assert!(matches!(overlay.try_write(offset, &[2; 4096]), Attempt::WouldBlock));
+    }
+    runtime().block_on(overlay.write(8192, &[2; 4096], false)).unwrap();
+    drop(long);
+    runtime().block_on(overlay.trim(8192, 4096, false)).unwrap();
+    assert!(matches!(overlay.try_write(0, &[3; 4096]), Attempt::Ready(Ok(()))));
+    runtime().block_on(async { assert_eq!(read(&overlay, 0, 8192).await[..4096], [3; 4096]) });
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write { at: usize, length: usize, byte: u8, fua: bool },

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use super::InlineWrites;
 use crate::disk::{
     Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, STATE_HOLE, STATE_ZERO, StatusExtent, ZeroFlags,
 };
@@ -19,7 +20,8 @@ use crate::disk::{
 ///
 /// What is in the page cache is read inline by `preadv2(RWF_NOWAIT)`; everything else runs on tokio's blocking
 /// threads, by way of a buffer of their own: a thread that outlives its dropped future must not write into the caller's,
-/// and the copy (30 µs for 256 KiB) is small beside the device. Writes go into the page cache inline. After a failed sync
+/// and the copy (30 µs for 256 KiB) is small beside the device. Writes go into the page cache inline where they are not
+/// likely to wait ([`InlineWrites`]). After a failed sync
 /// every later write and flush fails too: the kernel reports a lost page only once. What is trimmed reads as zeroes, or as
 /// before where the file system cannot punch holes.
 #[derive(Debug, Clone)]
@@ -32,6 +34,7 @@ struct Shared {
     file: File,
     size: u64,
     features: Features,
+    inline: InlineWrites,
     failed: AtomicBool,
 }
 
@@ -49,7 +52,8 @@ impl FileDisk {
         } else {
             Features { prefetch: true, fast_zero: true, ..Features::WRITABLE }
         };
-        Ok(Self { shared: Arc::new(Shared { file, size, features, failed: AtomicBool::new(false) }) })
+        let (inline, failed) = (InlineWrites::default(), AtomicBool::new(false));
+        Ok(Self { shared: Arc::new(Shared { file, size, features, inline, failed }) })
     }
 
     fn blocking<T, F>(&self, work: F) -> BoxFuture<'_, io::Result<T>>
@@ -76,6 +80,7 @@ impl Shared {
     }
 
     fn punch(&self, offset: u64, length: u64, mode: FallocateFlags) -> io::Result<()> {
+        let _long = self.inline.long();
         Ok(fallocate(&self.file, mode, offset, length)?)
     }
 
@@ -151,7 +156,8 @@ impl Disk for FileDisk {
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Attempt {
-        Attempt::Ready(self.shared.check().and_then(|()| self.shared.file.write_all_at(data, offset)))
+        let shared = &*self.shared;
+        shared.inline.attempt(|| shared.check().and_then(|()| shared.file.write_all_at(data, offset)))
     }
 
     fn write<'a>(&'a self, offset: u64, data: &'a [u8], fua: bool) -> BoxFuture<'a, io::Result<()>> {
@@ -217,5 +223,21 @@ impl Disk for FileDisk {
         self.blocking(move |shared| {
             Ok(fadvise(&shared.file, offset, std::num::NonZero::new(length), Advice::WillNeed)?)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_written_inline_while_a_range_is_zeroed() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = FileDisk::new(file, false).unwrap();
+        let long = disk.shared.inline.long();
+        assert!(matches!(disk.try_write(0, b"x"), Attempt::WouldBlock));
+        drop(long);
+        assert!(matches!(disk.try_write(0, b"x"), Attempt::Ready(Ok(()))));
     }
 }
