@@ -1,7 +1,9 @@
 //! The keeper of one device: attaches it, gives the kernel new sockets when the server was restarted, and ends with it.
 //!
 //! It keeps duplicates of the sockets that the kernel has, and looks at them for a hang-up without ever reading. When it
-//! is killed, the device goes on; only nobody would reconnect it, so the next `attach` of the name takes it over.
+//! is killed, the device goes on; only nobody would reconnect it, so the next `attach` of the name takes it over. That
+//! one cannot have the sockets. It holds a connection of its own ready and offers it to the kernel again and again, which
+//! takes it as soon as one of its own is dead, whoever ended that.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -23,6 +25,8 @@ use super::{AttachError, Device, Entry, Options, Table, Way};
 
 /// How often the connections and the device are looked at.
 const LOOK: Duration = Duration::from_millis(200);
+/// How often the kernel is offered a connection by a keeper that does not have its sockets.
+const OFFER: Duration = Duration::from_secs(1);
 /// How long a new keeper may take to see that the old one's device is gone.
 const KEEPER_END: Duration = Duration::from_secs(10);
 /// Logical block size: what the images' partition tables count in.
@@ -40,7 +44,7 @@ pub async fn keep(
     stop: &CancellationToken,
     ready: impl FnOnce(&Entry),
 ) -> Result<(), AttachError> {
-    let Some(lock) = table.lock(&options.name)? else {
+    let Some(lock) = become_keeper(table, &options.name).await? else {
         return Err(match table.get(&options.name)? {
             Some(entry) => AttachError::Attached { name: entry.name, device: entry.device },
             None => AttachError::Attaching(options.name.clone()),
@@ -59,6 +63,17 @@ pub async fn keep(
         Some(kernel) => keeper.by_netlink(kernel, stop, ready).await,
         None => keeper.by_ioctl(stop, ready).await,
     }
+}
+
+/// Takes the name's lock. Who merely looks whether a name has a keeper holds it for an instant: so more than one look.
+async fn become_keeper(table: &Table, name: &str) -> Result<Option<KeeperLock>, AttachError> {
+    for _ in 0..3 {
+        if let Some(lock) = table.lock(name)? {
+            return Ok(Some(lock));
+        }
+        sleep(LOOK / 10).await;
+    }
+    Ok(None)
 }
 
 /// Opens the kernel's client; loads its module first if it is there to be loaded.
@@ -90,7 +105,7 @@ pub async fn detach(table: &Table, entry: &Entry) -> Result<(), AttachError> {
         Ok::<_, AttachError>(())
     });
     end.await.unwrap_or(Ok(()))?;
-    table.remove(&entry.name)
+    table.remove(entry)
 }
 
 async fn disconnect(entry: &Entry) -> Result<(), AttachError> {
@@ -124,12 +139,36 @@ impl Keeper<'_> {
         stop: &CancellationToken,
         ready: impl FnOnce(&Entry),
     ) -> Result<(), AttachError> {
-        let old = self.table.get(&self.options.name)?.filter(Entry::is_live);
-        let (entry, setup, mut sockets) = match old {
-            Some(old) => self.adopt(&old).await?,
-            None => self.connect(&mut kernel).await?,
+        let Some(old) = self.table.get(&self.options.name)?.filter(Entry::is_live) else {
+            return self.attach(kernel, stop, ready).await;
         };
+        let spare = self.open_patiently().await?;
+        let entry = Entry { keeper: std::process::id(), ..old };
         self.table.put(&entry)?;
+        ready(&entry);
+        self.look_after(&mut kernel, &entry, spare, stop).await?;
+        self.table.remove(&entry)
+    }
+
+    /// Attaches it, and keeps the sockets that the kernel has.
+    async fn attach(
+        &self,
+        mut kernel: Kernel,
+        stop: &CancellationToken,
+        ready: impl FnOnce(&Entry),
+    ) -> Result<(), AttachError> {
+        let (setup, mut sockets) = self.open_all().await?;
+        let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+        let device = Device(kernel.connect(&setup, &fds).await?);
+        let entry = self.entry(device, Way::Netlink, &setup);
+        if let Err(error) = self.write_down(&entry).await {
+            // A device that is not in the table is nobody's: the next keeper would make a second one of the same disk.
+            if let Err(error) = kernel.disconnect(device.0).await {
+                warn!(%device, %error, "it stays connected");
+            }
+            self.table.remove(&entry)?;
+            return Err(error);
+        }
         ready(&entry);
         while entry.is_live() {
             if stop.is_cancelled() {
@@ -144,31 +183,55 @@ impl Keeper<'_> {
                 self.reconnect(&mut kernel, &entry, &setup, &mut sockets, &dead, stop).await?;
             }
         }
-        self.table.remove(&entry.name)
+        self.table.remove(&entry)
     }
 
-    async fn connect(&self, kernel: &mut Kernel) -> Result<(Entry, Setup, Vec<UnixStream>), AttachError> {
-        let (setup, sockets) = self.open_all().await?;
-        let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
-        let device = Device(kernel.connect(&setup, &fds).await?);
-        device.ready(setup.size).await?;
-        Ok((self.entry(device, Way::Netlink, &setup), setup, sockets))
+    /// Puts a device into the table as soon as the kernel has it, and waits until it is ready.
+    async fn write_down(&self, entry: &Entry) -> Result<(), AttachError> {
+        self.table.put(entry)?;
+        entry.device.ready(entry.size).await
     }
 
-    /// Takes over a device whose keeper is gone. Its sockets cannot be had, so a connection of our own stands for them:
-    /// it ends when the server does, as theirs do.
-    async fn adopt(&self, old: &Entry) -> Result<(Entry, Setup, Vec<UnixStream>), AttachError> {
-        let opened = self.open_patiently().await?;
-        let setup = self.setup(&opened);
-        let sockets = vec![opened.socket];
-        let entry = Entry { keeper: std::process::id(), ..old.clone() };
-        let mut kernel = Kernel::open().await?;
-        // If the server was restarted meanwhile, the kernel takes this one at once; else it has no room for it.
-        match kernel.reconfigure(old.device.0, &setup, &[sockets[0].as_fd()]).await {
-            Err(KernelError::Io(error)) if is(&error, Errno::NOSPC) => {}
-            result => result?,
+    /// Keeps a device going whose sockets another process gave the kernel, with a connection that stands ready.
+    async fn look_after(
+        &self,
+        kernel: &mut Kernel,
+        entry: &Entry,
+        mut spare: Opened,
+        stop: &CancellationToken,
+    ) -> Result<(), AttachError> {
+        while entry.is_live() {
+            if stop.is_cancelled() {
+                return disconnect(entry).await;
+            }
+            let setup = self.setup(&spare);
+            self.same_size(entry, &spare)?;
+            let taken = if hung_up(std::slice::from_ref(&spare.socket)).is_empty() {
+                match kernel.reconfigure(entry.device.0, &setup, &[spare.socket.as_fd()]).await {
+                    Ok(()) => true,
+                    // None of its connections is dead.
+                    Err(KernelError::Io(error)) if is(&error, Errno::NOSPC) => false,
+                    Err(error) => {
+                        warn!(device = %entry.device, %error, "the kernel did not take the new connection");
+                        false
+                    }
+                }
+            } else {
+                true
+            };
+            let pause = if taken {
+                info!(device = %entry.device, "a connection was dead; reconnecting");
+                spare = tokio::select! {
+                    opened = self.open_patiently() => opened?,
+                    () = stop.cancelled() => continue,
+                };
+                Duration::ZERO
+            } else {
+                OFFER
+            };
+            tokio::select! { () = sleep(pause) => {}, () = stop.cancelled() => {} }
         }
-        Ok((entry, setup, sockets))
+        Ok(())
     }
 
     /// Gives the kernel a new socket for each that is dead, as soon as there is a server again.
@@ -186,11 +249,7 @@ impl Keeper<'_> {
                 opened = self.open_patiently() => opened?,
                 () = stop.cancelled() => return Ok(()),
             };
-            if self.setup(&opened).size != setup.size {
-                let size = opened.description.size;
-                warn!(device = %entry.device, size, "the export has another size now; not reconnected");
-                return Err(AttachError::Kernel(io::Error::other("the export has changed its size").into()));
-            }
+            self.same_size(entry, &opened)?;
             // The kernel may not have noticed yet that the old one is dead: no room is a reason to try again.
             while entry.is_live() && !stop.is_cancelled() {
                 match kernel.reconfigure(entry.device.0, setup, &[opened.socket.as_fd()]).await {
@@ -206,6 +265,16 @@ impl Keeper<'_> {
         }
         info!(device = %entry.device, "reconnected");
         Ok(())
+    }
+
+    /// A device keeps its size: a server with another one is not what it was attached to.
+    fn same_size(&self, entry: &Entry, opened: &Opened) -> Result<(), AttachError> {
+        let size = self.setup(opened).size;
+        if size == entry.size {
+            return Ok(());
+        }
+        warn!(device = %entry.device, size, "the export has another size now; not reconnected");
+        Err(AttachError::Kernel(io::Error::other("the export has changed its size").into()))
     }
 
     async fn by_ioctl(
@@ -237,7 +306,7 @@ impl Keeper<'_> {
                 }
             }
         }
-        self.table.remove(&entry.name)
+        self.table.remove(&entry)
     }
 
     fn entry(&self, device: Device, way: Way, setup: &Setup) -> Entry {

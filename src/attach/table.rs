@@ -110,9 +110,12 @@ impl Table {
         write_atomic(&path, &bytes).map_err(|error| at(&path, error))
     }
 
-    /// Removes the entry of a name.
-    pub(super) fn remove(&self, name: &str) -> Result<(), AttachError> {
-        let path = self.path(name);
+    /// Removes an entry, if it is still that keeper's: another may have taken the name meanwhile.
+    pub(super) fn remove(&self, entry: &Entry) -> Result<(), AttachError> {
+        let path = self.path(&entry.name);
+        if self.get(&entry.name)?.is_some_and(|found| found.keeper != entry.keeper) {
+            return Ok(());
+        }
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&path, error)),
             _ => Ok(()),
@@ -168,8 +171,11 @@ mod tests {
         for text in ["vm-3", "/dev/nbd7", "../vm-2"] {
             assert!(matches!(table.find(text), Err(AttachError::NotAttached(_))), "{text}");
         }
-        table.remove("vm-2").unwrap();
-        table.remove("vm-2").unwrap();
+        // Another keeper's by now.
+        table.remove(&Entry { keeper: 2, ..entry("vm-2", 1) }).unwrap();
+        assert_eq!(table.entries().unwrap().len(), 2);
+        table.remove(&entry("vm-2", 1)).unwrap();
+        table.remove(&entry("vm-2", 1)).unwrap();
         assert_eq!(table.entries().unwrap().len(), 1);
     }
 
