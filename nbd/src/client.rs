@@ -1,13 +1,16 @@
 //! An asynchronous client: many requests in flight on a connection, several connections, reconnecting.
 //!
-//! [`Client`] is one or more connections to one export. A request goes to the connection with the fewest in flight;
-//! when that breaks, the request is sent again on another, or on a new one, as [`Policy`] says. That is harmless:
-//! every NBD command may be repeated.
+//! [`Client`] is one or more connections to one export. A request goes to the connection with the fewest in flight of
+//! those that are whole; when that breaks, the request is sent again on another, or on a new one, as [`Policy`] says. Two
+//! things follow that the protocol leaves open. A write whose connection broke may have been carried out, or be carried out
+//! still while it is sent again: only when it has been answered, and a flush behind it too, is it settled. And a server
+//! that comes back may have lost writes that were answered and not flushed: the next [`Client::flush`] fails then.
 //!
 //! The server is not trusted: every length, offset and cookie that it sends is checked, and what does not fit ends
 //! the connection with an error.
 
 mod link;
+mod lost;
 mod negotiation;
 
 use std::io;
@@ -16,13 +19,19 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use link::Link;
+use link::{Call, Link};
+use lost::Changes;
 pub use negotiation::{ExportDescription, HandshakeError, handshake};
 
 use crate::chunk::Style;
 use crate::consts::{command, command_flag};
-use crate::disk::StatusExtent;
+use crate::disk::{StatusExtent, ZeroFlags};
 use crate::negotiate::Stream;
+
+/// A request that breaks so many connections, one after the other, is not sent again: it may be what breaks them.
+const BROKEN_MAX: u32 = 3;
+/// Pause before a connection is tried again; each further one is twice as long.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +92,7 @@ struct Shared {
     target: Target,
     description: ExportDescription,
     links: Vec<Slot>,
+    changes: Changes,
 }
 
 /// Whom to connect to, and how.
@@ -141,7 +151,7 @@ impl Client {
         }
         let slot = |link| Slot { link: Mutex::new(Arc::new(link)), remaking: tokio::sync::Mutex::default() };
         let links = links.into_iter().map(slot).collect();
-        Ok(Self { shared: Arc::new(Shared { target, description, links }) })
+        Ok(Self { shared: Arc::new(Shared { target, description, links, changes: Changes::default() }) })
     }
 
     /// What the server says of the export.
@@ -157,45 +167,68 @@ impl Client {
     /// Reads `length` bytes at `offset`. Dropping the future abandons the read; the connection stays usable.
     pub async fn read(&self, offset: u64, length: u32) -> io::Result<Vec<u8>> {
         let length = length.into();
-        self.send(link::Call { command: command::READ, flags: 0, offset, length, payload: &[] })
-            .await
-            .map(|answer| answer.data)
+        self.send(&Call { length, ..Call::new(command::READ, offset) }).await.map(|answer| answer.data)
+    }
+
+    /// The same, answered as one (`NBD_CMD_FLAG_DF`): an error leaves nothing of it.
+    pub async fn read_unfragmented(&self, offset: u64, length: u32) -> io::Result<Vec<u8>> {
+        let call =
+            Call { flags: command_flag::DF, length: length.into(), ..Call::new(command::READ, offset) };
+        self.send(&call).await.map(|answer| answer.data)
     }
 
     /// Writes `data` at `offset`; durable when it returns if `fua`.
     pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
         let length = data.len() as u64;
-        let flags = if fua { command_flag::FUA } else { 0 };
-        self.send(link::Call { command: command::WRITE, flags, offset, length, payload: data })
-            .await
-            .map(drop)
+        let call = Call { flags: fua_flag(fua), length, payload: data, ..Call::new(command::WRITE, offset) };
+        self.send(&call).await.map(drop)
     }
 
     /// Makes all answered writes durable.
+    ///
+    /// # Errors
+    ///
+    /// Besides the server's: connections were made again behind writes that had not been flushed. If the server was
+    /// another one by then, those are lost; they have to be written again. A second flush covers what came behind them.
     pub async fn flush(&self) -> io::Result<()> {
-        self.plain(command::FLUSH, 0, 0, 0).await
+        let before = self.shared.changes.count();
+        self.send(&Call::new(command::FLUSH, 0)).await?;
+        self.shared.changes.flushed(before)
     }
 
-    /// Tells that a range is not needed.
-    pub async fn trim(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.plain(command::TRIM, 0, offset, length).await
+    /// Tells that a range is not needed; with `fua`, what becomes of it is durable.
+    pub async fn trim(&self, offset: u64, length: u64, fua: bool) -> io::Result<()> {
+        self.send(&Call { flags: fua_flag(fua), length, ..Call::new(command::TRIM, offset) }).await.map(drop)
     }
 
-    /// Makes a range read as zeroes; it stays allocated if `no_hole`.
-    pub async fn zero(&self, offset: u64, length: u64, no_hole: bool) -> io::Result<()> {
-        let flags = if no_hole { command_flag::NO_HOLE } else { 0 };
-        self.plain(command::WRITE_ZEROES, flags, offset, length).await
+    /// Makes a range read as zeroes; durable when it returns if `fua`.
+    pub async fn zero(&self, offset: u64, length: u64, how: ZeroFlags, fua: bool) -> io::Result<()> {
+        let no_hole = if how.no_hole { command_flag::NO_HOLE } else { 0 };
+        let fast = if how.fast { command_flag::FAST_ZERO } else { 0 };
+        let flags = fua_flag(fua) | no_hole | fast;
+        self.send(&Call { flags, length, ..Call::new(command::WRITE_ZEROES, offset) }).await.map(drop)
     }
 
     /// Asks for a range to be read ahead.
     pub async fn prefetch(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.plain(command::CACHE, 0, offset, length).await
+        self.send(&Call { length, ..Call::new(command::CACHE, offset) }).await.map(drop)
     }
 
-    /// Status of a range in `base:allocation`; covers at least the first part of it.
+    /// Status of a range in `base:allocation`: one extent at least. They cover the range, or the first part of it; the last
+    /// may reach past it.
     pub async fn status(&self, offset: u64, length: u64) -> io::Result<Vec<StatusExtent>> {
-        let call = link::Call { command: command::BLOCK_STATUS, flags: 0, offset, length, payload: &[] };
-        self.send(call).await.map(|answer| answer.extents)
+        let call = Call { length, ..Call::new(command::BLOCK_STATUS, offset) };
+        self.send(&call).await.map(|answer| answer.extents)
+    }
+
+    /// The first extent of a range in `base:allocation`, cut to the range (`NBD_CMD_FLAG_REQ_ONE`).
+    pub async fn status_one(&self, offset: u64, length: u64) -> io::Result<StatusExtent> {
+        let flags = command_flag::REQ_ONE;
+        let answer = self.send(&Call { flags, length, ..Call::new(command::BLOCK_STATUS, offset) }).await?;
+        match answer.extents[..] {
+            [one] if one.length <= length => Ok(one),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the NBD server gave more than one extent")),
+        }
     }
 
     /// Says goodbye on every connection.
@@ -205,30 +238,57 @@ impl Client {
         }
     }
 
-    async fn plain(&self, command: u16, flags: u16, offset: u64, length: u64) -> io::Result<()> {
-        self.send(link::Call { command, flags, offset, length, payload: &[] }).await.map(drop)
-    }
-
-    async fn send(&self, call: link::Call<'_>) -> io::Result<link::Answer> {
-        let end = call.offset.checked_add(call.length);
-        if end.is_none_or(|end| end > self.shared.description.size) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the range leaves the export"));
-        }
-        let slots = &self.shared.links;
-        let slot = slots.iter().min_by_key(|slot| slot.get().in_flight()).expect("there is one at least");
-        let deadline = tokio::time::Instant::now() + self.shared.target.policy.reconnect;
+    /// Sends a request until it is answered, as often as the policy allows.
+    async fn send(&self, call: &Call<'_>) -> io::Result<link::Answer> {
+        let Shared { target, description, changes, .. } = &*self.shared;
+        call.check(description)?;
+        let deadline = tokio::time::Instant::now() + target.policy.reconnect;
+        let (mut broken, mut pause) = (0, PAUSE);
+        let mut last = io::Error::from(io::ErrorKind::NotConnected);
         loop {
-            let link = slot.get();
-            match link.call(&call).await {
-                Err(error) if link.is_broken() => {
-                    if self.shared.target.policy.reconnect.is_zero() {
-                        return Err(error);
-                    }
-                    self.remake(slot, &link, deadline).await?;
+            let (slot, link) = self.choose();
+            if link.is_broken() {
+                if target.policy.reconnect.is_zero() {
+                    return Err(last);
                 }
-                other => return other,
+                self.remake(slot, &link, deadline).await?;
+                continue;
+            }
+            let generation = changes.generation();
+            last = match link.call(call).await {
+                Err(error) if error.raw_os_error() == Some(SHUTDOWN) => {
+                    link.retire().await;
+                    error
+                }
+                Err(error) if link.is_broken() => {
+                    broken += 1;
+                    error
+                }
+                answer => {
+                    if answer.is_ok() && call.leaves_changes() {
+                        changes.answered(generation);
+                    }
+                    return answer;
+                }
+            };
+            if broken == BROKEN_MAX {
+                return Err(last);
+            }
+            // The first break may be any connection's end. After more of them, and for a server that ends, there is a pause.
+            if !target.policy.reconnect.is_zero() && broken != 1 {
+                if tokio::time::Instant::now() + pause > deadline {
+                    return Err(last);
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(target.policy.pause_max);
             }
         }
+    }
+
+    /// The connection for the next request: one that is whole if there is such, with the fewest requests in flight.
+    fn choose(&self) -> (&Slot, Arc<Link>) {
+        let links = self.shared.links.iter().map(|slot| (slot, slot.get()));
+        links.min_by_key(|(_, link)| (link.is_broken(), link.in_flight())).expect("there is one at least")
     }
 
     /// Replaces a broken connection, or waits while somebody else does.
@@ -240,14 +300,15 @@ impl Client {
     ) -> io::Result<()> {
         let attempt = async {
             let _alone = slot.remaking.lock().await;
-            let mut pause = Duration::from_millis(50);
+            let mut pause = PAUSE;
             while Arc::ptr_eq(&slot.get(), broken) {
-                let Shared { target, description, .. } = &*self.shared;
+                let Shared { target, description, changes, .. } = &*self.shared;
                 match target.link().await {
-                    Ok((_, other)) if other.size != description.size => {
-                        return Err(io::Error::other("the export has another size now"));
+                    Ok((_, other)) if !description.is_kept_by(&other) => {
+                        return Err(io::Error::other("the export is not what it was"));
                     }
                     Ok((link, _)) => {
+                        changes.connected_again();
                         *slot.link.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(link);
                     }
                     Err(error) => {
@@ -263,6 +324,13 @@ impl Client {
             Err(io::Error::new(io::ErrorKind::TimedOut, "the NBD server did not come back"))
         })
     }
+}
+
+/// `ESHUTDOWN`: the server ends, and wants its clients to leave.
+const SHUTDOWN: i32 = rustix::io::Errno::SHUTDOWN.raw_os_error();
+
+const fn fua_flag(fua: bool) -> u16 {
+    if fua { command_flag::FUA } else { 0 }
 }
 
 impl Target {

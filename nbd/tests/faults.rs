@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bootcache_nbd::chunk::Style;
 use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::layers::{DelayDisk, Delays, ErrorDisk, Errors, Fault, MemoryDisk, Operation, StatsDisk};
-use bootcache_nbd::{Attempt, BoxFuture, Disk, Export, Features, Limits, Server, SharedDisk, Tls};
+use bootcache_nbd::{Attempt, BoxFuture, Disk, Export, Features, Limits, Server, SharedDisk, Tls, ZeroFlags};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
@@ -78,8 +78,8 @@ async fn each_request_that_fails_gets_the_nearest_error_and_the_connection_lives
             client.write(0, &[1; 4096], false).await,
             client.write(0, &vec![1; 1 << 20], true).await,
             client.flush().await,
-            client.trim(0, 4096).await,
-            client.zero(0, 4096, false).await,
+            client.trim(0, 4096, false).await,
+            client.zero(0, 4096, ZeroFlags::default(), false).await,
             client.status(0, 4096).await.map(drop),
         ];
         for (place, answer) in answers.into_iter().enumerate() {
@@ -106,7 +106,7 @@ async fn a_layer_that_panics_costs_the_request_that_met_it() {
             client.write(0, &[1; 4096], true).await,
             client.write(0, &vec![1; 1 << 20], false).await,
             client.flush().await,
-            client.zero(0, 4096, false).await,
+            client.zero(0, 4096, ZeroFlags::default(), false).await,
             client.status(0, 4096).await.map(drop),
         ]
     });

@@ -17,7 +17,7 @@ use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::handshake::{parse_go, parse_queries};
 use bootcache_nbd::layers::MemoryDisk;
 use bootcache_nbd::request::{Action, Request, Terms, check};
-use bootcache_nbd::{Export, Features, Limits, Server, Tls};
+use bootcache_nbd::{Export, Features, Limits, Server, Tls, ZeroFlags};
 use seeds::Spoilt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::net::UnixListener;
@@ -155,12 +155,12 @@ async fn agree(client: &Client, operations: &[Operation], model: &mut [u8]) {
             }
             Operation::Zero { at, length, no_hole } => {
                 let (at, length) = range(at, length);
-                client.zero(at, length.into(), no_hole).await.unwrap();
+                client.zero(at, length.into(), ZeroFlags { no_hole, fast: false }, false).await.unwrap();
                 model[part(at, length)].fill(0);
             }
             Operation::Trim { at, length } => {
                 let (at, length) = range(at, length.into());
-                client.trim(at, length.into()).await.unwrap();
+                client.trim(at, length.into(), false).await.unwrap();
                 // Memory reads as zeroes after a trim.
                 model[part(at, length)].fill(0);
             }
@@ -188,7 +188,7 @@ fn operations_in_any_order_agree_with_a_vector_of_bytes() {
     });
     fuzz(|operations: &Vec<Operation>| {
         runtime.block_on(async {
-            client.zero(0, SIZE as u64, false).await.unwrap();
+            client.zero(0, SIZE as u64, ZeroFlags::default(), false).await.unwrap();
             agree(&client, operations, &mut vec![0; SIZE]).await;
         });
     });

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use bootcache_nbd::chunk::Style;
 use bootcache_nbd::client::{Address, Client, Policy};
-use bootcache_nbd::consts::flag::SEND_CACHE;
+use bootcache_nbd::consts::flag::{SEND_CACHE, SEND_FAST_ZERO};
 use bootcache_nbd::disk::STATE_ZERO;
 use bootcache_nbd::layers::{FileDisk, MemoryDisk};
-use bootcache_nbd::{Export, Limits, Server, SharedDisk, Tls};
+use bootcache_nbd::{Export, Limits, Server, SharedDisk, Tls, ZeroFlags};
 use rustix::fs::{FallocateFlags, fallocate};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
@@ -86,12 +86,12 @@ struct Ask {
 
 enum What {
     Write { data: Vec<u8>, fua: bool },
-    Zero { no_hole: bool },
-    Trim,
+    Zero { how: ZeroFlags, fua: bool },
+    Trim { fua: bool },
     Flush,
     Cache,
-    Status,
-    Read,
+    Status { one: bool },
+    Read { whole: bool },
 }
 
 impl Ask {
@@ -101,12 +101,15 @@ impl Ask {
                 data: (0..length).map(|_| random.next().to_le_bytes()[0]).collect(),
                 fua: random.below(20) == 0,
             },
-            4 => What::Zero { no_hole: random.below(2) == 0 },
-            5..=6 => What::Trim,
+            4 => What::Zero {
+                how: ZeroFlags { no_hole: random.below(2) == 0, fast: random.below(2) == 0 },
+                fua: random.below(20) == 0,
+            },
+            5..=6 => What::Trim { fua: random.below(20) == 0 },
             7 => What::Flush,
             8 => What::Cache,
-            9 => What::Status,
-            _ => What::Read,
+            9 => What::Status { one: random.below(2) == 0 },
+            _ => What::Read { whole: random.below(4) == 0 },
         };
         Self { what, offset, length }
     }
@@ -116,25 +119,47 @@ impl Ask {
         let (offset, length) = (u64::from(self.offset), u64::from(self.length));
         match &self.what {
             What::Write { data, fua } => client.write(offset, data, *fua).await.unwrap(),
-            What::Zero { no_hole } => client.zero(offset, length, *no_hole).await.unwrap(),
-            What::Trim => client.trim(offset, length).await.unwrap(),
+            What::Zero { how, fua } => {
+                let offered = client.description().flags & SEND_FAST_ZERO != 0;
+                let mut how = *how;
+                if how.fast {
+                    match client.zero(offset, length, how, *fua).await {
+                        Ok(()) => return,
+                        Err(error) if offered => assert_eq!(error.raw_os_error(), Some(95)),
+                        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::Unsupported),
+                    }
+                    how.fast = false;
+                }
+                client.zero(offset, length, how, *fua).await.unwrap();
+            }
+            What::Trim { fua } => client.trim(offset, length, *fua).await.unwrap(),
             What::Flush => client.flush().await.unwrap(),
             // Nothing changes, whether the disk can do it or not.
             What::Cache => {
                 let can = client.description().flags & SEND_CACHE != 0;
                 assert_eq!(client.prefetch(offset, length).await.is_ok(), can);
             }
-            What::Status => {
+            What::Status { one } => {
+                let extents = if *one {
+                    vec![client.status_one(offset, length).await.unwrap()]
+                } else {
+                    client.status(offset, length).await.unwrap()
+                };
                 let mut at = 0;
-                for extent in client.status(offset, length).await.unwrap() {
+                for extent in extents {
                     let end = (at + usize::try_from(extent.length).unwrap()).min(expected.len());
                     let zero = extent.flags & STATE_ZERO != 0;
                     assert!(!zero || expected[at..end].iter().all(|byte| *byte == 0), "not zero");
                     at = end;
                 }
             }
-            What::Read => {
-                let data = client.read(offset, self.length).await.unwrap();
+            What::Read { whole } => {
+                let data = if *whole {
+                    client.read_unfragmented(offset, self.length).await
+                } else {
+                    client.read(offset, self.length).await
+                };
+                let data = data.unwrap();
                 assert!(data == expected, "{length} bytes at {offset} differ");
             }
         }
@@ -145,8 +170,8 @@ impl Ask {
         match &self.what {
             What::Write { data, .. } => bytes.copy_from_slice(data),
             What::Zero { .. } => bytes.fill(0),
-            What::Trim if trimmed == Trimmed::Zeroes => bytes.fill(0),
-            What::Trim | What::Flush | What::Cache | What::Status | What::Read => {}
+            What::Trim { .. } if trimmed == Trimmed::Zeroes => bytes.fill(0),
+            What::Trim { .. } | What::Flush | What::Cache | What::Status { .. } | What::Read { .. } => {}
         }
     }
 }

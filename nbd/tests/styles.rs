@@ -78,15 +78,15 @@ async fn extended_headers_carry_effects_and_status_of_more_than_4_gib() {
     let disk = Arc::new(Vast::default());
     let (client, _dir) = client(Arc::clone(&disk) as SharedDisk, Style::Extended).await;
     assert_eq!(client.description().style, Style::Extended);
-    client.trim(4096, 5 << 40).await.unwrap();
-    client.zero(1 << 40, 6 << 40, true).await.unwrap();
+    client.trim(4096, 5 << 40, false).await.unwrap();
+    client.zero(1 << 40, 6 << 40, ZeroFlags::default(), true).await.unwrap();
     client.prefetch(0, VAST).await.unwrap();
     let extents = client.status(0, VAST).await.unwrap();
     assert_eq!(extents, [StatusExtent { length: VAST, flags: 3 }]);
     let asked = [(4096, 5 << 40), (1 << 40, 6 << 40), (0, VAST), (0, VAST)];
     assert_eq!(*disk.asked.lock().unwrap(), asked);
-    assert!(client.trim(VAST - 1, 2).await.is_err());
-    assert!(client.trim(u64::MAX, u64::MAX).await.is_err());
+    assert!(client.trim(VAST - 1, 2, false).await.is_err());
+    assert!(client.trim(u64::MAX, u64::MAX, false).await.is_err());
     assert_eq!(client.read(VAST - 4096, 4096).await.unwrap(), [0; 4096]);
 }
 
@@ -95,11 +95,11 @@ async fn without_them_such_lengths_are_refused_here_and_status_comes_in_parts() 
     let disk = Arc::new(Vast::default());
     let (client, _dir) = client(Arc::clone(&disk) as SharedDisk, Style::Structured).await;
     assert_eq!(client.description().style, Style::Structured);
-    let refused = client.trim(0, 1 << 32).await.unwrap_err();
+    let refused = client.trim(0, 1 << 32, false).await.unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
     // The connection is as good as before.
     let most = u64::from(u32::MAX);
-    client.trim(0, most).await.unwrap();
+    client.trim(0, most, false).await.unwrap();
     assert_eq!(*disk.asked.lock().unwrap(), [(0, most)]);
     let extents = client.status(0, most).await.unwrap();
     assert_eq!(extents, [StatusExtent { length: most & !4095, flags: 3 }]);

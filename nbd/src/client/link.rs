@@ -3,21 +3,24 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::negotiation::ExportDescription;
 use crate::chunk::{HEADER_MAX, Header, Style};
-use crate::consts::{REPLY_FLAG_DONE, chunk, command, command_flag};
+use crate::consts::{REPLY_FLAG_DONE, chunk, command, command_flag, flag};
 use crate::disk::StatusExtent;
 use crate::negotiate::Stream;
 use crate::request::{EXTENDED_BYTES, Request};
 
 /// Longest structured chunk that is not data: a message, or extents.
 const CHUNK_MAX: usize = 1 << 20;
+/// Time to tell a server that ends goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// Most extents that are kept of one answer.
 const EXTENTS_MAX: usize = 64 << 10;
 
@@ -29,6 +32,49 @@ pub(super) struct Call<'a> {
     pub(super) offset: u64,
     pub(super) length: u64,
     pub(super) payload: &'a [u8],
+}
+
+impl Call<'_> {
+    /// A request for no bytes.
+    pub(super) const fn new(command: u16, offset: u64) -> Self {
+        Self { command, flags: 0, offset, length: 0, payload: &[] }
+    }
+
+    /// Whether its effect is to be flushed.
+    pub(super) const fn leaves_changes(&self) -> bool {
+        matches!(self.command, command::WRITE | command::WRITE_ZEROES) && self.flags & command_flag::FUA == 0
+    }
+
+    /// Whether it may be sent to a server that says this of its export.
+    pub(super) fn check(&self, export: &ExportDescription) -> io::Result<()> {
+        let invalid = |reason: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        if self.offset.checked_add(self.length).is_none_or(|end| end > export.size) {
+            return invalid("the range leaves the export");
+        }
+        let carries_data = matches!(self.command, command::READ | command::WRITE);
+        if carries_data && self.length > u64::from(export.block_sizes.2) {
+            return invalid("more than the NBD server takes at once");
+        }
+        let of_command = match self.command {
+            command::FLUSH => flag::SEND_FLUSH,
+            command::TRIM => flag::SEND_TRIM,
+            command::WRITE_ZEROES => flag::SEND_WRITE_ZEROES,
+            command::CACHE => flag::SEND_CACHE,
+            _ => 0,
+        };
+        let of_flags = [
+            (command_flag::FUA, flag::SEND_FUA),
+            (command_flag::DF, flag::SEND_DF),
+            (command_flag::FAST_ZERO, flag::SEND_FAST_ZERO),
+        ];
+        let wanted = |(own, server)| if self.flags & own == 0 { 0 } else { server };
+        let needed = of_flags.into_iter().map(wanted).fold(of_command, |all: u16, one: u16| all | one);
+        let knows_contexts = self.command != command::BLOCK_STATUS || export.allocation.is_some();
+        if export.flags & needed != needed || !knows_contexts {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "the NBD server does not offer that"));
+        }
+        Ok(())
+    }
 }
 
 /// What came back.
@@ -44,8 +90,9 @@ struct Waiting {
     command: u16,
     offset: u64,
     length: u64,
+    /// Its buffer is empty once nobody waits any more: what then comes of a read is thrown away.
     answer: Answer,
-    /// Bytes of a read that have come.
+    /// Bytes of a read that have come, or that extents cover.
     filled: u64,
     error: Option<io::Error>,
     done: oneshot::Sender<io::Result<Answer>>,
@@ -70,19 +117,26 @@ impl std::fmt::Debug for Link {
     }
 }
 
-/// Counts a request for as long as somebody waits for it.
-struct InFlight<'a>(&'a AtomicUsize);
+/// Counts a request for as long as somebody waits for it. Whoever gives up leaves no buffer behind.
+struct Asked<'a> {
+    link: &'a Link,
+    cookie: u64,
+}
 
-impl<'a> InFlight<'a> {
-    fn count(counter: &'a AtomicUsize) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter)
+impl<'a> Asked<'a> {
+    fn count(link: &'a Link, cookie: u64) -> Self {
+        link.in_flight.fetch_add(1, Ordering::Relaxed);
+        Self { link, cookie }
     }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.link.in_flight.fetch_sub(1, Ordering::Relaxed);
+        // The server may answer still: the cookie has to be known until then.
+        if let Some(waiting) = self.link.table().get_mut(&self.cookie) {
+            waiting.answer = Answer::default();
+        }
     }
 }
 
@@ -180,12 +234,12 @@ impl Link {
             error: None,
             done,
         };
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(cookie, waiting);
+        self.table().insert(cookie, waiting);
         if self.is_broken() {
-            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&cookie);
+            self.table().remove(&cookie);
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let _in_flight = InFlight::count(&self.in_flight);
+        let _asked = Asked::count(self, cookie);
         self.write(cookie, call).await?;
         answer.await.unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
     }
@@ -203,7 +257,7 @@ impl Link {
         };
         let mut header = Vec::with_capacity(EXTENDED_BYTES);
         if !request.encode(&mut header, self.extended) {
-            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&cookie);
+            self.table().remove(&cookie);
             let reason = "lengths of 4 GiB need a server with extended headers";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
@@ -214,6 +268,17 @@ impl Link {
         writer.flush().await?;
         sending.1 = true;
         Ok(())
+    }
+
+    /// Takes no more requests, after the server has said that it ends; those under way may still be answered.
+    pub(super) async fn retire(&self) {
+        if !self.broken.swap(true, Ordering::AcqRel) {
+            let _ = tokio::time::timeout(GOODBYE, self.disconnect()).await;
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<u64, Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Says goodbye; the server carries out what it has, and closes.
@@ -256,7 +321,8 @@ impl Replies {
                     if self.style != Style::Simple {
                         return Err(violation("a simple reply to a read"));
                     }
-                    self.reader.read_exact(&mut waiting.answer.data).await?;
+                    let data = &mut waiting.answer.data;
+                    fill(&mut self.reader, (!data.is_empty()).then_some(data), waiting.length).await?;
                     waiting.filled = waiting.length;
                 }
                 finish(waiting);
@@ -276,13 +342,15 @@ impl Replies {
             chunk::NONE if length == 0 => {}
             chunk::OFFSET_DATA if length > 8 && waiting.command == command::READ => {
                 let at = self.reader.read_u64().await?;
-                let data = part(&mut waiting, at, length as u64 - 8)?;
-                self.reader.read_exact(data).await?;
+                let length = length as u64 - 8;
+                fill(&mut self.reader, part(&mut waiting, at, length)?, length).await?;
             }
             chunk::OFFSET_HOLE if length == 12 && waiting.command == command::READ => {
                 let at = self.reader.read_u64().await?;
                 let hole = self.reader.read_u32().await?;
-                part(&mut waiting, at, hole.into())?.fill(0);
+                if let Some(data) = part(&mut waiting, at, hole.into())? {
+                    data.fill(0);
+                }
             }
             chunk::BLOCK_STATUS if waiting.command == command::BLOCK_STATUS && length % 8 == 4 => {
                 self.extents(&mut waiting, (length - 4) / 8).await?;
@@ -301,6 +369,9 @@ impl Replies {
         if flags & REPLY_FLAG_DONE != 0 {
             finish(waiting);
         } else {
+            if waiting.done.is_closed() {
+                waiting.answer = Answer::default();
+            }
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(cookie, waiting);
         }
         Ok(())
@@ -347,15 +418,31 @@ impl Replies {
 }
 
 fn push(waiting: &mut Waiting, length: u64, flags: u32) -> io::Result<()> {
-    if length == 0 {
-        return Err(violation("an extent of no length"));
+    if length == 0 || waiting.filled >= waiting.length {
+        return Err(violation("an extent of no length, or behind what was asked for"));
     }
+    waiting.filled = waiting.filled.saturating_add(length);
     waiting.answer.extents.push(StatusExtent { length, flags });
     Ok(())
 }
 
-/// The part of a read's buffer that a chunk is for. Counts its bytes: each must come once.
-fn part(waiting: &mut Waiting, at: u64, length: u64) -> io::Result<&mut [u8]> {
+/// Reads `length` bytes: into `data`, which is as long, or away.
+async fn fill(
+    reader: &mut (impl AsyncRead + Unpin),
+    data: Option<impl AsMut<[u8]>>,
+    length: u64,
+) -> io::Result<()> {
+    if let Some(mut data) = data {
+        return reader.read_exact(data.as_mut()).await.map(drop);
+    }
+    match tokio::io::copy(&mut reader.take(length), &mut tokio::io::sink()).await? {
+        read if read == length => Ok(()),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// The part of a read's buffer that a chunk is for; `None` if nobody waits for it. Counts its bytes: each must come once.
+fn part(waiting: &mut Waiting, at: u64, length: u64) -> io::Result<Option<&mut [u8]>> {
     let start = at.checked_sub(waiting.offset);
     let end = start.and_then(|start| start.checked_add(length));
     waiting.filled = waiting.filled.saturating_add(length);
@@ -364,7 +451,8 @@ fn part(waiting: &mut Waiting, at: u64, length: u64) -> io::Result<&mut [u8]> {
             if length > 0 && end <= waiting.length && waiting.filled <= waiting.length =>
         {
             let index = |at: u64| usize::try_from(at).expect("it lies within the buffer");
-            Ok(&mut waiting.answer.data[index(start)..index(end)])
+            let whole = Some(&mut waiting.answer.data).filter(|data| !data.is_empty());
+            Ok(whole.map(|data| &mut data[index(start)..index(end)]))
         }
         _ => Err(violation("data outside of what was asked for")),
     }
@@ -376,6 +464,9 @@ fn finish(waiting: Waiting) {
         Some(error) => Err(error),
         None if command == command::READ && filled != length => {
             Err(violation("a read that ended before all its bytes had come"))
+        }
+        None if command == command::BLOCK_STATUS && answer.extents.is_empty() => {
+            Err(violation("status without an extent"))
         }
         None => Ok(answer),
     };

@@ -40,6 +40,16 @@ impl ExportDescription {
     pub fn can_multi_conn(&self) -> bool {
         self.flags & flag::CAN_MULTI_CONN != 0
     }
+
+    /// Whether a later description of the same export keeps what this one promised.
+    pub(super) fn is_kept_by(&self, later: &Self) -> bool {
+        let ((least, _, most), (least_later, _, most_later)) = (self.block_sizes, later.block_sizes);
+        self.size == later.size
+            && self.flags & !later.flags == 0
+            && least_later <= least
+            && most <= most_later
+            && (self.allocation.is_none() || later.allocation.is_some())
+    }
 }
 
 /// Why a server was not agreed with.
