@@ -106,6 +106,8 @@ pub enum Ask {
         pages: Vec<u32>,
         /// A guest waits for it.
         urgent: bool,
+        /// The blocks may be compressed: the link is so slow that it pays.
+        pack: bool,
     },
     /// What the server has, now and whenever it has more.
     Watch {
@@ -254,7 +256,14 @@ mod tests {
             Ask::Describe(Wanted::Name("debian-12".parse().unwrap())),
             Ask::Heads { root },
             Ask::Frame { root, index: 7, wait: true },
-            Ask::Blocks { root, extents: vec![(1, 2)], groups: vec![0], pages: vec![3], urgent: true },
+            Ask::Blocks {
+                root,
+                extents: vec![(1, 2)],
+                groups: vec![0],
+                pages: vec![3],
+                urgent: true,
+                pack: true,
+            },
             Ask::Cancel { id: 3 },
         ];
         for ask in asks {
@@ -276,6 +285,7 @@ mod tests {
             groups: Vec::new(),
             pages: Vec::new(),
             urgent: false,
+            pack: false,
         };
         assert!(blocks(vec![(0, 256)]).is_within_limits());
         assert!(!blocks(vec![(0, 256), (900, 1)]).is_within_limits());

@@ -29,7 +29,8 @@ use super::tracker::Tracker;
 use super::transport::Security;
 use super::uplink::Uplink;
 
-const CONNECTIONS_MAX: usize = 1024;
+/// Two for each node of a burst; more nodes are turned away, and come again.
+const CONNECTIONS_MAX: usize = 4096;
 
 /// Where the server finds images.
 pub trait Provider: Send + Sync + 'static {

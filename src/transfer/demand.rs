@@ -110,6 +110,7 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             groups,
             pages,
             urgent: kind == Kind::Demand,
+            pack: shared.packing_pays(),
         };
         let page = first.start / PAGE_BLOCKS;
         // Who has the frame has the block, and not yet its digest.

@@ -32,6 +32,9 @@ use super::{demand, fill, stream};
 /// How often what has come is made durable.
 const SAVE_INTERVAL: Duration = Duration::from_secs(2);
 
+/// From this rate of the link on, in bytes a second, a source's compressing (zstd, one core) takes longer than it saves.
+const PACK_RATE_MAX: u64 = 160 << 20;
+
 /// Pause after what has come could not be saved.
 const SAVE_RETRY: Duration = Duration::from_secs(20);
 
@@ -410,6 +413,12 @@ impl Shared {
         let saved = self.save().await;
         self.holding.changed();
         saved && self.cache.is_complete()
+    }
+
+    /// Whether sources should compress blocks. The stream's frames are compressed beforehand, so that what it brought a
+    /// second is what the link carries.
+    pub(super) fn packing_pays(&self) -> bool {
+        self.stream.goodput().is_none_or(|goodput| goodput < PACK_RATE_MAX)
     }
 
     /// Whether the boot stream is about to bring `block`.

@@ -189,7 +189,8 @@ pub(super) async fn fetch_pages(shared: &Arc<Shared>, pages: &[u64]) {
 
 async fn ask_parts(shared: &Arc<Shared>, page: u64, groups: Vec<u32>, pages: Vec<u32>) {
     let bytes = 4096 * (groups.len() + pages.len()) as u64;
-    let ask = Ask::Blocks { root: shared.holding.root(), extents: Vec::new(), groups, pages, urgent: false };
+    let (root, extents) = (shared.holding.root(), Vec::new());
+    let ask = Ask::Blocks { root, extents, groups, pages, urgent: false, pack: false };
     let pick = |tried: &[_], _| shared.sources.for_page(page, None, tried);
     let terms = Terms { kind: Kind::Tree, bytes, patience: Duration::ZERO };
     let mut tried = Vec::new();

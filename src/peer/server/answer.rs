@@ -112,11 +112,10 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
         }
         Ask::Top { .. } => (Answer::Data, holding.tree.top().to_vec()),
         Ask::Frame { index, .. } => frame(&holding, index as usize).await,
-        Ask::Blocks { extents, groups, pages, .. } => {
+        Ask::Blocks { extents, groups, pages, pack, .. } => {
             let extents: Vec<Extent> = extents.into_iter().map(from_wire).collect();
             let elsewhere = fault == Some(fault::Fault::WrongPlace);
-            let packs = session.link.packing_pays();
-            blocks(&holding, &extents, (&groups, &pages), packs, elsewhere).await.unwrap_or_else(|error| {
+            blocks(&holding, &extents, (&groups, &pages), pack, elsewhere).await.unwrap_or_else(|error| {
                 tracing::error!(image = %holding.root().short(), %error, "cannot read a block for a peer");
                 (Answer::Refused("it cannot be read".to_owned()), Vec::new())
             })

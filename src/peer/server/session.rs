@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::future::{AbortHandle, Abortable, FutureExt};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -31,8 +31,6 @@ const REQUEST_BYTES_MAX: usize = 64 << 10;
 const WRITE_PIECE: usize = 64 << 10;
 /// Images that one connection has asked about and that are kept at hand.
 const IMAGES_MAX: usize = 64;
-/// Above this rate, in bytes a second, compressing on the fly costs more than it saves (zstd, one core).
-const PACK_RATE_MAX: u64 = 160 << 20;
 
 /// How urgent a reply is; also what its bytes count as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,36 +69,11 @@ impl Queues {
     }
 }
 
-/// How fast this connection takes bytes, as far as it has pushed back.
-#[derive(Debug, Default)]
-pub(super) struct Link {
-    bytes_per_second: AtomicU64,
-}
-
-impl Link {
-    fn note(&self, bytes: usize, took: Duration) {
-        // Bytes that only went into the socket's buffer say nothing of the link.
-        if bytes < WRITE_PIECE || took < Duration::from_millis(1) {
-            return;
-        }
-        let rate = u64::try_from(bytes as u128 * 1_000_000 / took.as_micros().max(1)).unwrap_or(u64::MAX);
-        let before = self.bytes_per_second.load(Ordering::Relaxed);
-        let after = if before == 0 { rate } else { (before * 7 + rate) / 8 };
-        self.bytes_per_second.store(after, Ordering::Relaxed);
-    }
-
-    /// Whether bytes should be compressed for it.
-    pub(super) fn packing_pays(&self) -> bool {
-        self.bytes_per_second.load(Ordering::Relaxed) < PACK_RATE_MAX
-    }
-}
-
 /// What the requests of one connection share.
 pub(super) struct Session {
     pub(super) id: u64,
     /// The other side, if it serves peers itself.
     pub(super) peer: Option<Peer>,
-    pub(super) link: Link,
     images: Mutex<HashMap<Digest, Arc<Holding>>>,
 }
 
@@ -138,7 +111,6 @@ pub(super) async fn run(
     let session = Session {
         id,
         peer: hello.listen.map(|port| Peer { address: SocketAddr::new(address.ip(), port), key: hello.key }),
-        link: Link::default(),
         images: Mutex::new(HashMap::new()),
     };
     let (reader, writer) = tokio::io::split(stream);
@@ -150,7 +122,7 @@ pub(super) async fn run(
     tokio::select! {
         result = read_requests(reader, requests) => result,
         () = work(server, &session, taken, &queues) => Ok(()),
-        result = write_replies(server, &session, writer, [urgent_queue, stream_queue, fill_queue]) => result,
+        result = write_replies(server, writer, [urgent_queue, stream_queue, fill_queue]) => result,
     }
 }
 
@@ -207,7 +179,6 @@ async fn work(server: &Server, session: &Session, mut taken: mpsc::Receiver<Requ
 
 async fn write_replies(
     server: &Server,
-    session: &Session,
     mut writer: WriteHalf<Box<dyn Transport>>,
     [mut urgent, mut stream, mut fill]: [mpsc::Receiver<Outgoing>; 3],
 ) -> Result<(), WireError> {
@@ -230,9 +201,7 @@ async fn write_replies(
         count(server, outgoing.class, head.len() + outgoing.bulk.len());
         write_piece(&mut writer, &head).await?;
         for piece in outgoing.bulk.chunks(pieces.0) {
-            let began = Instant::now();
             write_piece(&mut writer, piece).await?;
-            session.link.note(piece.len(), began.elapsed());
             server.options.uplink.sent(piece.len() as u64);
             if !pieces.1.is_zero() {
                 writer.flush().await?;
