@@ -1,4 +1,4 @@
--- The controller's database: SQLite, STRICT tables, `PRAGMA user_version` = 1.
+-- The controller's database, version 1: SQLite, STRICT tables. `schema-2.sql` makes it version 2 (`PRAGMA user_version`).
 --
 -- The first eight tables are those of the thesis (section 3.3) by its names and columns; further columns and tables are
 -- bootcache's own. Times are milliseconds since 1970. The database is opened with WAL, full sync and foreign keys on;

@@ -3,12 +3,13 @@
 //! ```text
 //! DIR/cluster             the cluster whose orders are taken
 //! DIR/tasks/N.json        the part of task N: Record
+//! DIR/ended.json          the last tasks of a cluster that have ended here: Ended
 //! ```
 //!
 //! An order is written down before it is carried out, and a launch before it is reported. A file that cannot be read is
 //! an error at the start: nothing is guessed about instances that may be running.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -42,6 +43,9 @@ pub(super) enum Step {
 #[serde(deny_unknown_fields)]
 pub(super) struct Record {
     version: u32,
+    /// Whose task it is; what was written down before it said so is the cluster's that the agent belongs to.
+    #[serde(default)]
+    pub(super) cluster: Option<String>,
     pub(super) task: i64,
     /// It is being ended.
     pub(super) ending: bool,
@@ -50,9 +54,38 @@ pub(super) struct Record {
 }
 
 impl Record {
-    pub(super) fn new(task: i64, part: Part) -> Self {
+    pub(super) fn new(cluster: Option<String>, task: i64, part: Part) -> Self {
         let steps = part.instances.iter().map(|instance| (instance.name.clone(), Step::Preparing)).collect();
-        Self { version: VERSION, task, ending: false, part, steps }
+        Self { version: VERSION, cluster, task, ending: false, part, steps }
+    }
+}
+
+/// Tasks that have ended here and are remembered: an order that comes late starts none of them again.
+const ENDED_MAX: usize = 1024;
+
+/// The last tasks of a cluster that have ended here.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Ended {
+    cluster: Option<String>,
+    tasks: BTreeSet<i64>,
+}
+
+impl Ended {
+    /// Whether it is among them.
+    pub(super) fn has(&self, cluster: Option<&str>, task: i64) -> bool {
+        self.cluster.as_deref() == cluster && self.tasks.contains(&task)
+    }
+
+    /// Adds a task. Those of another cluster are forgotten: one that the node has left gives it no orders.
+    pub(super) fn add(&mut self, cluster: Option<&str>, task: i64) {
+        if self.cluster.as_deref() != cluster {
+            *self = Self { cluster: cluster.map(str::to_owned), tasks: BTreeSet::new() };
+        }
+        self.tasks.insert(task);
+        while self.tasks.len() > ENDED_MAX {
+            self.tasks.pop_first();
+        }
     }
 }
 
@@ -136,6 +169,22 @@ impl Journal {
         Ok(records)
     }
 
+    /// The tasks that have ended.
+    pub(super) fn ended(&self) -> Result<Ended, JournalError> {
+        let path = self.dir.join("ended.json");
+        let damaged = |reason: String| JournalError::Damaged { path: path.clone(), reason };
+        match std::fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Ended::default()),
+            Err(source) => Err(JournalError::Io { path, source }),
+        }
+    }
+
+    pub(super) fn save_ended(&self, ended: &Ended) -> Result<(), JournalError> {
+        let bytes = serde_json::to_vec(ended).expect("it has nothing that JSON does not take");
+        self.write(&self.dir.join("ended.json"), &bytes)
+    }
+
     /// Writes a task down, durably.
     pub(super) fn save(&self, record: &Record) -> Result<(), JournalError> {
         let bytes = serde_json::to_vec(record).expect("a record has nothing that JSON does not take");
@@ -175,7 +224,7 @@ mod tests {
             instances: Vec::new(),
             report: None,
         };
-        Record::new(task, part)
+        Record::new(Some("c1".to_owned()), task, part)
     }
 
     #[test]
@@ -194,6 +243,30 @@ mod tests {
         again.forget(1).unwrap();
         again.forget(1).unwrap();
         assert_eq!(again.records().unwrap(), [record(2)]);
+    }
+
+    #[test]
+    fn tasks_that_have_ended_are_remembered_for_their_cluster_and_not_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        let mut ended = journal.ended().unwrap();
+        (1..=1100).for_each(|task| ended.add(Some("c1"), task));
+        journal.save_ended(&ended).unwrap();
+        let mut ended = Journal::open(dir.path()).unwrap().ended().unwrap();
+        assert!(ended.has(Some("c1"), 1100) && ended.has(Some("c1"), 77) && !ended.has(Some("c1"), 76));
+        assert!(!ended.has(Some("c2"), 1100));
+        ended.add(Some("c2"), 1);
+        assert!(ended.has(Some("c2"), 1) && !ended.has(Some("c1"), 1100));
+    }
+
+    #[test]
+    fn a_record_of_before_clusters_were_noted_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        let old = r#"{"version":1,"task":1,"ending":false,"steps":{},
+            "part":{"networks":[],"images":[],"instances":[],"report":null}}"#;
+        std::fs::write(dir.path().join("tasks/1.json"), old).unwrap();
+        assert_eq!(journal.records().unwrap()[0].cluster, None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use super::journal::{Journal, JournalError, Record, Step};
+use super::journal::{Ended, Journal, JournalError, Record, Step};
 use super::{Shared, instance};
 use crate::hypervisor::{Hypervisor, Info, InstanceType};
 use crate::name::HostName;
@@ -20,9 +20,6 @@ use crate::wire::cluster::{Fault, FaultCode, INSTANCES_MAX, InstanceState, Insta
 
 /// How long to wait before what could not be ended is tried again.
 const RETRY: Duration = Duration::from_secs(2);
-
-/// Tasks that have ended here and are remembered: an order that comes late starts none of them again.
-const ENDED_MAX: usize = 1024;
 
 /// All parts.
 pub(super) struct Parts {
@@ -39,7 +36,14 @@ pub(super) struct Parts {
 struct Inner {
     cluster: Option<String>,
     parts: BTreeMap<i64, Running>,
-    ended: BTreeSet<i64>,
+    ended: Ended,
+}
+
+impl Inner {
+    /// The parts of the cluster that the node belongs to; those of one that it has left are being ended.
+    fn own(&self) -> impl Iterator<Item = &Running> {
+        self.parts.values().filter(|part| part.record.cluster == self.cluster)
+    }
 }
 
 /// A part that is being carried out, or ended.
@@ -62,7 +66,7 @@ struct Live {
 
 impl Parts {
     pub(super) fn new(journal: Journal) -> Result<Self, JournalError> {
-        let (parts, ended) = (BTreeMap::new(), BTreeSet::new());
+        let (parts, ended) = (BTreeMap::new(), journal.ended()?);
         Ok(Self {
             inner: Mutex::new(Inner { cluster: journal.cluster()?, parts, ended }),
             journal: Arc::new(tokio::sync::Mutex::new(journal)),
@@ -75,9 +79,10 @@ impl Parts {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The tasks of which there is a part.
+    /// The tasks of the cluster of which there is a part.
     pub(super) fn tasks(&self) -> Vec<i64> {
-        self.inner().parts.keys().copied().collect()
+        let inner = self.inner();
+        inner.own().map(|part| part.record.task).collect()
     }
 
     /// The cluster whose orders are taken.
@@ -85,11 +90,11 @@ impl Parts {
         self.inner().cluster.clone()
     }
 
-    /// The state of every instance, or of those called `names`.
+    /// The state of every instance of the cluster, or of those called `names`.
     pub(super) fn states(&self, names: Option<&[HostName]>) -> Vec<InstanceState> {
         let inner = self.inner();
         let wanted = |name: &HostName| names.is_none_or(|names| names.contains(name));
-        let parts = inner.parts.values().flat_map(|part| {
+        let parts = inner.own().flat_map(|part| {
             part.record
                 .steps
                 .iter()
@@ -151,10 +156,32 @@ pub(super) async fn join_cluster(shared: &Arc<Shared>, cluster: &str) -> Result<
         if shared.parts.cluster().is_none() {
             journal.set_cluster(&wanted)?;
             shared.parts.inner().cluster = Some(wanted);
+            leave_others(shared, journal)?;
         }
         Ok(shared.parts.cluster())
     });
     check(joined.await.map_err(failed)?).map(drop)
+}
+
+/// Ends the parts of clusters that the node has left.
+fn leave_others(shared: &Arc<Shared>, journal: &Journal) -> Result<(), JournalError> {
+    let others: Vec<Record> = {
+        let inner = shared.parts.inner();
+        let records = inner.parts.values().map(|part| &part.record);
+        records.filter(|record| record.cluster != inner.cluster && !record.ending).cloned().collect()
+    };
+    for mut record in others {
+        let task = record.task;
+        warn!("task {task} is of a cluster that this node has left: it is ended");
+        record.ending = true;
+        journal.save(&record)?;
+        let mut inner = shared.parts.inner();
+        if let Some(part) = inner.parts.get_mut(&task) {
+            part.record = record;
+            begin_end(shared, &inner, task);
+        }
+    }
+    Ok(())
 }
 
 /// Writes down that an instance has come to `step`. Nothing when its part has gone meanwhile.
@@ -206,7 +233,12 @@ fn state(task: i64, name: &HostName, step: &Step, live: Option<&Live>) -> Instan
 
 /// Accepts a part: it is written down when this returns, and carried out from then on. The same part a second time, or
 /// one that is being ended, changes nothing, and gives false.
-pub(super) async fn accept(shared: &Arc<Shared>, task: i64, part: Part) -> Result<bool, Fault> {
+pub(super) async fn accept(
+    shared: &Arc<Shared>,
+    cluster: String,
+    task: i64,
+    part: Part,
+) -> Result<bool, Fault> {
     if part.instances.len() > INSTANCES_MAX {
         let message = format!("a part has at most {INSTANCES_MAX} instances");
         return Err(Fault::new(FaultCode::Invalid, message));
@@ -219,36 +251,53 @@ pub(super) async fn accept(shared: &Arc<Shared>, task: i64, part: Part) -> Resul
         let message = "an instance refers to something in common that the part does not have";
         return Err(Fault::new(FaultCode::Invalid, message));
     }
-    if shared.parts.inner().ended.contains(&task) {
-        return Err(Fault::new(FaultCode::Invalid, format!("task {task} has ended on this node")));
-    }
     with_journal(shared, move |shared, journal| {
-        if shared.parts.inner().parts.contains_key(&task) {
-            return Ok(false);
+        if let Some(known) = known(&shared.parts.inner(), &cluster, task) {
+            return Ok(known);
         }
-        let record = Record::new(task, part);
+        let record = Record::new(Some(cluster), task, part);
         journal.save(&record)?;
         info!("task {task}: {} instances to run", record.part.instances.len());
         begin(shared, &mut shared.parts.inner(), record);
-        Ok(true)
+        Ok(Ok(true))
     })
     .await
-    .map_err(failed)
+    .map_err(failed)?
+}
+
+/// What to answer to a part of a task that is known here.
+fn known(inner: &Inner, cluster: &str, task: i64) -> Option<Result<bool, Fault>> {
+    match inner.parts.get(&task) {
+        Some(part) if part.record.cluster.as_deref() == Some(cluster) => Some(Ok(false)),
+        Some(_) => {
+            let message = format!("task {task} of the cluster that this node was in is still being ended");
+            Some(Err(Fault::new(FaultCode::Failed, message)))
+        }
+        None if inner.ended.has(Some(cluster), task) => {
+            Some(Err(Fault::new(FaultCode::Invalid, format!("task {task} has ended on this node"))))
+        }
+        None => None,
+    }
 }
 
 /// Goes on with what was ordered before this agent started.
 pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
     let records = with_journal(shared, |_, journal| journal.records()).await?;
     let mut inner = shared.parts.inner();
-    for record in records {
+    for mut record in records {
         info!("task {}: goes on", record.task);
         let (task, ending) = (record.task, record.ending);
+        record.cluster = record.cluster.or_else(|| inner.cluster.clone());
         begin(shared, &mut inner, record);
         if ending {
             begin_end(shared, &inner, task);
         }
     }
+    let joined = inner.cluster.is_some();
     drop(inner);
+    if joined {
+        with_journal(shared, leave_others).await?;
+    }
     for hypervisor in &shared.services.hypervisors {
         let (owner, hypervisor) = (Arc::clone(shared), Arc::clone(hypervisor));
         shared.parts.ends.spawn(async move {
@@ -332,10 +381,10 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
     inner.parts.insert(task, Running { record, live: BTreeMap::new(), cancel, tasks });
 }
 
-/// Begins to end a part; true if nothing of it is left.
+/// Begins to end a part of the cluster; true if nothing of it is left.
 pub(super) async fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
     with_journal(shared, move |shared, journal| {
-        let known = shared.parts.inner().parts.get(&task).map(|part| part.record.clone());
+        let known = shared.parts.inner().own().map(|part| &part.record).find(|r| r.task == task).cloned();
         let Some(mut record) = known else { return Ok(true) };
         if !record.ending {
             record.ending = true;
@@ -368,14 +417,18 @@ fn begin_end(shared: &Arc<Shared>, inner: &Inner, task: i64) {
                 () = tokio::time::sleep(RETRY) => {}
             }
         }
-        if let Err(error) = with_journal(&shared, move |_, journal| journal.forget(task)).await {
+        // All of it in one turn: an order that comes late finds the part, or that it has ended.
+        let forgotten = with_journal(&shared, move |shared, journal| {
+            let mut ended = shared.parts.inner().ended.clone();
+            ended.add(record.cluster.as_deref(), task);
+            let result = journal.save_ended(&ended).and_then(|()| journal.forget(task));
+            let mut inner = shared.parts.inner();
+            inner.parts.remove(&task);
+            inner.ended = ended;
+            result
+        });
+        if let Err(error) = forgotten.await {
             warn!("task {task} has ended, but its file stays: {error}");
-        }
-        let mut inner = shared.parts.inner();
-        inner.parts.remove(&task);
-        inner.ended.insert(task);
-        while inner.ended.len() > ENDED_MAX {
-            inner.ended.pop_first();
         }
         info!("task {task}: has ended");
     });

@@ -89,7 +89,7 @@ async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
         FrameType::RUN_PART => {
             let order: RunPart = request.body()?;
             parts::join_cluster(shared, &order.cluster).await?;
-            let new = parts::accept(shared, order.task, order.part).await?;
+            let new = parts::accept(shared, order.cluster, order.task, order.part).await?;
             request.reply::<RunPart>(Accepted { new })
         }
         FrameType::END_PART => {

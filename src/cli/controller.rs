@@ -12,7 +12,7 @@ use bootcache::controller::{Controller, Options, SOCKET};
 
 use super::remote::{SecurityArgs, default_dir};
 
-/// The load items by name, as `schema.sql` has them.
+/// The load items by name.
 const ITEMS: [(&str, Item); 4] =
     [("cpu", Item::CPU), ("memory", Item::MEMORY), ("disk", Item::DISK), ("network", Item::NETWORK)];
 

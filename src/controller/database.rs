@@ -1,4 +1,5 @@
-//! The controller's database: the only code that speaks SQL. The tables are told in `schema.sql`.
+//! The controller's database: the only code that speaks SQL. The tables are told in `schema.sql` and
+//! `schema-2.sql`.
 //!
 //! One connection, one writer: [`Database`] runs each piece of work as one transaction on a blocking thread. What a
 //! piece of work does is in the modules below, by what it is about; all of it is plain functions over a transaction.
@@ -34,9 +35,9 @@ pub(super) use tasks::{
 pub(super) type Tx<'t> = Transaction<'t>;
 
 /// The version of the tables that this code reads and writes.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 /// The steps from each version to the next: the first makes version 1 from nothing.
-const MIGRATIONS: [&str; 1] = [include_str!("../../schema.sql")];
+const MIGRATIONS: [&str; 2] = [include_str!("../../schema.sql"), include_str!("../../schema-2.sql")];
 /// How long another program may hold the database, for instance somebody's `sqlite3`.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -267,6 +268,51 @@ mod tests {
             let mut connection = database.connection.lock().unwrap();
             integrity(&connection.transaction().unwrap()).unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn a_cluster_of_version_1_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let connection = Connection::open(&path).unwrap();
+        connection.execute_batch(MIGRATIONS[0]).unwrap();
+        // What version 1 wrote: every instance with its own environment and command.
+        let part = r#"{"networks":[],"images":[],"report":null,"instances":[{"name":"lab-1-g-1","kind":"container",
+            "image":"box","cpus":1,"memory_mib":16,"nics":[],"env":{"A":"b"},"command":["sh"],"privileged":false,
+            "template":null,"up_when":"started","time_limit_s":60}]}"#;
+        connection
+            .execute_batch(&format!(
+                "INSERT INTO host (status, type, name, address, kinds, cpus, memory, last_seen)
+                 VALUES ('online', 'compute', 'n1', '127.0.0.1:1', 'container', 1, 1, 1);
+                 INSERT INTO image (img_type, img_name, img_size, bt_size, root)
+                 VALUES ('container', 'box', 1, 0, '{}');
+                 INSERT INTO host_img VALUES (1, 1, 1, 1, 0, 1, 1);
+                 INSERT INTO task (task_status, name, request, plan, created) VALUES ('starting', 'lab', 'r1', '{{}}', 1);
+                 INSERT INTO part (task_id, host_id, body) VALUES (1, 1, '{part}');
+                 INSERT INTO instance (inst_type, inst_status, host_id, task_id, name, image, addresses)
+                 VALUES ('container', 'preparing', 1, 1, 'lab-1-g-1', 'box', '');
+                 PRAGMA user_version = 1;",
+                "0".repeat(64)
+            ))
+            .unwrap();
+        drop(connection);
+        let database = Database::open(&path).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            integrity(tx)?;
+            assert_eq!(task_of_request(tx, "r1")?, Some(1));
+            let orders = orders(tx)?;
+            let [Order { kind: OrderKind::Run(part), .. }] = &orders[..] else { panic!("{orders:?}") };
+            let order = part.whole(&part.instances[0]).unwrap();
+            assert_eq!((order.env["A"].as_str(), &order.command[..]), ("b", &["sh".to_owned()][..]));
+            assert_eq!(instance_rows(tx, None, None, Page::whole())?.len(), 1);
+            assert_eq!(find_image(tx, &"box".parse().unwrap())?.map(|(_, _, size)| size), Some(1));
+            assert!(end_task(tx, 1)?);
+            gone(tx, 1, 1)?;
+            assert!(task_rows(tx, None, None, Page::whole())?.is_empty());
+            assert_eq!(task_of_request(tx, "r1")?, Some(1), "the request would start a second deployment");
+            Ok(())
+        };
+        database.run(work).await.unwrap();
     }
 
     #[test]

@@ -103,6 +103,11 @@ async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), Dat
                 Ok(answer) => {
                     shared.database.run(move |tx| database::accepted(tx, task, host_id, answer.new)).await
                 }
+                // As it says, the same order may be taken later.
+                Err(CallError::Refused(fault)) if fault.code == FaultCode::Failed => {
+                    info!("node '{}' cannot take its part of task {task} yet: {fault}", host.name);
+                    shared.database.run(move |tx| database::waits(tx, task, host_id, &fault.message)).await
+                }
                 Err(CallError::Refused(fault)) => {
                     warn!("node '{}' refuses its part of task {task}: {fault}", host.name);
                     shared

@@ -465,7 +465,7 @@ async fn a_guest_that_reports_while_its_node_is_silent_is_up_when_the_node_is_ba
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn orders_that_come_twice_late_or_for_another_cluster_change_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let (controller, members) = cluster(dir.path(), &["n1"]).await;
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
     let task = controller.deploy("r1", plan(2, "started")).await.unwrap();
     eventually("all run", async || count(&controller, InstanceStatus::Running).await == 2).await;
     let shared = &controller.shared;
@@ -498,6 +498,18 @@ async fn orders_that_come_twice_late_or_for_another_cluster_change_nothing() {
     eventually("the task has gone", async || tasks(&controller).await.is_empty()).await;
     let late = shared.nodes.call(address, &run, limit).await.unwrap_err().to_string();
     assert!(late.contains("has ended on this node"), "{late}");
+    assert_eq!(
+        controller.deploy("r1", plan(2, "started")).await.unwrap(),
+        task,
+        "a replay is a new deployment"
+    );
+    assert!(tasks(&controller).await.is_empty());
+    // Its agent remembers that too when it is started again.
+    members[0].stop_agent().await;
+    members[0].start_agent(controller.addresses()[0]).await;
+    let address = members[0].agent.as_ref().unwrap().address();
+    let late = shared.nodes.call(address, &run, limit).await.unwrap_err().to_string();
+    assert!(late.contains("has ended on this node"), "{late}");
     assert!(shared.nodes.call(address, &end, limit).await.unwrap().gone);
     assert_eq!((members[0].hypervisor.launches(), members[0].instances().await.len()), (2, 0));
     controller.stop().await;
@@ -514,6 +526,23 @@ async fn two_controllers_never_share_a_folder_and_a_node_serves_one_cluster() {
     members[0].start_agent(other.addresses()[0]).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(nodes(&other).await.is_empty(), "a node of another cluster was taken");
+
+    // It is moved: what it had of the first cluster is ended, and the same number is another task.
+    members[0].stop_agent().await;
+    members[0].start_agent(controller.addresses()[0]).await;
+    controller.deploy("r1", plan(2, "started")).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 2).await;
+    controller.stop().await;
+    members[0].stop_agent().await;
+    std::fs::remove_file(members[0].dir.path().join("cluster")).unwrap();
+    members[0].start_agent(other.addresses()[0]).await;
+    eventually("nothing is left of the first", async || members[0].instances().await.is_empty()).await;
+    eventually("it is registered", async || {
+        nodes(&other).await.first().is_some_and(|node| !node.images.is_empty())
+    })
+    .await;
+    assert_eq!(other.deploy("r1", plan(1, "started")).await.unwrap(), 1);
+    eventually("it runs", async || count(&other, InstanceStatus::Running).await == 1).await;
     other.stop().await;
     controller.stop().await;
 }

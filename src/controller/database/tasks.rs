@@ -33,6 +33,9 @@ pub(crate) enum OrderKind {
     End,
 }
 
+/// The requests of so many last tasks are remembered when the tasks have ended.
+const REQUESTS_KEPT: i64 = 10_000;
+
 fn status_of_word(word: &str) -> Result<TaskStatus> {
     TaskStatus::ALL
         .into_iter()
@@ -40,9 +43,11 @@ fn status_of_word(word: &str) -> Result<TaskStatus> {
         .ok_or_else(|| DatabaseError::Content(word.to_owned()))
 }
 
-/// The task that the request has made already.
+/// The task that the request has made already, whether or not it has ended.
 pub(crate) fn of_request(tx: &Transaction<'_>, request: &str) -> Result<Option<i64>> {
-    Ok(tx.query_row("SELECT task_id FROM task WHERE request = ?1", [request], |row| row.get(0)).optional()?)
+    let sql = "SELECT task_id FROM task WHERE request = ?1
+               UNION ALL SELECT task_id FROM request WHERE request = ?1";
+    Ok(tx.query_row(sql, [request], |row| row.get(0)).optional()?)
 }
 
 /// Makes a task; `parts` says, from its number, what each host is to run.
@@ -160,11 +165,16 @@ pub(crate) fn gone(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> 
     for table in ["instance", "part"] {
         tx.execute(&format!("DELETE FROM {table} WHERE {ending}"), params![task, host_id])?;
     }
+    let ended =
+        "task_id = ?1 AND task_status = 'ending' AND NOT EXISTS (SELECT 1 FROM part WHERE part.task_id = ?1)";
     tx.execute(
-        "DELETE FROM task WHERE task_id = ?1 AND task_status = 'ending'
-         AND NOT EXISTS (SELECT 1 FROM part WHERE part.task_id = ?1)",
+        &format!("INSERT OR IGNORE INTO request SELECT request, task_id FROM task WHERE {ended}"),
         [task],
     )?;
+    if tx.execute(&format!("DELETE FROM task WHERE {ended}"), [task])? > 0 {
+        let old = "DELETE FROM request WHERE task_id <= (SELECT max(task_id) FROM request) - ?1";
+        tx.execute(old, [REQUESTS_KEPT])?;
+    }
     Ok(())
 }
 
