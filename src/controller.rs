@@ -163,6 +163,9 @@ struct Shared {
     options: Options,
     database: Database,
     nodes: nodes::Nodes,
+    told: round::Told,
+    /// When this controller began to ask.
+    started_ms: u64,
     /// The cluster's identity.
     cluster: String,
     /// Where guests report.
@@ -239,6 +242,8 @@ impl Controller {
         let seed = now_ms();
         let shared = Arc::new(Shared {
             nodes: nodes::Nodes::new(options.security.clone()),
+            told: round::Told::default(),
+            started_ms: seed,
             options,
             database,
             cluster,

@@ -1,8 +1,9 @@
 //! The heartbeat: every node is asked how it is, and the answers of a whole round are written down in one transaction.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use tracing::{info, warn};
@@ -15,6 +16,31 @@ use crate::wire::cluster::{AskNode, EndPart, NodeState};
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Nodes that are asked at once.
 const AT_ONCE: usize = 256;
+
+/// When each node told last, by itself, that instances have changed: an answer that came before says less.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    at: Mutex<HashMap<i64, Instant>>,
+}
+
+impl Told {
+    /// The node has told something just now.
+    pub(super) fn note(&self, host_id: i64) {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner).insert(host_id, Instant::now());
+    }
+
+    /// Leaves out of answers what their nodes have told anew since.
+    pub(super) fn leave_out(&self, heard: &mut [Heard]) {
+        let at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
+        for node in heard {
+            if let Some(state) = &mut node.state
+                && at.get(&node.host_id).is_some_and(|told| *told > node.at)
+            {
+                state.instances.clear();
+            }
+        }
+    }
+}
 
 /// Asks all nodes again and again until the controller ends.
 pub(super) async fn run(shared: Arc<Shared>) {
@@ -33,15 +59,26 @@ pub(super) async fn run(shared: Arc<Shared>) {
 
 /// One round.
 async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
-    let hosts = shared.database.run(database::all_hosts).await?;
+    let read = |tx: &database::Tx<'_>| Ok((database::all_hosts(tx)?, database::accepted_parts(tx)?));
+    let (hosts, accepted) = shared.database.run::<_, DatabaseError, _>(read).await?;
     shared.nodes.keep(&hosts.iter().map(|host| host.address).collect::<Vec<_>>());
-    let heard: Vec<Heard> = futures_util::stream::iter(hosts.clone())
-        .map(|host| ask(shared, host))
+    let mut heard: Vec<Heard> = futures_util::stream::iter(hosts.clone())
+        .map(|host| {
+            let parts = accepted.iter().filter(|(host_id, _)| *host_id == host.id);
+            let parts = parts.map(|(_, task)| *task).collect();
+            ask(shared, host, parts)
+        })
         .buffer_unordered(AT_ONCE)
         .collect()
         .await;
     let silence = u64::try_from(shared.options.silence.as_millis()).unwrap_or(u64::MAX);
-    let outcome = shared.database.run(move |tx| database::write_round(tx, &heard, now_ms(), silence)).await?;
+    let owner = Arc::clone(shared);
+    let write = move |tx: &database::Tx<'_>| {
+        owner.told.leave_out(&mut heard);
+        // Nobody can have answered while there was no controller.
+        database::write_round(tx, &heard, now_ms(), silence, owner.started_ms)
+    };
+    let outcome = shared.database.run(write).await?;
     for node in &outcome.lost {
         warn!("node '{node}' is offline: it has not answered for {:?}", shared.options.silence);
     }
@@ -63,20 +100,24 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
     Ok(())
 }
 
-async fn ask(shared: &Shared, host: Host) -> Heard {
-    match shared.nodes.call(host.address, &AskNode {}, ANSWER_TIMEOUT).await {
+async fn ask(shared: &Shared, host: Host, accepted: Vec<i64>) -> Heard {
+    let answer = shared.nodes.call(host.address, &AskNode {}, ANSWER_TIMEOUT).await;
+    let at = Instant::now();
+    let silent = Heard { host_id: host.id, at, accepted: Vec::new(), peer: None, state: None };
+    match answer {
         Ok(state) if state.node == host.name => {
-            Heard { host_id: host.id, peer: peer_address(&state, host.address), state: Some(state) }
+            let peer = peer_address(&state, host.address);
+            Heard { accepted, peer, state: Some(state), ..silent }
         }
         Ok(state) => {
             warn!("at {} there is node '{}', not '{}'", host.address, state.node, host.name);
-            Heard { host_id: host.id, peer: None, state: None }
+            silent
         }
         Err(error) => {
             if host.online {
                 info!("node '{}' does not answer: {error}", host.name);
             }
-            Heard { host_id: host.id, peer: None, state: None }
+            silent
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
@@ -122,7 +122,8 @@ async fn handle(shared: &Arc<Shared>, caller: &Caller, from: SocketAddr, request
         FrameType::INSTANCE_STATUS => {
             let body: InstancesChanged = request.body()?;
             allow_node(caller, &body.node, from)?;
-            shared.database.run(move |tx| changed(tx, &body)).await?;
+            let owner = Arc::clone(shared);
+            shared.database.run(move |tx| changed(tx, &owner.told, &body)).await?;
             request.reply::<InstancesChanged>(Done {})
         }
         FrameType::DEPLOY => {
@@ -179,7 +180,8 @@ async fn register(
         let message = format!("node '{}' cannot be reached at {address}: {error}", body.node);
         Fault::new(FaultCode::Failed, message)
     };
-    let hosts = shared.database.run(database::all_hosts).await?;
+    let read = |tx: &database::Tx<'_>| Ok((database::all_hosts(tx)?, database::accepted_parts(tx)?));
+    let (hosts, accepted) = shared.database.run::<_, DatabaseError, _>(read).await?;
     let other = hosts.iter().find(|host| host.name == body.node && host.address != address && host.online);
     if let Some(other) = other
         && shared
@@ -201,14 +203,16 @@ async fn register(
             Err(Fault::new(FaultCode::Invalid, message))
         }
         Ok(state) => {
-            let node = body.node.clone();
+            let (node, at) = (body.node.clone(), Instant::now());
             let peer = state.peer.and_then(|peer| round::resolved(peer, address));
             let host_id = shared
                 .database
                 .run::<_, DatabaseError, _>(move |tx| {
                     let host_id = database::register_host(tx, &body, address, now_ms())?;
-                    let heard = database::Heard { host_id, peer, state: Some(state) };
-                    database::write_round(tx, &[heard], now_ms(), 0)?;
+                    let parts = accepted.into_iter().filter(|(host, _)| *host == host_id);
+                    let accepted = parts.map(|(_, task)| task).collect();
+                    let heard = database::Heard { host_id, at, accepted, peer, state: Some(state) };
+                    database::write_round(tx, &[heard], now_ms(), 0, 0)?;
                     Ok(host_id)
                 })
                 .await?;
@@ -243,9 +247,10 @@ fn not_registered(node: &HostName) -> Fault {
     Fault::new(FaultCode::NotFound, format!("node '{node}' is not registered"))
 }
 
-fn changed(tx: &database::Tx<'_>, body: &InstancesChanged) -> Result<(), Fault> {
+fn changed(tx: &database::Tx<'_>, told: &round::Told, body: &InstancesChanged) -> Result<(), Fault> {
     let host_id = database::host_id(tx, &body.node)?.ok_or_else(|| not_registered(&body.node))?;
     database::update_instances(tx, host_id, &body.instances, now_ms())?;
+    told.note(host_id);
     Ok(())
 }
 

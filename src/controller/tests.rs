@@ -389,6 +389,52 @@ async fn lists_longer_than_a_frame_are_told_whole_and_a_node_has_so_many_instanc
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_older_than_an_order_or_a_change_takes_nothing_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    let task = controller.deploy("r1", plan(1, "started")).await.unwrap();
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    let shared = &controller.shared;
+    let address = nodes(&controller).await[0].address.parse().unwrap();
+    let mut state =
+        shared.nodes.call(address, &crate::wire::cluster::AskNode {}, Duration::from_secs(5)).await.unwrap();
+    state.instances[0].status = InstanceStatus::Stopped;
+    state.tasks.clear();
+    let answer = |accepted: Vec<i64>| database::Heard {
+        host_id: 1,
+        at: std::time::Instant::now(),
+        accepted,
+        peer: None,
+        state: Some(state.clone()),
+    };
+    // What is written is looked at in the same piece of work: the heartbeat goes on meanwhile.
+    let after = async |heard: database::Heard, told: bool, silence: u64, started: u64| {
+        let owner = Arc::clone(shared);
+        let work = move |tx: &database::Tx<'_>| {
+            if told {
+                owner.told.note(heard.host_id);
+            }
+            let mut heard = [heard];
+            owner.told.leave_out(&mut heard);
+            database::write_round(tx, &heard, now_ms() + silence, silence, started)?;
+            let rows = database::instance_rows(tx, None, None, database::Page::whole())?;
+            Ok(rows[0].status)
+        };
+        shared.database.run::<_, DatabaseError, _>(work).await.unwrap()
+    };
+    assert_eq!(after(answer(vec![]), true, 0, 0).await, InstanceStatus::Running, "it was told since");
+    assert_eq!(after(answer(vec![]), false, 0, 0).await, InstanceStatus::Stopped);
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    assert_eq!(after(answer(vec![task]), true, 0, 0).await, InstanceStatus::Lost, "it was forgotten");
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    // A node that is silent since before this controller started is waited for.
+    let silent = || database::Heard { state: None, ..answer(Vec::new()) };
+    assert_eq!(after(silent(), false, 1000, now_ms() + 500).await, InstanceStatus::Running);
+    assert_eq!(after(silent(), false, 1000, 0).await, InstanceStatus::Lost);
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_ended_while_its_node_was_away_is_ended_when_it_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, mut members) = cluster(dir.path(), &["n1"]).await;

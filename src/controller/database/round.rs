@@ -1,5 +1,7 @@
 //! A heartbeat round: what all nodes have answered, written down in one transaction.
 
+use std::time::Instant;
+
 use rusqlite::{Transaction, params};
 
 use super::{Result, hosts, images, instances, number};
@@ -10,6 +12,10 @@ use crate::wire::cluster::{NodeState, shortened};
 #[derive(Debug)]
 pub(crate) struct Heard {
     pub(crate) host_id: i64,
+    /// When it was heard.
+    pub(crate) at: Instant,
+    /// The tasks of which it had accepted its part before it was asked: only those can it have forgotten.
+    pub(crate) accepted: Vec<i64>,
     /// Where its data plane serves peers, resolved.
     pub(crate) peer: Option<std::net::SocketAddr>,
     pub(crate) state: Option<NodeState>,
@@ -28,17 +34,20 @@ pub(crate) struct RoundOutcome {
     pub(crate) strangers: Vec<(HostName, ImageName)>,
 }
 
-/// Writes a round down. A node that was silent longer than `silence_ms` is offline, and its instances are lost.
+/// Writes a round down. A node that was silent longer than `silence_ms`, and since `started` at most, is offline, and its
+/// instances are lost.
 pub(crate) fn write(
     tx: &Transaction<'_>,
     heard: &[Heard],
     now: u64,
     silence_ms: u64,
+    started: u64,
 ) -> Result<RoundOutcome> {
     let mut outcome = RoundOutcome::default();
     for node in heard {
         match &node.state {
             Some(state) => present(tx, node, state, now, &mut outcome)?,
+            None if now.saturating_sub(started) < silence_ms => {}
             None => silent(tx, node.host_id, now, silence_ms, &mut outcome)?,
         }
     }
@@ -83,16 +92,17 @@ fn present(
         outcome.strangers.extend(strangers.into_iter().map(|image| (state.node.clone(), image)));
     }
     instances::update(tx, host_id, &state.instances, now)?;
-    parts(tx, host_id, &state.tasks, outcome)
+    parts(tx, node, &state.tasks, outcome)
 }
 
 /// Compares the parts that a node has with those that it should have.
-fn parts(tx: &Transaction<'_>, host_id: i64, has: &[i64], outcome: &mut RoundOutcome) -> Result<()> {
+fn parts(tx: &Transaction<'_>, node: &Heard, has: &[i64], outcome: &mut RoundOutcome) -> Result<()> {
+    let host_id = node.host_id;
     let mut statement = tx.prepare_cached("SELECT task_id FROM part WHERE host_id = ?1")?;
     let should =
         statement.query_map([host_id], |row| row.get::<_, i64>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
-    for task in should.iter().filter(|task| !has.contains(task)) {
-        // It has forgotten it, or this answer is older than the order: the order is given again, which does no harm.
+    for task in should.iter().filter(|task| !has.contains(task) && node.accepted.contains(task)) {
+        // It has forgotten it: the order is given again.
         let asked_again = tx
             .prepare_cached(
                 "UPDATE part SET accepted = 0 WHERE task_id = ?1 AND host_id = ?2 AND accepted = 1",

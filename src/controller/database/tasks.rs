@@ -130,6 +130,13 @@ pub(crate) fn orders(tx: &Transaction<'_>) -> Result<Vec<Order>> {
     Ok(orders)
 }
 
+/// The parts that nodes have accepted: node and task.
+pub(crate) fn accepted_parts(tx: &Transaction<'_>) -> Result<Vec<(i64, i64)>> {
+    let mut statement = tx.prepare_cached("SELECT host_id, task_id FROM part WHERE accepted = 1")?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
 /// A node has accepted its part; `new`: it did not have it before.
 pub(crate) fn accepted(tx: &Transaction<'_>, task: i64, host_id: i64, new: bool) -> Result<()> {
     if new {
