@@ -41,7 +41,7 @@ mod services;
 pub use data_plane::Serve;
 pub use host::{DockerImages, HostNetworks};
 pub use journal::JournalError;
-pub use services::{Bytes, ContainerImages, DataPlane, MemoryDataPlane, Networks, OpenDisk};
+pub use services::{Bytes, ContainerImages, DataPlane, MemoryDataPlane, Networks, OpenDisk, ServiceError};
 
 /// How an agent is to run.
 #[derive(Debug, Clone)]

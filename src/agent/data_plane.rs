@@ -8,9 +8,8 @@ use bootcache_nbd::BoxFuture;
 use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
 use tokio::sync::OnceCell;
 
-use super::services::{Bytes, DataPlane, OpenDisk};
+use super::services::{Bytes, DataPlane, OpenDisk, ServiceError};
 use crate::control::{Client, ControlError, ImageStatus, Owner, Reply, Request};
-use crate::hypervisor::LibvirtError;
 use crate::hypervisor::domain::DomainDisk;
 use crate::hypervisor::libvirt::Libvirt;
 use crate::name::{HostName, ImageName};
@@ -43,50 +42,56 @@ impl Serve {
     }
 
     /// Who QEMU runs as, when that is somebody else.
-    async fn owner(&self) -> Result<Option<Owner>, String> {
+    async fn owner(&self) -> Result<Option<Owner>, ServiceError> {
         let Some(libvirt) = &self.libvirt else { return Ok(None) };
         let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        let ask = async { Ok(libvirt.qemu_owner().await?.filter(|user| (user.uid, user.gid) != us)) };
-        let owner = self.owner.get_or_try_init(|| ask).await;
-        owner.copied().map_err(|error: LibvirtError| error.to_string())
+        let ask = async {
+            Ok::<_, ServiceError>(libvirt.qemu_owner().await?.filter(|user| (user.uid, user.gid) != us))
+        };
+        Ok(*self.owner.get_or_try_init(|| ask).await?)
     }
 
     async fn call(&self, request: &Request) -> Result<Reply, ControlError> {
         Client::connect(&self.store.dir().join(CONTROL_SOCKET)).await?.call(request).await
     }
 
-    async fn open(&self, image: &ImageName, vm: &HostName, size: Option<u64>) -> Result<OpenDisk, String> {
-        let text = |error: ControlError| error.to_string();
+    async fn open(
+        &self,
+        image: &ImageName,
+        vm: &HostName,
+        size: Option<u64>,
+    ) -> Result<OpenDisk, ServiceError> {
         let owner = self.owner().await?;
         // It is there already when a start was interrupted: the VM's disk stays what it was.
-        if self.call(&Request::OverlayShow { name: vm.clone() }).await.is_err() {
+        if let Err(ControlError::Refused(_)) = self.call(&Request::OverlayShow { name: vm.clone() }).await {
             let request = Request::OverlayCreate { image: image.clone(), name: vm.clone(), size };
-            self.call(&request).await.map_err(text)?;
+            self.call(&request).await?;
         }
         let open = Request::VmOpen { name: vm.clone(), owner };
-        let Reply::Vm(info) = self.call(&open).await.map_err(text)? else {
-            return Err(ControlError::Unexpected.to_string());
+        let Reply::Vm(info) = self.call(&open).await? else {
+            return Err(ControlError::Unexpected.into());
         };
         let serial = self.serial(vm);
-        make_serial(&serial, owner).map_err(|error| format!("{}: {error}", serial.display()))?;
+        make_serial(&serial, owner)
+            .map_err(|error| ServiceError::Refused(format!("{}: {error}", serial.display())))?;
         Ok(OpenDisk { disk: DomainDisk::Nbd { socket: info.socket, export: info.export }, serial })
     }
 
-    async fn remove(&self, vm: &HostName) -> Result<(), String> {
+    async fn remove(&self, vm: &HostName) -> Result<(), ServiceError> {
         let dir = self.store.vm_dir(vm);
         let refusable = |result: Result<Reply, ControlError>| match result {
             Ok(_) | Err(ControlError::Refused(_)) => Ok(()),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(ServiceError::from(error)),
         };
         refusable(self.call(&Request::VmClose { name: vm.clone() }).await)?;
         match std::fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(format!("{}: {error}", dir.display()));
+                return Err(ServiceError::Refused(format!("{}: {error}", dir.display())));
             }
             _ => {}
         }
         match self.call(&Request::OverlayRemove { name: vm.clone() }).await {
-            Err(error) if self.store.overlay_dir(vm).exists() => Err(error.to_string()),
+            Err(error) if self.store.overlay_dir(vm).exists() => Err(error.into()),
             _ => Ok(()),
         }
     }
@@ -101,12 +106,12 @@ fn make_serial(path: &std::path::Path, owner: Option<Owner>) -> std::io::Result<
 }
 
 impl DataPlane for Serve {
-    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, String>> {
+    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, ServiceError>> {
         Box::pin(async {
             match self.call(&Request::Status).await {
                 Ok(Reply::Status(status)) => Ok(status.images.into_iter().map(here).collect()),
-                Ok(_) => Err(ControlError::Unexpected.to_string()),
-                Err(error) => Err(error.to_string()),
+                Ok(_) => Err(ControlError::Unexpected.into()),
+                Err(error) => Err(error.into()),
             }
         })
     }
@@ -115,7 +120,7 @@ impl DataPlane for Serve {
         self.peer
     }
 
-    fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), String>> {
+    fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), ServiceError>> {
         Box::pin(async move {
             let request = Request::Pull {
                 name: image.name.clone(),
@@ -124,7 +129,7 @@ impl DataPlane for Serve {
                 fill: !boot_only,
                 fill_rate: 0,
             };
-            self.call(&request).await.map(drop).map_err(|error| error.to_string())
+            Ok(self.call(&request).await.map(drop)?)
         })
     }
 
@@ -133,7 +138,7 @@ impl DataPlane for Serve {
         image: &'a ImageName,
         vm: &'a HostName,
         size: Option<u64>,
-    ) -> BoxFuture<'a, Result<OpenDisk, String>> {
+    ) -> BoxFuture<'a, Result<OpenDisk, ServiceError>> {
         Box::pin(self.open(image, vm, size))
     }
 
@@ -141,16 +146,16 @@ impl DataPlane for Serve {
         serial_path(&self.store.vm_dir(vm))
     }
 
-    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), String>> {
+    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>> {
         Box::pin(self.remove(vm))
     }
 
-    fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, String>> {
+    fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, ServiceError>> {
         Box::pin(async move {
             let address = Address::Unix(self.store.dir().join(NBD_SOCKET));
-            let client = NbdClient::connect(address, image.name.as_str(), Policy::default())
-                .await
-                .map_err(|error| format!("image {} cannot be read: {error}", image.name))?;
+            let client = NbdClient::connect(address, image.name.as_str(), Policy::default()).await.map_err(
+                |error| ServiceError::Away(format!("image {} cannot be read: {error}", image.name)),
+            )?;
             Ok(Box::new(stream(Arc::new(client), image.size)) as Bytes)
         })
     }

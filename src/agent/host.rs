@@ -1,13 +1,14 @@
 //! A host's own bridges and Docker, as an agent needs them.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, Weak};
 
 use bootcache_nbd::BoxFuture;
 use tokio::sync::Mutex;
 
-use super::services::{Bytes, ContainerImages, Networks};
-use crate::hypervisor::docker::Docker;
-use crate::network::{self, NetworkSpec};
+use super::services::{Bytes, ContainerImages, Networks, ServiceError};
+use crate::hypervisor::docker::{Docker, LoadError};
+use crate::network::{self, NetworkError, NetworkSpec};
 use crate::wire::cluster::Needed;
 
 /// The host's bridges, and Docker's networks on them where there is a Docker.
@@ -25,22 +26,22 @@ impl HostNetworks {
 }
 
 impl Networks for HostNetworks {
-    fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), String>> {
+    fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), ServiceError>> {
         Box::pin(async move {
-            self.bridges.ensure(network).await.map_err(|error| error.to_string())?;
+            self.bridges.ensure(network).await.map_err(refused)?;
             match self.docker.as_ref().filter(|_| network.containers) {
-                Some(docker) => docker.ensure_network(network).await.map_err(|error| error.to_string()),
+                Some(docker) => Ok(docker.ensure_network(network).await?),
                 None => Ok(()),
             }
         })
     }
 
-    fn remove<'a>(&'a self, bridge: &'a str) -> BoxFuture<'a, Result<(), String>> {
+    fn remove<'a>(&'a self, bridge: &'a str) -> BoxFuture<'a, Result<(), ServiceError>> {
         Box::pin(async move {
             if let Some(docker) = &self.docker {
-                docker.remove_network(bridge).await.map_err(|error| error.to_string())?;
+                docker.remove_network(bridge).await?;
             }
-            self.bridges.remove(bridge).await.map_err(|error| error.to_string())
+            self.bridges.remove(bridge).await.map_err(refused)
         })
     }
 }
@@ -49,7 +50,8 @@ impl Networks for HostNetworks {
 #[derive(Debug, Clone)]
 pub struct DockerImages {
     docker: Arc<Docker>,
-    loading: Arc<Mutex<()>>,
+    /// One for each image that is being loaded: others need not wait for it.
+    loading: Arc<std::sync::Mutex<HashMap<String, Weak<Mutex<()>>>>>,
 }
 
 impl DockerImages {
@@ -57,22 +59,65 @@ impl DockerImages {
     pub fn new(docker: Arc<Docker>) -> Self {
         Self { docker, loading: Arc::default() }
     }
+
+    /// What is held while the image of that name is loaded.
+    fn loading(&self, reference: &str) -> Arc<Mutex<()>> {
+        let mut all = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, lock| lock.strong_count() > 0);
+        let known = all.get(reference).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let lock = Arc::default();
+            all.insert(reference.to_owned(), Arc::downgrade(&lock));
+            lock
+        })
+    }
+}
+
+fn refused(error: NetworkError) -> ServiceError {
+    ServiceError::Refused(error.to_string())
 }
 
 impl ContainerImages for DockerImages {
     fn ensure<'a>(
         &'a self,
         image: &'a Needed,
-        bytes: Box<dyn FnOnce() -> BoxFuture<'a, Result<Bytes, String>> + Send + 'a>,
-    ) -> BoxFuture<'a, Result<String, String>> {
+        bytes: Box<dyn FnOnce() -> BoxFuture<'a, Result<Bytes, ServiceError>> + Send + 'a>,
+    ) -> BoxFuture<'a, Result<String, ServiceError>> {
         Box::pin(async move {
             let reference = Docker::reference(&image.name, image.root);
-            let _one = self.loading.lock().await;
-            if !self.docker.has_image(&reference).await.map_err(|error| error.to_string())? {
+            if self.docker.has_image(&reference).await? {
+                return Ok(reference);
+            }
+            let loading = self.loading(&reference);
+            let _one = loading.lock().await;
+            // Somebody may have loaded it meanwhile.
+            if !self.docker.has_image(&reference).await? {
                 let bytes = bytes().await?;
-                self.docker.load(&image.name, image.root, bytes).await.map_err(|error| error.to_string())?;
+                self.docker.load(&image.name, image.root, bytes).await.map_err(|error| match error {
+                    LoadError::Engine(error) => error.into(),
+                    archive @ LoadError::Archive { .. } => ServiceError::Refused(archive.to_string()),
+                })?;
             }
             Ok(reference)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_image_waits_for_itself_and_for_no_other() {
+        let docker = Docker::new("/nowhere/docker.sock", "n1".parse().unwrap());
+        let images = DockerImages::new(Arc::new(docker));
+        let one = images.loading("a");
+        let held = one.lock().await;
+        assert!(images.loading("a").try_lock().is_err());
+        assert!(images.loading("b").try_lock().is_ok());
+        drop(held);
+        drop(one);
+        assert!(images.loading("a").try_lock().is_ok());
+        assert_eq!(images.loading.lock().unwrap().len(), 1, "what nobody loads is forgotten");
     }
 }

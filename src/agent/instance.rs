@@ -13,8 +13,9 @@ use tracing::{info, warn};
 
 use super::journal::Step;
 use super::output::Output;
+use super::services::ServiceError;
 use super::{Shared, facts, parts};
-use crate::hypervisor::{Hypervisor, HypervisorError, InstanceType, Launch, Root, Running};
+use crate::hypervisor::{Hypervisor, InstanceType, Launch, Root, Running};
 use crate::network::NetworkSpec;
 use crate::wire::cluster::{InstanceOrder, Needed, UpWhen, shortened};
 
@@ -22,9 +23,8 @@ use crate::wire::cluster::{InstanceOrder, Needed, UpWhen, shortened};
 const WATCH: Duration = Duration::from_secs(2);
 /// How long what an instance has written is still read after it has ended.
 const LAST_LOOK: Duration = Duration::from_secs(2);
-/// How often a launch is tried that a hypervisor could not be reached for, and how long apart.
-const LAUNCHES: u32 = 10;
-const LAUNCH_PAUSE: Duration = Duration::from_secs(2);
+/// Pause between two tries to start an instance.
+const START_PAUSE: Duration = Duration::from_secs(2);
 
 /// Something that all instances of a part need, made by the first that comes.
 pub(super) type Once = Arc<OnceCell<()>>;
@@ -77,8 +77,8 @@ impl Job {
     async fn whole<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
-    ) -> Result<T, String> {
-        self.whole.spawn(work).await.map_err(|error| error.to_string())
+    ) -> Result<T, ServiceError> {
+        self.whole.spawn(work).await.map_err(|error| ServiceError::Refused(error.to_string()))
     }
 
     async fn fail(&self, reason: String) {
@@ -96,11 +96,33 @@ impl Job {
         parts::hypervisor(&self.shared, self.order.kind).ok_or_else(|| parts::runs_none(self.order.kind))
     }
 
-    /// Makes ready what the instance needs, and launches it.
+    /// Starts the instance, again while something that it needs is away, as a daemon that restarts is; no longer than it
+    /// may take to come up.
     async fn start(&self) -> Result<(), String> {
+        let limit = Duration::from_secs(u64::from(self.order.time_limit_s));
+        let began = Instant::now();
+        loop {
+            match self.try_to_start().await {
+                Ok(()) => break,
+                Err(ServiceError::Away(reason)) if began.elapsed() < limit => {
+                    info!("{}: {reason}; it is tried again", self.order.name);
+                    self.shared.parts.set_live(self.task, &self.order.name, None, Some(reason));
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+            tokio::time::sleep(START_PAUSE).await;
+        }
+        self.shared.parts.set_live(self.task, &self.order.name, None, None);
+        self.come_to(Step::Launched).await
+    }
+
+    /// Makes ready what the instance needs, and launches it.
+    async fn try_to_start(&self) -> Result<(), ServiceError> {
         let ordered = Instant::now();
-        let hypervisor = self.hypervisor()?;
-        let image = self.image.as_ref().ok_or("the order does not say where its image is")?;
+        let refused = |reason: &str| ServiceError::Refused(reason.to_owned());
+        let hypervisor = self.hypervisor().map_err(ServiceError::Refused)?;
+        let image =
+            self.image.as_ref().ok_or_else(|| refused("the order does not say where its image is"))?;
         let data_plane = &self.shared.services.data_plane;
         data_plane.fetch(image, false).await?;
         let fetched = ordered.elapsed();
@@ -134,45 +156,31 @@ impl Job {
             serial,
             template: self.order.template.clone(),
         };
-        let place = self.shared.starts.acquire().await.map_err(|error| error.to_string())?;
-        self.launch(hypervisor, launch).await?;
+        let place = self.shared.starts.acquire().await.map_err(|_| refused("the agent ends"))?;
+        let runner = Arc::clone(hypervisor);
+        self.whole(async move { runner.launch(&launch).await }).await??;
         drop(place);
-        self.come_to(Step::Launched).await
+        Ok(())
     }
 
-    async fn make_networks(&self) -> Result<(), String> {
+    async fn make_networks(&self) -> Result<(), ServiceError> {
         for network in &self.networks {
             let Some(networks) = &self.shared.services.networks else {
-                return Err("this node's agent makes no networks".to_owned());
+                return Err(ServiceError::Refused("this node's agent makes no networks".to_owned()));
             };
+            let _alone = self.shared.parts.networks().await;
             networks.ensure(network).await?;
         }
         Ok(())
     }
 
-    async fn container_image(&self, image: &Needed) -> Result<String, String> {
+    async fn container_image(&self, image: &Needed) -> Result<String, ServiceError> {
         match &self.shared.services.container_images {
             None => Ok(image.name.to_string()),
             Some(images) => {
                 let data_plane = &self.shared.services.data_plane;
                 images.ensure(image, Box::new(move || data_plane.read(image))).await
             }
-        }
-    }
-
-    /// Launches, again while the hypervisor cannot be reached: its daemon may be restarting.
-    async fn launch(&self, hypervisor: &Arc<dyn Hypervisor>, launch: Launch) -> Result<(), String> {
-        let mut left = LAUNCHES;
-        loop {
-            let (runner, instance) = (Arc::clone(hypervisor), launch.clone());
-            match self.whole(async move { runner.launch(&instance).await }).await? {
-                Ok(()) => return Ok(()),
-                Err(HypervisorError::Refused(reason)) => return Err(reason),
-                Err(error) if left == 0 => return Err(error.to_string()),
-                Err(error) => info!("{}: {error}; it is tried again", launch.name),
-            }
-            left -= 1;
-            tokio::time::sleep(LAUNCH_PAUSE).await;
         }
     }
 

@@ -27,6 +27,8 @@ pub(super) struct Parts {
     inner: Mutex<Inner>,
     /// Held while a file is written, by the thread that writes it.
     journal: Arc<tokio::sync::Mutex<Journal>>,
+    /// See [`Parts::networks`].
+    networks: tokio::sync::Mutex<()>,
     /// Parts that are being ended.
     ends: TaskTracker,
     /// The kinds of which what belongs to no task has been ended: none of a kind is started before.
@@ -70,6 +72,7 @@ impl Parts {
         Ok(Self {
             inner: Mutex::new(Inner { cluster: journal.cluster()?, parts, ended }),
             journal: Arc::new(tokio::sync::Mutex::new(journal)),
+            networks: tokio::sync::Mutex::default(),
             ends: TaskTracker::new(),
             swept: tokio::sync::watch::Sender::default(),
         })
@@ -77,6 +80,11 @@ impl Parts {
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held while a network is made, and from the look whether somebody needs it until it is removed.
+    pub(super) async fn networks(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.networks.lock().await
     }
 
     /// The tasks of the cluster of which there is a part.
@@ -440,12 +448,13 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
         remove(shared, &order.name, order.kind).await?;
     }
     for network in &record.part.networks {
+        let _alone = shared.parts.networks().await;
         let others = shared.parts.inner().parts.values().any(|part| {
             part.record.task != record.task
                 && part.record.part.networks.iter().any(|other| other.bridge == network.bridge)
         });
         if let (false, Some(networks)) = (others, &shared.services.networks) {
-            networks.remove(&network.bridge).await?;
+            networks.remove(&network.bridge).await.map_err(|error| error.to_string())?;
         }
     }
     Ok(())

@@ -8,6 +8,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
+use super::services::ServiceError;
 use super::{Shared, facts, parts};
 use crate::peer::transport::Transport;
 use crate::tls::Role;
@@ -101,7 +102,7 @@ async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
             let order: Fetch = request.body()?;
             parts::join_cluster(shared, &order.cluster).await?;
             let fetched = shared.services.data_plane.fetch(&order.image, order.boot_only).await;
-            fetched.map_err(|error| Fault::new(FaultCode::Failed, error))?;
+            fetched.map_err(|error| Fault::new(FaultCode::Failed, error.to_string()))?;
             request.reply::<Fetch>(Done {})
         }
         _ => Err(request.unknown()),
@@ -112,11 +113,12 @@ async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
 pub(super) async fn state(shared: &Shared) -> NodeState {
     let mut troubles = shared.health.troubles();
     let images = tokio::time::timeout(DATA_PLANE_TIMEOUT, shared.services.data_plane.images()).await;
-    let images = images.unwrap_or_else(|_| Err("the data plane does not answer".to_owned()));
+    let images =
+        images.unwrap_or_else(|_| Err(ServiceError::Away("the data plane does not answer".to_owned())));
     let (images, peer) = match images {
         Ok(images) => (Some(images), shared.services.data_plane.peer()),
         Err(trouble) => {
-            troubles.push(trouble);
+            troubles.push(trouble.to_string());
             (None, None)
         }
     };

@@ -9,7 +9,9 @@ use std::sync::{Mutex, PoisonError};
 use bootcache_nbd::BoxFuture;
 use tokio::io::AsyncRead;
 
+use crate::control::ControlError;
 use crate::hypervisor::domain::DomainDisk;
+use crate::hypervisor::{HypervisorError, LibvirtError};
 use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
 use crate::network::NetworkSpec;
@@ -27,16 +29,54 @@ pub struct OpenDisk {
     pub serial: PathBuf,
 }
 
-/// The node's images and disks. Errors are one line for a person. Every call has a deadline of its own.
+/// What was not done for an instance, and why: one line for a person.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ServiceError {
+    /// What does it is away, or went away meanwhile; trying again may help.
+    #[error("{0}")]
+    Away(String),
+    /// It refused; trying again does not help.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<HypervisorError> for ServiceError {
+    fn from(error: HypervisorError) -> Self {
+        match error {
+            HypervisorError::Unreachable(text) | HypervisorError::TimedOut(text) => Self::Away(text),
+            HypervisorError::Refused(text) => Self::Refused(text),
+        }
+    }
+}
+
+impl From<LibvirtError> for ServiceError {
+    fn from(error: LibvirtError) -> Self {
+        HypervisorError::from(error).into()
+    }
+}
+
+impl From<ControlError> for ServiceError {
+    fn from(error: ControlError) -> Self {
+        let text = error.to_string();
+        match error {
+            ControlError::NoDaemon | ControlError::Wire { .. } | ControlError::TimedOut(_) => {
+                Self::Away(text)
+            }
+            ControlError::Refused(_) | ControlError::Unexpected => Self::Refused(text),
+        }
+    }
+}
+
+/// The node's images and disks. Every call has a deadline of its own.
 pub trait DataPlane: Send + Sync + 'static {
     /// What is here.
-    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, String>>;
+    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, ServiceError>>;
 
     /// Where peers are served; see [`crate::wire::cluster::RegisterImage::peer`].
     fn peer(&self) -> Option<SocketAddr>;
 
     /// Makes the image readable, now or as it comes. An image that is here, or on its way, is left as it is.
-    fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), String>>;
+    fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), ServiceError>>;
 
     /// Opens the disk of a VM, made from the image if there is none yet: of `size` bytes, or as large as the image.
     fn open_disk<'a>(
@@ -44,25 +84,25 @@ pub trait DataPlane: Send + Sync + 'static {
         image: &'a ImageName,
         vm: &'a HostName,
         size: Option<u64>,
-    ) -> BoxFuture<'a, Result<OpenDisk, String>>;
+    ) -> BoxFuture<'a, Result<OpenDisk, ServiceError>>;
 
     /// The file for the serial line of a VM whose disk is open.
     fn serial(&self, vm: &HostName) -> PathBuf;
 
     /// Closes and removes the disk of a VM. What is not there is no error.
-    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), String>>;
+    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>>;
 
     /// The bytes of an image that is here or on its way, from the first to the last.
-    fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, String>>;
+    fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, ServiceError>>;
 }
 
 /// The node's bridges.
 pub trait Networks: Send + Sync + 'static {
     /// Makes the network, or leaves it as it is when it is there already.
-    fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), String>>;
+    fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), ServiceError>>;
 
     /// Removes the network on `bridge`, if it was made by [`Networks::ensure`].
-    fn remove<'a>(&'a self, bridge: &'a str) -> BoxFuture<'a, Result<(), String>>;
+    fn remove<'a>(&'a self, bridge: &'a str) -> BoxFuture<'a, Result<(), ServiceError>>;
 }
 
 /// Where container images are loaded.
@@ -71,8 +111,8 @@ pub trait ContainerImages: Send + Sync + 'static {
     fn ensure<'a>(
         &'a self,
         image: &'a Needed,
-        bytes: Box<dyn FnOnce() -> BoxFuture<'a, Result<Bytes, String>> + Send + 'a>,
-    ) -> BoxFuture<'a, Result<String, String>>;
+        bytes: Box<dyn FnOnce() -> BoxFuture<'a, Result<Bytes, ServiceError>> + Send + 'a>,
+    ) -> BoxFuture<'a, Result<String, ServiceError>>;
 }
 
 /// A data plane that has whatever it is asked for: for tests and examples with an in-memory hypervisor.
@@ -102,9 +142,16 @@ impl MemoryDataPlane {
         Self { images: Mutex::new(BTreeMap::from([(name, image)])), ..Self::default() }
     }
 
-    /// Makes it unreachable, or reachable again: it does not say which images it has, as one that restarts.
+    /// Makes it unreachable, or reachable again, as one that restarts: it neither says which images it has nor fetches.
     pub fn set_away(&self, away: bool) {
         self.away.store(away, Ordering::Relaxed);
+    }
+
+    fn is_away(&self) -> Result<(), ServiceError> {
+        match self.away.load(Ordering::Relaxed) {
+            true => Err(ServiceError::Away("the data plane in memory is away".to_owned())),
+            false => Ok(()),
+        }
     }
 
     /// The disks that are open.
@@ -114,22 +161,25 @@ impl MemoryDataPlane {
 }
 
 impl DataPlane for MemoryDataPlane {
-    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, String>> {
+    fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, ServiceError>> {
         let images = self.images.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        let away = self.away.load(Ordering::Relaxed);
-        Box::pin(
-            async move { if away { Err("the data plane in memory is away".to_owned()) } else { Ok(images) } },
-        )
+        let away = self.is_away();
+        Box::pin(async move { away.map(|()| images) })
     }
 
     fn peer(&self) -> Option<SocketAddr> {
         None
     }
 
-    fn fetch<'a>(&'a self, image: &'a Needed, _boot_only: bool) -> BoxFuture<'a, Result<(), String>> {
+    fn fetch<'a>(&'a self, image: &'a Needed, _boot_only: bool) -> BoxFuture<'a, Result<(), ServiceError>> {
         let there = self.images.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&image.name);
-        let result = if there { Ok(()) } else { Err(format!("image {} is not here", image.name)) };
-        Box::pin(async { result })
+        let away = self.is_away();
+        let result = if there {
+            Ok(())
+        } else {
+            Err(ServiceError::Refused(format!("image {} is not here", image.name)))
+        };
+        Box::pin(async { away.and(result) })
     }
 
     fn open_disk<'a>(
@@ -137,7 +187,7 @@ impl DataPlane for MemoryDataPlane {
         image: &'a ImageName,
         vm: &'a HostName,
         _size: Option<u64>,
-    ) -> BoxFuture<'a, Result<OpenDisk, String>> {
+    ) -> BoxFuture<'a, Result<OpenDisk, ServiceError>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), image.clone());
         let disk = DomainDisk::Nbd { socket: PathBuf::from("/nowhere"), export: vm.to_string() };
         let open = OpenDisk { disk, serial: self.serial(vm) };
@@ -148,12 +198,12 @@ impl DataPlane for MemoryDataPlane {
         PathBuf::from("/dev/null")
     }
 
-    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), String>> {
+    fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
         Box::pin(async { Ok(()) })
     }
 
-    fn read<'a>(&'a self, _image: &'a Needed) -> BoxFuture<'a, Result<Bytes, String>> {
+    fn read<'a>(&'a self, _image: &'a Needed) -> BoxFuture<'a, Result<Bytes, ServiceError>> {
         Box::pin(async { Ok(Box::new(tokio::io::empty()) as Bytes) })
     }
 }

@@ -1,10 +1,12 @@
 //! `bootcache agent`: runs this node's part of deployments.
 
+use std::convert::Infallible;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bootcache::agent::{Agent, DockerImages, HostNetworks, Options, Serve, Services};
@@ -19,6 +21,9 @@ use bootcache::network::Networks;
 use bootcache::store::Store;
 
 use super::remote::{SecurityArgs, default_dir, target};
+
+/// How often is looked whether the node's daemon runs.
+const DAEMON_PAUSE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -114,10 +119,30 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         let agent = Agent::start(options, services).await?;
         // Whoever started us may have gone away: that is no reason to end.
         let _ = writeln!(std::io::stdout(), "ready: agent of node '{name}' on {}", agent.address());
-        ending.wait().await;
+        tokio::select! {
+            () = ending.wait() => {}
+            never = keep_daemon(&dir, &more) => match never {},
+        }
         agent.stop().await;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Starts the node's daemon again when it has ended: nothing can be started here without.
+async fn keep_daemon(dir: &Path, more: &[String]) -> Infallible {
+    let mut told = String::new();
+    loop {
+        tokio::time::sleep(DAEMON_PAUSE).await;
+        let text = match super::daemon::daemon_with(dir, more).await {
+            Ok(_) => String::new(),
+            Err(error) => format!("{error:#}"),
+        };
+        // Once for each reason: it may be away for long.
+        if text != told && !text.is_empty() {
+            eprintln!("{text}");
+        }
+        told = text;
+    }
 }
 
 /// The host's name, where it can be a node's.

@@ -284,9 +284,13 @@ async fn a_data_plane_that_does_not_answer_for_a_while_takes_no_image_from_the_c
     eventually("the node says so", async || !nodes(&controller).await[0].troubles.is_empty()).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(nodes(&controller).await[0].images.len(), 1);
+    // What is started meanwhile waits, and says why.
     controller.deploy("r1", plan(1, "started")).await.unwrap();
-    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    eventually("it waits", async || instances(&controller).await[0].reason.is_some()).await;
+    assert_eq!(count(&controller, InstanceStatus::Preparing).await, 1);
     members[0].data_plane.set_away(false);
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    assert_eq!(instances(&controller).await[0].reason, None);
     eventually("all is well", async || nodes(&controller).await[0].troubles.is_empty()).await;
     controller.stop().await;
 }
