@@ -288,6 +288,14 @@ fn instances_notice_nothing_of_a_controller_a_libvirtd_and_a_dockerd_that_are_aw
     // It dies, and is started again.
     libvirtd("KILL");
     eventually("that is said of the VM", START, || writers.states()[0] == ("running".to_owned(), false));
+    // The agent is started while it is away: the VM stays what it is.
+    cluster.kill_agent(0);
+    cluster.start_agent(0);
+    let troubles = || cluster.rows(&["nodes"])[0]["troubles"].to_string();
+    eventually("the node runs no VMs", START, || troubles().contains("no vms: libvirt"));
+    let writers = Writers { cluster: &cluster, task };
+    eventually("that is said of the VM", START, || writers.states()[0] == ("running".to_owned(), false));
+    writers.go_on(5);
     cluster.hosts[0].restart_libvirtd();
     eventually("both are well", START, || writers.are_well());
     writers.go_on(5);

@@ -478,6 +478,34 @@ fn deploy_waits_until_all_is_up_and_an_interrupt_leaves_the_task_running() {
 }
 
 #[test]
+fn whoever_waits_for_a_deployment_outlives_a_restart_of_the_controller() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let listen = format!("127.0.0.1:{}", support::free_port());
+    let start = || {
+        let mut command = bootcache(dir.path());
+        command.args(["controller", "--listen", &listen, "--poll", "0.2", "--offline-after", "2"]);
+        command.args(["--report", "127.0.0.1:0"]);
+        let process = Process::start(&mut command);
+        process.wait_for("ready", START);
+        process
+    };
+    let controller = start();
+    let _agent = agent("n1", dir.path(), listen.parse().expect("an address"));
+    eventually("the node has an image", || has_image(dir.path()));
+    let path = plan(dir.path(), 1);
+    let text = fs::read_to_string(&path).expect("the plan");
+    fs::write(&path, format!("{text}until = \"report\"\n")).expect("a plan");
+    let waiting = Process::start(bootcache(dir.path()).args(["deploy", "--wait"]).arg(&path));
+    waiting.wait_for("task 1 is under way", START);
+    drop(controller);
+    waiting.wait_for("the controller is away", START);
+    let _controller = start();
+    let ended = support::run(bootcache(dir.path()).args(["end", "1"]));
+    assert!(ended.contains("nothing is left of it"), "{ended}");
+    waiting.wait_for("task 1 was ended meanwhile", SOON);
+}
+
+#[test]
 fn an_agent_with_its_certificate_comes_online_and_cannot_be_another_node() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();

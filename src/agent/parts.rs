@@ -16,7 +16,7 @@ use super::journal::{Ended, Journal, JournalError, Record, Step};
 use super::{Shared, instance};
 use crate::hypervisor::{Hypervisor, Info, InstanceType};
 use crate::name::HostName;
-use crate::wire::cluster::{Fault, FaultCode, INSTANCES_MAX, InstanceState, InstanceStatus, Part};
+use crate::wire::cluster::{Fault, FaultCode, INSTANCES_MAX, InstanceState, InstanceStatus, Part, shortened};
 
 /// How long to wait before what could not be ended is tried again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -52,6 +52,8 @@ impl Inner {
 struct Running {
     record: Record,
     live: BTreeMap<HostName, Live>,
+    /// Why it cannot be ended yet.
+    trouble: Option<String>,
     /// Ends the work on its instances.
     cancel: CancellationToken,
     tasks: TaskTracker,
@@ -96,6 +98,14 @@ impl Parts {
     /// The cluster whose orders are taken.
     pub(super) fn cluster(&self) -> Option<String> {
         self.inner().cluster.clone()
+    }
+
+    /// What cannot be ended, and why, a line each.
+    pub(super) fn troubles(&self) -> Vec<String> {
+        let inner = self.inner();
+        let parts = inner.parts.values();
+        let troubles = parts.filter_map(|part| Some((part.record.task, part.trouble.as_ref()?)));
+        troubles.map(|(task, trouble)| format!("task {task} cannot be ended yet: {trouble}")).collect()
     }
 
     /// The state of every instance of the cluster, or of those called `names`.
@@ -386,7 +396,7 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
             });
         }
     }
-    inner.parts.insert(task, Running { record, live: BTreeMap::new(), cancel, tasks });
+    inner.parts.insert(task, Running { record, live: BTreeMap::new(), trouble: None, cancel, tasks });
 }
 
 /// Begins to end a part of the cluster; true if nothing of it is left.
@@ -420,6 +430,9 @@ fn begin_end(shared: &Arc<Shared>, inner: &Inner, task: i64) {
         tasks.wait().await;
         while let Err(error) = clean(&shared, &record).await {
             warn!("task {task} cannot be ended yet: {error}");
+            if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
+                part.trouble = Some(shortened(error));
+            }
             tokio::select! {
                 () = shared.cancel.cancelled() => return,
                 () = tokio::time::sleep(RETRY) => {}
@@ -442,10 +455,11 @@ fn begin_end(shared: &Arc<Shared>, inner: &Inner, task: i64) {
     });
 }
 
-/// Removes everything that belongs to a part.
+/// Removes everything that belongs to a part: all of it that can be, though some cannot.
 async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
+    let mut errors = Vec::new();
     for order in &record.part.instances {
-        remove(shared, &order.name, order.kind).await?;
+        errors.extend(remove(shared, &order.name, order.kind).await.err());
     }
     for network in &record.part.networks {
         let _alone = shared.parts.networks().await;
@@ -454,10 +468,14 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
                 && part.record.part.networks.iter().any(|other| other.bridge == network.bridge)
         });
         if let (false, Some(networks)) = (others, &shared.services.networks) {
-            networks.remove(&network.bridge).await.map_err(|error| error.to_string())?;
+            errors.extend(networks.remove(&network.bridge).await.err().map(|error| error.to_string()));
         }
     }
-    Ok(())
+    match &errors[..] {
+        [] => Ok(()),
+        [only] => Err(only.clone()),
+        [first, more @ ..] => Err(format!("{first} (and {} more)", more.len())),
+    }
 }
 
 /// Removes an instance, and then its disk: never that of one that may still run.

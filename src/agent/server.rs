@@ -112,6 +112,7 @@ async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
 /// How the node is.
 pub(super) async fn state(shared: &Shared) -> NodeState {
     let mut troubles = shared.health.troubles();
+    troubles.extend(shared.parts.troubles());
     let images = tokio::time::timeout(DATA_PLANE_TIMEOUT, shared.services.data_plane.images()).await;
     let images =
         images.unwrap_or_else(|_| Err(ServiceError::Away("the data plane does not answer".to_owned())));

@@ -105,7 +105,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             container_images: docker.map(|docker| Arc::new(DockerImages::new(docker)) as _),
         };
         let controller = match &args.controller {
-            Some(text) => target(text).await?,
+            Some(text) => target(text)?,
             None => Target::Socket(default_dir(globals).join(SOCKET)),
         };
         let options = Options {

@@ -1,20 +1,21 @@
 //! `bootcache deploy` and `bootcache end`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use bootcache::controller::client::Client;
+use bootcache::controller::client::ClientError;
 use bootcache::name::HostName;
 use bootcache::wire::cluster::{
-    Deploy, End, Found, InstanceRow, InstanceStatus, NodeRow, Query, TaskRow, TaskStatus,
+    Deploy, End, FaultCode, Found, InstanceRow, InstanceStatus, NodeRow, Query, TaskRow, TaskStatus,
 };
+use bootcache::wire::link::CallError;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 
-use super::remote::ControllerArgs;
+use super::remote::{ControllerArgs, Steady};
 use super::signals::Ending;
 
 const TICK: Duration = Duration::from_millis(500);
@@ -48,7 +49,8 @@ pub(crate) struct EndArgs {
 pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Result<ExitCode> {
     super::block_on(async {
         let plan = super::plan::load(&args.plan)?;
-        let mut client = args.controller.connect(globals).await?;
+        let mut client = args.controller.steady(globals).await?;
+        // The same one is sent again when its answer is lost, and starts nothing twice.
         let request = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
         let mut ending = Ending::listen()?;
         let task = client.call(&Deploy { request, plan }).await?.task;
@@ -62,6 +64,8 @@ pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Res
             }
             return Ok(ExitCode::SUCCESS);
         }
+        // Now, since the rest may take long: this is how it is found again.
+        eprintln!("task {task} is under way");
         let mut view = View::new();
         let limit = args.timeout.map_or(Duration::MAX, Duration::from_secs);
         let done = tokio::select! {
@@ -87,15 +91,10 @@ struct DoneTask {
     instances: Vec<InstanceRow>,
 }
 
-async fn wait(client: &mut Client, task: i64, view: &mut View) -> anyhow::Result<DoneTask> {
+async fn wait(client: &mut Steady, task: i64, view: &mut View) -> anyhow::Result<DoneTask> {
     loop {
-        let Found::Tasks(tasks) = client.list(&Query::tasks(Some(task))).await? else {
-            bail!("the controller answered out of turn");
-        };
-        let Some(row) = tasks.into_iter().next() else { bail!("task {task} was ended meanwhile") };
-        let Found::Nodes(nodes) = client.list(&Query::nodes()).await? else {
-            bail!("the controller answered out of turn");
-        };
+        let Some(row) = task_row(client, task).await? else { bail!("task {task} was ended meanwhile") };
+        let nodes = nodes(client).await?;
         view.show(&row, &nodes);
         if row.status != TaskStatus::Starting {
             let Found::Instances(instances) = client.list(&Query::instances(Some(task))).await? else {
@@ -197,43 +196,95 @@ fn on_the_way(node: &NodeRow) -> String {
 pub(crate) fn end(globals: &super::Globals, args: &EndArgs) -> anyhow::Result<ExitCode> {
     super::block_on(async {
         let task = args.task;
-        let mut client = args.controller.connect(globals).await?;
+        let mut client = args.controller.steady(globals).await?;
         let mut ending = Ending::listen()?;
-        client.call(&End { task }).await?;
+        let on = task_row(&mut client, task).await?.map(|row| row.nodes).unwrap_or_default();
+        match client.call(&End { task }).await {
+            // The answer to the first try was lost, and it has gone since.
+            Err(error) if !on.is_empty() && is_not_found(&error) => {}
+            other => drop(other?),
+        }
         let began = Instant::now();
-        let gone = async {
-            if args.background {
-                return Ok(false);
-            }
-            loop {
-                let Found::Tasks(tasks) = client.list(&Query::tasks(Some(task))).await? else {
-                    bail!("the controller answered out of turn");
-                };
-                if tasks.is_empty() {
-                    return Ok(true);
-                }
-                tokio::time::sleep(TICK / 5).await;
-            }
-        };
-        let gone = tokio::select! {
-            gone = gone => gone?,
+        if args.background {
+            return Ok(tell_end(globals, task, None));
+        }
+        tokio::select! {
+            gone = wait_until_gone(&mut client, task) => gone?,
             () = ending.wait() => {
                 eprintln!("task {task} is being ended");
                 return Ok(ExitCode::from(INTERRUPTED));
             }
-        };
-        if globals.json {
-            println!("{}", serde_json::json!({ "task": task, "gone": gone }));
-        } else if gone {
-            println!(
-                "task {task} has ended after {:.2} s: nothing is left of it",
-                began.elapsed().as_secs_f64()
-            );
-        } else {
-            println!("task {task} is being ended");
         }
-        Ok(ExitCode::SUCCESS)
+        let elapsed = began.elapsed();
+        let offline = nodes(&mut client).await?.into_iter().filter(|node| !node.online);
+        let offline = offline.map(|node| node.name).filter(|name| on.contains_key(name)).collect();
+        Ok(tell_end(globals, task, Some((elapsed, offline))))
     })
+}
+
+async fn task_row(client: &mut Steady, task: i64) -> anyhow::Result<Option<TaskRow>> {
+    let Found::Tasks(tasks) = client.list(&Query::tasks(Some(task))).await? else {
+        bail!("the controller answered out of turn");
+    };
+    Ok(tasks.into_iter().next())
+}
+
+async fn nodes(client: &mut Steady) -> anyhow::Result<Vec<NodeRow>> {
+    match client.list(&Query::nodes()).await? {
+        Found::Nodes(nodes) => Ok(nodes),
+        _ => bail!("the controller answered out of turn"),
+    }
+}
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ClientError::Call(CallError::Refused(fault))) if fault.code == FaultCode::NotFound)
+}
+
+/// Returns when nothing is left of the task on nodes that are online; says what is in the way, each thing once.
+async fn wait_until_gone(client: &mut Steady, task: i64) -> anyhow::Result<()> {
+    let prefix = format!("task {task} ");
+    let mut told = BTreeSet::new();
+    let mut looked = Instant::now();
+    while task_row(client, task).await?.is_some() {
+        if looked.elapsed() > 4 * TICK {
+            looked = Instant::now();
+            for node in nodes(client).await? {
+                for trouble in node.troubles.into_iter().filter(|line| line.starts_with(&prefix)) {
+                    let line = format!("{}: {trouble}", node.name);
+                    if !told.contains(&line) {
+                        eprintln!("{line}");
+                        told.insert(line);
+                    }
+                }
+            }
+        }
+        tokio::time::sleep(TICK / 5).await;
+    }
+    Ok(())
+}
+
+/// What came of it: after how long it had gone, and where it could not be ended yet.
+fn tell_end(globals: &super::Globals, task: i64, gone: Option<(Duration, Vec<HostName>)>) -> ExitCode {
+    if globals.json {
+        let offline = gone.as_ref().map(|(_, offline)| offline.as_slice()).unwrap_or_default();
+        println!("{}", serde_json::json!({ "task": task, "gone": gone.is_some(), "offline": offline }));
+        return ExitCode::SUCCESS;
+    }
+    match gone {
+        None => println!("task {task} is being ended"),
+        Some((after, offline)) if offline.is_empty() => {
+            println!("task {task} has ended after {:.2} s: nothing is left of it", after.as_secs_f64());
+        }
+        Some((after, offline)) => {
+            let names: Vec<_> = offline.iter().map(ToString::to_string).collect();
+            println!(
+                "task {task} has ended after {:.2} s; what is left on nodes that are offline ({}) is ended when they are back",
+                after.as_secs_f64(),
+                names.join(", ")
+            );
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 #[cfg(test)]

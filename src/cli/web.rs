@@ -20,7 +20,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitCode> {
     super::block_on(async {
-        let (target, security) = args.controller.target(globals).await?;
+        let (target, security) = args.controller.target(globals)?;
         let mut ending = Ending::listen()?;
         let web = Web::bind(args.listen, target, security).await?;
         println!("ready: open {}", web.url());

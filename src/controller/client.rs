@@ -21,6 +21,8 @@ pub enum Target {
     Socket(PathBuf),
     /// Elsewhere.
     Tcp(SocketAddr),
+    /// Elsewhere, as `HOST:PORT`: looked up whenever it is connected to, and every address that it has is tried.
+    Named(String),
 }
 
 impl std::fmt::Display for Target {
@@ -28,6 +30,7 @@ impl std::fmt::Display for Target {
         match self {
             Self::Socket(path) => path.display().fmt(f),
             Self::Tcp(address) => address.fmt(f),
+            Self::Named(name) => name.fmt(f),
         }
     }
 }
@@ -69,6 +72,9 @@ impl Client {
                 .connect_to(*address, Role::Controller)
                 .await
                 .map_err(|error| ClientError::Unreachable { target: target.clone(), error })?,
+            Target::Named(name) => named(name, security)
+                .await
+                .map_err(|error| ClientError::Unreachable { target: target.clone(), error })?,
         };
         Ok(Self { link: Link::new(stream) })
     }
@@ -97,6 +103,17 @@ impl Client {
         }
         Ok(found)
     }
+}
+
+async fn named(name: &str, security: &Security) -> std::io::Result<Box<dyn Transport>> {
+    let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "it has no address");
+    for address in tokio::net::lookup_host(name).await? {
+        match security.connect_to(address, Role::Controller).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 async fn local(path: &Path) -> Result<UnixStream, ClientError> {

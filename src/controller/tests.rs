@@ -266,7 +266,11 @@ async fn an_agent_that_starts_while_its_hypervisor_is_away_keeps_instances_and_d
     for task in [task, booting] {
         controller.end(task).await.unwrap();
     }
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    let why = format!("task {task} cannot be ended yet: ");
+    eventually("why they cannot be ended is said", async || {
+        nodes(&controller).await[0].troubles.iter().any(|line| line.starts_with(&why))
+    })
+    .await;
     assert_eq!(members[0].data_plane.disks().len(), 3, "a disk was removed from under a guest");
     assert_eq!(tasks(&controller).await.len(), 2);
     members[0].hypervisor.set_away(false);
@@ -658,4 +662,18 @@ async fn users_speak_to_it_over_its_socket() {
     controller.stop().await;
     let error = Client::connect(&target, &Security::default()).await.unwrap_err().to_string();
     assert!(error.contains("no controller runs here"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_address_of_a_controller_s_name_is_tried() {
+    let dir = tempfile::tempdir().unwrap();
+    let controller = Controller::start(options(dir.path())).await.unwrap();
+    // It listens on the second that the name has, or on the only one.
+    let name = format!("localhost:{}", controller.addresses()[0].port());
+    let mut client = Client::connect(&Target::Named(name), &Security::default()).await.unwrap();
+    assert_eq!(client.call(&Query::nodes()).await.unwrap(), Found::Nodes(Vec::new()));
+    controller.stop().await;
+    let gone = Target::Named(format!("localhost:{}", controller.addresses()[0].port()));
+    let error = Client::connect(&gone, &Security::default()).await.unwrap_err().to_string();
+    assert!(error.contains("the controller at localhost:"), "{error}");
 }
