@@ -212,13 +212,13 @@ pub struct SourceStatus {
 pub struct OverlayInfo {
     /// Its name.
     pub name: HostName,
-    /// Root digest of the image below.
-    pub base: Digest,
+    /// Root digest of the image below; none when it cannot be told.
+    pub base: Option<Digest>,
     /// A name of the image below, if it has one still.
     pub image: Option<ImageName>,
     /// Bytes that a guest sees.
     pub size: u64,
-    /// Bytes that the overlay holds itself.
+    /// Bytes that the overlay holds itself; of one that nobody has opened, as of its last flush.
     pub data: u64,
     /// NBD clients that have it open.
     pub connections: u32,
@@ -230,6 +230,34 @@ pub struct OverlayInfo {
     pub written_bytes: u64,
     /// Where the time of its reads went; none when its image was all here when it was opened.
     pub waits: Option<WaitStatus>,
+    /// Why it cannot be used, and nothing but its name is known; none when all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl OverlayInfo {
+    /// One that nobody has opened, and of which nothing else is known yet.
+    pub(crate) fn new(name: HostName, base: Option<Digest>) -> Self {
+        Self {
+            name,
+            base,
+            image: None,
+            size: 0,
+            data: 0,
+            connections: 0,
+            reads: 0,
+            read_bytes: 0,
+            written_bytes: 0,
+            waits: None,
+            error: None,
+        }
+    }
+
+    /// The image below, as a person is told it.
+    pub fn below(&self) -> String {
+        let root = || self.base.map_or_else(|| "-".to_owned(), |base| base.short());
+        self.image.as_ref().map_or_else(root, ToString::to_string)
+    }
 }
 
 /// Where the time of reads went while their image was on its way.

@@ -122,9 +122,11 @@ impl Overlay {
         Ok(())
     }
 
-    /// What the overlay in `dir` was made over, without opening it.
-    pub fn header(dir: &Path) -> Result<Header, OverlayError> {
-        read_index(&dir.join(INDEX_FILE)).map(|(header, _)| header)
+    /// What the overlay in `dir` was made over, and how much it held when it was last flushed, without opening it.
+    pub fn stored(dir: &Path) -> Result<(Header, Usage), OverlayError> {
+        let (header, runs) = read_index(&dir.join(INDEX_FILE))?;
+        let (data_blocks, zero_blocks) = map_of(header.size, &runs).counts();
+        Ok((header, Usage { data_blocks, zero_blocks }))
     }
 
     /// Opens the overlay in `dir` over `base`, whose root digest must be `base_root`. A larger overlay has zeroes behind

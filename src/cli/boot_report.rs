@@ -21,7 +21,7 @@ pub(super) struct BootReport {
 /// What there is to tell of `vm`; none when its image was all here before it started.
 pub(super) fn of(status: &Status, vm: &HostName) -> Option<BootReport> {
     let overlay: &OverlayInfo = status.overlays.iter().find(|overlay| overlay.name == *vm)?;
-    let image: &ImageStatus = status.images.iter().find(|image| image.root == overlay.base)?;
+    let image: &ImageStatus = status.images.iter().find(|image| Some(image.root) == overlay.base)?;
     let transfer = image.transfer.clone()?;
     Some(BootReport { waits: overlay.waits?, waiting_min_ms: transfer.waiting_min_ms, transfer })
 }

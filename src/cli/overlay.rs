@@ -118,10 +118,6 @@ async fn list(session: &mut Session) -> anyhow::Result<Vec<OverlayInfo>> {
     }
 }
 
-fn image_of(info: &OverlayInfo) -> String {
-    info.image.as_ref().map_or_else(|| info.base.short(), ToString::to_string)
-}
-
 fn print_list(infos: &[OverlayInfo]) {
     if infos.is_empty() {
         println!("no overlays: `bootcache overlay create IMAGE NAME` makes one");
@@ -133,19 +129,26 @@ fn print_list(infos: &[OverlayInfo]) {
     for info in infos {
         table.add_row([
             info.name.to_string(),
-            image_of(info),
+            info.below(),
             HumanBytes(info.size).to_string(),
             HumanBytes(info.data).to_string(),
             info.connections.to_string(),
         ]);
     }
     println!("{}", table.trim_fmt());
+    for info in infos {
+        if let Some(error) = &info.error {
+            eprintln!("bootcache: overlay {} cannot be used: {error}", info.name);
+        }
+    }
 }
 
 fn show(info: &OverlayInfo) {
     println!("name      {}", info.name);
-    println!("image     {}", image_of(info));
-    println!("base root {}", info.base);
+    println!("image     {}", info.below());
+    if let Some(base) = info.base {
+        println!("base root {base}");
+    }
     println!("size      {} ({} bytes)", HumanBytes(info.size), info.size);
     println!("written   {} ({} bytes)", HumanBytes(info.data), info.data);
     println!("clients   {}", info.connections);

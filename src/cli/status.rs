@@ -55,7 +55,7 @@ fn show(status: &Status) {
             let socket = status.vms.iter().any(|vm| vm.name == overlay.name);
             overlays.add_row([
                 overlay.name.to_string(),
-                overlay.image.as_ref().map_or_else(|| overlay.base.short(), ToString::to_string),
+                overlay.below(),
                 HumanBytes(overlay.data).to_string(),
                 overlay.connections.to_string(),
                 if socket { "own" } else { "shared" }.to_owned(),
@@ -66,7 +66,7 @@ fn show(status: &Status) {
     status.images.iter().filter(|image| image.transfer.is_some()).for_each(show_transfer);
     for overlay in &status.overlays {
         if let Some(waits) = &overlay.waits {
-            let image = status.images.iter().find(|image| image.root == overlay.base);
+            let image = status.images.iter().find(|image| Some(image.root) == overlay.base);
             let bound = image.and_then(|image| image.transfer.as_ref()?.waiting_min_ms);
             println!("\n{}: waited {}", overlay.name, boot_report::waited(waits, bound));
         }

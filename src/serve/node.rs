@@ -221,7 +221,7 @@ impl Node {
             }
             Request::OverlayList => self.overlays().await.map(Reply::Overlays),
             Request::OverlayShow { name } => {
-                self.overlay_info(&mut *self.inner.lock().await, &name).map(Reply::Overlay)
+                self.overlay_info(&*self.inner.lock().await, &name).map(Reply::Overlay)
             }
             Request::OverlayCommit { name, image } => {
                 self.commit_overlay(&name, &image).await.map(|root| Reply::Image { root })
@@ -406,28 +406,42 @@ impl Node {
         OverlayMeta::new(entry.root).write(&made)?;
         fs::rename(&made, &dir).map_err(at(&dir))?;
         crate::store::atomic::sync_dir(&self.store.dir().join("overlays")).map_err(at(&dir))?;
-        self.overlay_info(&mut inner, name)
+        self.overlay_info(&inner, name)
     }
 
     async fn overlays(&self) -> Result<Vec<OverlayInfo>, NodeError> {
-        let mut inner = self.inner.lock().await;
+        let inner = self.inner.lock().await;
         let mut infos = Vec::new();
         for name in self.overlay_names()? {
-            match self.overlay_info(&mut inner, &name) {
+            match self.overlay_info(&inner, &name) {
                 Ok(info) => infos.push(info),
                 Err(NodeError::NoOverlay(_)) => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    let error = Some(error.to_string());
+                    infos.push(OverlayInfo { error, ..OverlayInfo::new(name, None) });
+                }
             }
         }
         Ok(infos)
     }
 
-    fn overlay_info(&self, inner: &mut Inner, name: &HostName) -> Result<OverlayInfo, NodeError> {
-        let open = self.open_overlay(inner, name)?;
+    /// Of one that is not open only what its files say: a look does not open it.
+    fn overlay_info(&self, inner: &Inner, name: &HostName) -> Result<OverlayInfo, NodeError> {
+        let Some(open) = inner.overlays.get(name) else {
+            let dir = self.store.overlay_dir(name);
+            if !dir.exists() {
+                return Err(NodeError::NoOverlay(name.clone()));
+            }
+            let (header, usage) = Overlay::stored(&dir)?;
+            return Ok(OverlayInfo {
+                image: self.name_of(header.base)?,
+                size: header.size,
+                data: usage.data_blocks * BLOCK_SIZE,
+                ..OverlayInfo::new(name.clone(), Some(header.base))
+            });
+        };
         Ok(OverlayInfo {
-            name: name.clone(),
-            base: open.base,
-            image: self.store.names()?.into_iter().find(|(_, root)| *root == open.base).map(|(name, _)| name),
+            image: self.name_of(open.base)?,
             size: bootcache_nbd::Disk::size(&open.overlay),
             data: open.overlay.usage().data_blocks * BLOCK_SIZE,
             connections: open.connections(),
@@ -435,7 +449,13 @@ impl Node {
             read_bytes: open.stats.read_bytes.load(Ordering::Relaxed),
             written_bytes: open.stats.written_bytes.load(Ordering::Relaxed),
             waits: open.reader.as_ref().map(|reader| report::waits(reader.counters())),
+            ..OverlayInfo::new(name.clone(), Some(open.base))
         })
+    }
+
+    /// A name of the image with this root, if it has one.
+    fn name_of(&self, root: Digest) -> Result<Option<ImageName>, StoreError> {
+        Ok(self.store.names()?.into_iter().find(|(_, other)| *other == root).map(|(name, _)| name))
     }
 
     fn overlay_names(&self) -> Result<Vec<HostName>, NodeError> {
@@ -537,7 +557,7 @@ impl Node {
     }
 
     async fn status(&self) -> Result<Status, NodeError> {
-        let mut inner = self.inner.lock().await;
+        let inner = self.inner.lock().await;
         let mut images = Vec::new();
         for (name, root) in self.store.names()? {
             let Ok(entry) = self.store.image(root) else { continue };
@@ -558,7 +578,7 @@ impl Node {
         let open: Vec<HostName> = inner.overlays.keys().cloned().collect();
         let mut overlays = Vec::new();
         for name in open {
-            overlays.push(self.overlay_info(&mut inner, &name)?);
+            overlays.push(self.overlay_info(&inner, &name)?);
         }
         overlays.sort_by(|a, b| a.name.cmp(&b.name));
         let mut vms: Vec<_> = inner.vms.iter().map(|(name, socket)| socket.info(name)).collect();
@@ -726,6 +746,24 @@ mod tests {
         assert!(node.catalogue.find(&Wanted::Root(root)).is_none());
         disk.set_len(64 << 10).unwrap();
         assert!(node.export("a").await.is_ok() && node.catalogue.find(&Wanted::Root(root)).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_list_opens_nothing_and_tells_of_the_overlay_that_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        for name in ["a", "b"] {
+            create(&node, name).await.unwrap();
+        }
+        node.export("b").await.unwrap().disk.write(5000, &[1], true).await.unwrap();
+        node.close().await.unwrap();
+        fs::write(node.store.overlay_dir(&"a".parse().unwrap()).join("index"), "x").unwrap();
+        let Reply::Overlays(infos) = node.handle(Request::OverlayList).await.unwrap() else { panic!() };
+        let told: Vec<_> = infos.iter().map(|info| (info.name.as_str(), info.size, info.data)).collect();
+        assert_eq!(told, [("a", 0, 0), ("b", 64 << 10, 4096)]);
+        assert!(infos[0].error.as_ref().is_some_and(|error| error.contains("index")), "{infos:?}");
+        assert_eq!(infos[1].image, Some("base".parse().unwrap()));
+        assert!(node.inner.lock().await.overlays.is_empty());
     }
 
     #[tokio::test]
