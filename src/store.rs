@@ -54,8 +54,8 @@ pub enum StoreError {
     /// No image has this root.
     #[error("there is no image with root {}", .0.short())]
     NoSuchRoot(Digest),
-    /// The name means another image.
-    #[error("the name '{0}' is taken: remove that image first, or choose another name")]
+    /// The name means another image, or an overlay.
+    #[error("the name '{0}' is taken: remove what has it first, or choose another name")]
     NameTaken(ImageName),
     /// The image is open somewhere.
     #[error("image {} is in use: stop the VMs and commands that use it first", .0.short())]
@@ -364,12 +364,15 @@ impl Store {
         self.write_name(name, root)
     }
 
-    /// Whether no image is called `name` yet: to be asked before long work for it.
+    /// Whether no image and no overlay is called `name` yet: to be asked before long work for it.
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::Io`].
     pub fn check_free(&self, name: &ImageName) -> Result<(), StoreError> {
-        self.root_of(name)?.map_or(Ok(()), |_| Err(StoreError::NameTaken(name.clone())))
+        match self.root_of(name)? {
+            None if !self.is_overlay(name) => Ok(()),
+            _ => Err(StoreError::NameTaken(name.clone())),
+        }
     }
 
     /// Whether `name` is free, or means `root` already.
@@ -378,9 +381,15 @@ impl Store {
     /// [`StoreError::NameTaken`], [`StoreError::Io`].
     pub fn check_name(&self, name: &ImageName, root: Digest) -> Result<(), StoreError> {
         match self.root_of(name)? {
-            Some(other) if other != root => Err(StoreError::NameTaken(name.clone())),
-            _ => Ok(()),
+            Some(found) if found == root => Ok(()),
+            None if !self.is_overlay(name) => Ok(()),
+            _ => Err(StoreError::NameTaken(name.clone())),
         }
+    }
+
+    /// Images and overlays are exported under their names, so that one name means one of them.
+    fn is_overlay(&self, name: &ImageName) -> bool {
+        name.as_str().parse().is_ok_and(|name: HostName| self.overlay_dir(&name).exists())
     }
 
     fn write_name(&self, name: &ImageName, root: Digest) -> Result<(), StoreError> {

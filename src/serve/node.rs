@@ -389,24 +389,30 @@ impl Node {
             return Err(NodeError::OverlaySize { size, image: image.clone(), least });
         }
         let dir = self.store.overlay_dir(name);
-        if let Ok(taken) = name.as_str().parse::<ImageName>()
-            && self.store.root_of(&taken)?.is_some()
-        {
-            return Err(NodeError::Taken(name.to_string()));
-        }
         let mut inner = self.inner.lock().await;
-        if dir.exists() {
-            return Err(NodeError::Taken(name.to_string()));
-        }
+        self.check_free(name)?;
         // Opened first: an image that cannot be read gets no overlays. The hold keeps it until the overlay is there.
         let _image = self.open_image(&mut inner, entry.clone(), 0)?;
         let scratch = self.store.scratch("overlay")?;
         let made = scratch.join("overlay");
         Overlay::create(&made, entry.root, size)?;
         OverlayMeta::new(entry.root).write(&made)?;
+        let change = self.store.change(|_| ())?;
+        self.check_free(name)?; // others may have added an image
         fs::rename(&made, &dir).map_err(at(&dir))?;
         crate::store::atomic::sync_dir(&self.store.dir().join("overlays")).map_err(at(&dir))?;
+        drop(change);
         self.overlay_info(&inner, name)
+    }
+
+    /// Whether neither an image nor an overlay has the name.
+    fn check_free(&self, name: &HostName) -> Result<(), NodeError> {
+        let image = name.as_str().parse::<ImageName>().ok();
+        let image = image.map(|image| self.store.root_of(&image)).transpose()?.flatten();
+        if image.is_some() || self.store.overlay_dir(name).exists() {
+            return Err(NodeError::Taken(name.to_string()));
+        }
+        Ok(())
     }
 
     async fn overlays(&self) -> Result<Vec<OverlayInfo>, NodeError> {
@@ -485,9 +491,7 @@ impl Node {
     }
 
     async fn commit_overlay(&self, name: &HostName, image: &ImageName) -> Result<Digest, NodeError> {
-        if self.store.root_of(image)?.is_some() {
-            return Err(NodeError::Taken(image.to_string()));
-        }
+        self.store.check_free(image)?;
         let (overlay, _sealing) = {
             let mut inner = self.inner.lock().await;
             self.open_overlay(&mut inner, name)?;

@@ -66,6 +66,16 @@ fn a_name_is_not_taken_from_another_image() {
 }
 
 #[test]
+fn a_name_is_not_taken_from_an_overlay() {
+    let (_dir, store) = store();
+    let root = add(&store, "a", "first", None);
+    std::fs::create_dir(store.overlay_dir(&"vm".parse().unwrap())).unwrap();
+    assert!(matches!(store.check_free(&name("vm")), Err(StoreError::NameTaken(_))));
+    assert!(matches!(store.add_name(&name("vm"), root), Err(StoreError::NameTaken(_))));
+    assert_eq!(store.names().unwrap(), [(name("a"), root)]);
+}
+
+#[test]
 fn the_content_goes_with_its_last_name() {
     let (_dir, store) = store();
     let root = add(&store, "a", "x", None);
