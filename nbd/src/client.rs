@@ -45,7 +45,7 @@ pub enum Address {
 /// What a client does about connections.
 #[derive(Debug, Clone, Copy)]
 pub struct Policy {
-    /// How many connections; more than one only if the server says that it allows it.
+    /// How many connections; more than one only if the server says that it allows it, and has a place for them.
     pub connections: usize,
     /// Time for a connection and its handshake.
     pub connect_timeout: Duration,
@@ -143,7 +143,8 @@ impl Client {
         let mut links = vec![first];
         let more = if description.can_multi_conn() { policy.connections } else { 1 };
         while links.len() < more {
-            let (next, other) = target.link().await?;
+            // A server may have no place for as many: then it is those that it has.
+            let Ok((next, other)) = target.link().await else { break };
             if other.size != description.size {
                 return Err(io::Error::other("the server shows the export in two sizes"));
             }

@@ -47,6 +47,7 @@ pub(crate) async fn serve(
     shared: &Shared,
     cancel: CancellationToken,
 ) -> io::Result<()> {
+    let _place = agreed.place;
     let disk = Arc::clone(&agreed.export.disk);
     let (reader, writer) = tokio::io::split(stream);
     let terms = Terms {

@@ -4,6 +4,7 @@
 //! for something sent behind it. The caller sets the deadline.
 
 use std::io;
+use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -14,7 +15,7 @@ use crate::handshake::{
     parse_go, parse_queries, transmission_flags,
 };
 use crate::limits::OPTION_SKIP_MAX;
-use crate::server::{Export, Shared, Tls};
+use crate::server::{Export, Place, Shared, Tls};
 
 /// A connection's bytes, whatever carries them.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -22,9 +23,10 @@ pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// What a handshake came to.
-#[derive(Debug)]
 pub(crate) struct Agreed {
     pub(crate) export: Export,
+    /// Held for as long as the connection lasts.
+    pub(crate) place: Place,
     pub(crate) style: Style,
     /// Selected metadata contexts; a context's number on the wire is its place here plus one.
     pub(crate) contexts: Vec<&'static str>,
@@ -40,7 +42,7 @@ pub(crate) async fn greet(stream: &mut Box<dyn Stream>) -> io::Result<u32> {
 pub(crate) async fn server(
     stream: Box<dyn Stream>,
     client_flags: u32,
-    shared: &Shared,
+    shared: &Arc<Shared>,
     tls: &Tls,
 ) -> io::Result<Option<(Box<dyn Stream>, Agreed)>> {
     let fixed_newstyle = client_flags & u32::from(FLAG_FIXED_NEWSTYLE) != 0;
@@ -58,10 +60,11 @@ pub(crate) async fn server(
         out: Vec::new(),
     };
     for _ in 0..shared.limits.options {
-        match session.next().await? {
+        let step = session.next().await?;
+        match step {
             Step::More => {}
             Step::Left => return Ok(None),
-            Step::Transmission(export) => return Ok(Some(session.finish(export))),
+            Step::Transmission(export, place) => return Ok(Some(session.finish(export, place))),
         }
     }
     Err(violation("too many options"))
@@ -70,12 +73,12 @@ pub(crate) async fn server(
 enum Step {
     More,
     Left,
-    Transmission(Export),
+    Transmission(Export, Place),
 }
 
 struct Session<'a> {
     stream: Box<dyn Stream>,
-    shared: &'a Shared,
+    shared: &'a Arc<Shared>,
     tls: &'a Tls,
     no_zeroes: bool,
     encrypted: bool,
@@ -188,6 +191,7 @@ impl Session<'_> {
             return Err(violation("an export cannot be opened that way"));
         }
         let export = self.shared.exports.open(name).await.map_err(io::Error::other)?;
+        let place = Place::take(self.shared, &export).map_err(io::Error::other)?;
         let info = self.info(&export);
         self.out.extend_from_slice(&info.size.to_be_bytes());
         self.out.extend_from_slice(&info.flags.to_be_bytes());
@@ -195,7 +199,7 @@ impl Session<'_> {
             self.out.extend_from_slice(&[0; 124]);
         }
         self.send().await?;
-        Ok(Step::Transmission(export))
+        Ok(Step::Transmission(export, place))
     }
 
     async fn info_or_go(&mut self, code: u32, data: &[u8]) -> io::Result<Step> {
@@ -203,19 +207,26 @@ impl Session<'_> {
             self.say(code, reply::ERR_INVALID, b"malformed request for an export");
             return self.send().await;
         };
-        match self.shared.exports.open(name).await {
+        let export = match self.shared.exports.open(name).await {
+            Ok(export) => export,
             Err(reason) => {
                 self.say(code, reply::ERR_UNKNOWN, reason.as_bytes());
-                self.send().await
+                return self.send().await;
             }
-            Ok(export) => {
-                let info = self.info(&export);
-                export_info(&mut self.out, code, &info, &wanted);
-                self.say(code, reply::ACK, b"");
-                self.send().await?;
-                Ok(if code == option::GO { Step::Transmission(export) } else { Step::More })
+        };
+        // Before the ACK: a client that is told so knows why, and may come again.
+        let place = match (code == option::GO).then(|| Place::take(self.shared, &export)).transpose() {
+            Ok(place) => place,
+            Err(reason) => {
+                self.say(code, reply::ERR_POLICY, reason.as_bytes());
+                return self.send().await;
             }
-        }
+        };
+        let info = self.info(&export);
+        export_info(&mut self.out, code, &info, &wanted);
+        self.say(code, reply::ACK, b"");
+        self.send().await?;
+        Ok(place.map_or(Step::More, |place| Step::Transmission(export, place)))
     }
 
     /// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
@@ -264,7 +275,7 @@ impl Session<'_> {
                 self.say(code, reply::ERR_POLICY, b"this server has no certificate");
                 return self.send().await;
             }
-            Tls::Allowed(config) | Tls::Required(config) => std::sync::Arc::clone(config),
+            Tls::Allowed(config) | Tls::Required(config) => Arc::clone(config),
         };
         self.say(code, reply::ACK, b"");
         self.send().await?;
@@ -285,13 +296,13 @@ impl Session<'_> {
         self.send().await
     }
 
-    fn finish(self, export: Export) -> (Box<dyn Stream>, Agreed) {
+    fn finish(self, export: Export, place: Place) -> (Box<dyn Stream>, Agreed) {
         let contexts = match self.selected {
             // Contexts hold for the export they were selected for.
             Some((name, contexts)) if name == export.name => contexts,
             _ => Vec::new(),
         };
-        (self.stream, Agreed { export, style: self.style, contexts })
+        (self.stream, Agreed { export, place, style: self.style, contexts })
     }
 }
 

@@ -3,14 +3,17 @@
 //! A connection has a task of its own; whatever ends it, an error or a panic, ends nothing else. What clients may ask
 //! for is bounded by [`Limits`].
 
+mod place;
+
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -19,7 +22,8 @@ use tracing::{debug, warn};
 use crate::connection;
 use crate::disk::{BoxFuture, SharedDisk};
 use crate::limits::{Limits, SharedLimits};
-use crate::negotiate::{self, Agreed, Stream};
+use crate::negotiate::{self, Stream};
+pub(crate) use place::Place;
 
 /// What clients have asked of an export so far, all connections together.
 #[derive(Debug, Default)]
@@ -172,7 +176,7 @@ impl Server {
     pub async fn serve_tcp(&self, listener: TcpListener, cancel: CancellationToken) {
         let accept = || async {
             let (stream, _) = listener.accept().await?;
-            stream.set_nodelay(true)?;
+            prepare(&stream)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         };
         self.serve(accept, cancel).await;
@@ -246,15 +250,6 @@ impl Server {
             Ok(None) => return,
             Err(error) => return debug!("a handshake failed: {error}"),
         };
-        let Ok(_place) = Arc::clone(&self.shared.connections).try_acquire_owned() else {
-            return warn!("more than {} NBD connections: one is refused", self.shared.limits.connections);
-        };
-        let Some(_place) = ExportPlace::take(&self.shared, &agreed) else {
-            return warn!(
-                "more than {} connections to export '{}': one is refused",
-                self.shared.limits.connections_per_export, agreed.export.name
-            );
-        };
         let name = agreed.export.name.clone();
         if let Err(error) = connection::serve(stream, agreed, &self.shared, cancel).await {
             debug!("a connection to '{name}' ended: {error}");
@@ -289,37 +284,29 @@ impl Server {
     }
 }
 
-/// One of the places that an export has for connections.
-struct ExportPlace {
-    shared: Arc<Shared>,
-    name: String,
-    stats: Arc<ExportStats>,
+/// No delay for small messages, and an end to a connection whose other side has lost its power: after half a minute. A side
+/// that is there and does not read, such as a paused VM's, is none: no limit is set to that.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(15))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    Ok(())
 }
 
-impl ExportPlace {
-    fn take(shared: &Arc<Shared>, agreed: &Agreed) -> Option<Self> {
-        let name = agreed.export.name.clone();
-        let mut counts = shared.per_export.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(name.clone()).or_default();
-        if *count >= shared.limits.connections_per_export {
-            return None;
-        }
-        *count += 1;
-        let stats = Arc::clone(&agreed.export.stats);
-        stats.connections.fetch_add(1, Ordering::Relaxed);
-        Some(Self { shared: Arc::clone(shared), name, stats })
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Drop for ExportPlace {
-    fn drop(&mut self) {
-        self.stats.connections.fetch_sub(1, Ordering::Relaxed);
-        let mut counts = self.shared.per_export.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.name) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.name);
-            }
-        }
+    #[tokio::test]
+    async fn a_tcp_client_that_has_lost_its_power_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        prepare(&stream).unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        let idle = sockopt::tcp_keepidle(&stream).unwrap();
+        let tries = sockopt::tcp_keepintvl(&stream).unwrap() * sockopt::tcp_keepcnt(&stream).unwrap();
+        assert_eq!(idle + tries, Duration::from_secs(30));
     }
 }

@@ -32,7 +32,9 @@ fn serve(dir: &Path, name: &str, disk: SharedDisk, limits: impl Into<SharedLimit
 async fn kept(path: &Path) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(path).await.unwrap();
     stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").await.unwrap();
-    stream.read_exact(&mut [0; 18 + 10]).await.unwrap();
+    stream.read_exact(&mut [0; 18]).await.unwrap();
+    // There is no other way to refuse than to close.
+    stream.read_exact(&mut [0; 10]).await.ok()?;
     let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
     request.resize(24, 0);
     request.extend(16_u32.to_be_bytes());
@@ -183,6 +185,29 @@ async fn limits_of_nothing_serve_a_client_all_the_same() {
     let reads = tokio::time::timeout(LONG, futures_util::future::join_all(reads)).await.expect("they hang");
     assert!(reads.iter().all(Result::is_ok));
     assert!(kept(&path).await.is_none(), "a second connection is kept");
+}
+
+/// Once, GO was acknowledged, and the connection closed behind that: the client could not know why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_finds_no_place_is_told_before_it_is_served_and_may_come_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = || Arc::new(MemoryDisk::new(4096));
+    let in_all = serve(dir.path(), "all", disk(), Limits { connections: 2, ..Limits::default() });
+    let export =
+        serve(dir.path(), "export", disk(), Limits { connections_per_export: 2, ..Limits::default() });
+    for path in [in_all, export] {
+        let connect = |connections| {
+            let policy = Policy { connections, ..Policy::default() };
+            Client::connect(Address::Unix(path.clone()), "disk", policy)
+        };
+        let first = connect(8).await.expect("two places are enough");
+        assert_eq!(first.read(0, 4).await.unwrap(), [0; 4]);
+        let refused = connect(1).await.unwrap_err().to_string();
+        assert!(refused.contains("no place for another connection"), "{refused}");
+        first.close().await;
+        let place = async { while connect(1).await.is_err() {} };
+        tokio::time::timeout(LONG, place).await.expect("the place is not free again");
+    }
 }
 
 /// The kind of the reply to an unknown option with so many bytes of data.
