@@ -27,7 +27,7 @@ pub struct Limits {
     pub option_bytes: usize,
     /// Queries in an option about metadata contexts, at most 1024.
     pub queries: usize,
-    /// Largest payload of a read or write, in bytes.
+    /// Largest payload of a read or write, in bytes: 64 KiB to 1 GiB.
     pub payload: u32,
     /// Requests of one connection that may wait for the disk at once.
     pub requests: usize,
@@ -75,7 +75,7 @@ impl Limits {
             option_bytes: self.option_bytes.clamp(2 * STRING_MAX, OPTION_SKIP_MAX),
             queries: self.queries.min(1024),
             // The largest block that an export may want requests to be multiples of.
-            payload: self.payload.max(64 << 10),
+            payload: self.payload.clamp(64 << 10, PAYLOAD_MAX),
             requests: permits(self.requests, 1),
             // A request's share is a piece at most: with less in all it would wait for ever.
             bytes_per_connection: permits(self.bytes_per_connection, PIECE_BYTES),
@@ -111,5 +111,20 @@ impl From<Limits> for SharedLimits {
 
 /// Payloads are moved in pieces of at most this many bytes.
 pub const PIECE_BYTES: usize = 256 << 10;
+/// With its header, the data of an unfragmented read has to fit a length of 32 bits.
+const PAYLOAD_MAX: u32 = 1 << 30;
 /// Longest option data that is read away to answer that it is too long.
 pub(crate) const OPTION_SKIP_MAX: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_of_nearly_4_gib_is_taken_for_one_that_a_reply_can_hold() {
+        let limits = Limits { payload: u32::MAX, ..Limits::default() }.bounded();
+        let length = usize::try_from(limits.payload).unwrap();
+        let answer = crate::chunk::Answer { style: crate::chunk::Style::Structured, cookie: 0, offset: 0 };
+        answer.data(&mut Vec::new(), 0, length, true);
+    }
+}

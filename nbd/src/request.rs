@@ -166,7 +166,7 @@ pub fn check(request: &Request, terms: &Terms) -> Result<Action, Errno> {
             let fast = if features.fast_zero { command_flag::FAST_ZERO } else { 0 };
             fua_flag(features) | command_flag::NO_HOLE | fast
         }
-        command::BLOCK_STATUS if terms.contexts => command_flag::REQ_ONE,
+        command::BLOCK_STATUS if terms.contexts => command_flag::REQ_ONE | fua_flag(features),
         _ => return Err(Errno::Inval),
     };
     let allowed = if command == command::READ { allowed | fua_flag(features) } else { allowed };
@@ -201,8 +201,9 @@ pub fn check(request: &Request, terms: &Terms) -> Result<Action, Errno> {
     if !inside {
         return Err(if writes { Errno::NoSpc } else { Errno::Inval });
     }
-    let aligned = u64::from(features.block_min) - 1;
-    if (offset | length) & aligned != 0 && offset + length != terms.size {
+    // The last block of a disk may be short.
+    let parts = u64::from(features.block_min) - 1;
+    if offset & parts != 0 || (length & parts != 0 && offset + length != terms.size) {
         return Err(Errno::Inval);
     }
     if length == 0 {
@@ -294,6 +295,34 @@ mod tests {
         assert_eq!(check(&request(8, 0, 0, 1), &terms()), Err(Errno::Inval));
         assert_eq!(check(&request(command::READ, 1 << 9, 0, 1), &terms()), Err(Errno::Inval));
         assert_eq!(check(&request(command::WRITE, command_flag::DF, 0, 1), &terms()), Err(Errno::Inval));
+    }
+
+    #[test]
+    fn fua_is_taken_on_every_command_where_it_is_offered() {
+        for command in [0, 1, 3, 4, 5, 6, 7] {
+            let (offset, length) = if command == command::FLUSH { (0, 0) } else { (0, 512) };
+            let request = request(command, command_flag::FUA, offset, length);
+            let offered = Features { prefetch: true, ..Features::WRITABLE };
+            assert!(check(&request, &Terms { features: offered, ..terms() }).is_ok(), "{command}");
+            let not_offered = Features { fua: false, ..offered };
+            assert_eq!(
+                check(&request, &Terms { features: not_offered, ..terms() }),
+                Err(Errno::Inval),
+                "{command}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_the_end_of_the_disk_may_lie_within_a_block() {
+        let features = Features { block_min: 4096, ..Features::WRITABLE };
+        let terms = Terms { size: 10_000, features, ..terms() };
+        for (offset, length, taken) in
+            [(0, 4096, true), (8192, 1808, true), (0, 10_000, true), (5000, 5000, false), (8192, 1000, false)]
+        {
+            let result = check(&request(command::READ, 0, offset, length), &terms);
+            assert_eq!(result.is_ok(), taken, "{length} bytes at {offset}");
+        }
     }
 
     #[test]

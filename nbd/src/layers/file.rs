@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
@@ -35,6 +35,8 @@ struct Shared {
     size: u64,
     features: Features,
     inline: InlineWrites,
+    /// One sync at a time: the kernel tells a failure to one of two that run together, and the other must not claim success.
+    syncing: Mutex<()>,
     failed: AtomicBool,
 }
 
@@ -52,8 +54,9 @@ impl FileDisk {
         } else {
             Features { prefetch: true, fast_zero: true, ..Features::WRITABLE }
         };
-        let (inline, failed) = (InlineWrites::default(), AtomicBool::new(false));
-        Ok(Self { shared: Arc::new(Shared { file, size, features, inline, failed }) })
+        let (inline, syncing) = (InlineWrites::default(), Mutex::default());
+        let failed = AtomicBool::new(false);
+        Ok(Self { shared: Arc::new(Shared { file, size, features, inline, syncing, failed }) })
     }
 
     fn blocking<T, F>(&self, work: F) -> BoxFuture<'_, io::Result<T>>
@@ -75,6 +78,7 @@ impl Shared {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let _alone = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check()?;
         self.file.sync_data().inspect_err(|_| self.failed.store(true, Ordering::Release))
     }
