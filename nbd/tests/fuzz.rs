@@ -15,9 +15,9 @@ use std::time::Duration;
 use bolero::TypeGenerator;
 use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::handshake::{parse_go, parse_queries};
-use bootcache_nbd::layers::MemoryDisk;
+use bootcache_nbd::layers::{DelayDisk, Delays, MemoryDisk};
 use bootcache_nbd::request::{Action, Request, Terms, check};
-use bootcache_nbd::{Export, Features, Limits, Server, Tls, ZeroFlags};
+use bootcache_nbd::{Export, Features, Limits, Server, SharedDisk, Tls, ZeroFlags};
 use seeds::Spoilt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::net::UnixListener;
@@ -52,8 +52,8 @@ fn runtime() -> Runtime {
 }
 
 /// A server on one end of a pipe in memory.
-fn serve(content: Vec<u8>) -> (DuplexStream, tokio::task::JoinHandle<()>) {
-    let export = Export::new("disk", Arc::new(MemoryDisk::from(content)));
+fn serve(disk: SharedDisk) -> (DuplexStream, tokio::task::JoinHandle<()>) {
+    let export = Export::new("disk", disk);
     let server = Server::new(Arc::new(export), Limits::default(), Tls::Off);
     let (near, far) = tokio::io::duplex(64 << 10);
     (near, tokio::spawn(async move { server.serve_stream(far, CancellationToken::new()).await }))
@@ -61,7 +61,11 @@ fn serve(content: Vec<u8>) -> (DuplexStream, tokio::task::JoinHandle<()>) {
 
 /// Says `bytes` and hangs up; returns all that the server said. It must end, and not by a panic.
 async fn say(bytes: &[u8]) -> Vec<u8> {
-    let (near, server) = serve(vec![7; SIZE]);
+    say_to(Arc::new(MemoryDisk::from(vec![7; SIZE])), bytes).await
+}
+
+async fn say_to(disk: SharedDisk, bytes: &[u8]) -> Vec<u8> {
+    let (near, server) = serve(disk);
     let (mut reader, mut writer) = tokio::io::split(near);
     let talk = async {
         let sending = async {
@@ -109,10 +113,14 @@ fn requests_of_any_bytes_get_whole_replies() {
     let openings = seeds::openings();
     let greetings = openings.each_ref().map(|opening| runtime.block_on(say(opening)).len());
     let corpora = [seeds::transmissions(false), seeds::transmissions(false), seeds::transmissions(true)];
-    fuzz(|(style, input): &(u8, Spoilt)| {
+    fuzz(|(style, waits, input): &(u8, bool, Spoilt)| {
         let style = usize::from(*style) % 3;
         let bytes = [openings[style].clone(), input.bytes(&corpora[style])].concat();
-        let said = runtime.block_on(say(&bytes));
+        let memory = Arc::new(MemoryDisk::from(vec![7; SIZE]));
+        // On one that never waits all requests but flushes and the like are answered where they are read.
+        let delays = Delays::all(Duration::from_millis(1));
+        let disk: SharedDisk = if *waits { Arc::new(DelayDisk::new(memory, delays)) } else { memory };
+        let said = runtime.block_on(say_to(disk, &bytes));
         // Simple replies do not tell their length.
         if style > 0 {
             let replies = &said[greetings[style]..];
@@ -200,18 +208,26 @@ fn a_client_of_a_hostile_server_gets_an_answer_or_an_error() {
     let path = dir.path().join("nbd.sock");
     let (runtime, corpus) = (runtime(), seeds::servers());
     let listener = runtime.block_on(async { UnixListener::bind(&path).unwrap() });
-    fuzz(|input: &Spoilt| {
-        let bytes = input.bytes(&corpus);
+    fuzz(|(reconnects, input): &(bool, Spoilt)| {
+        let bytes = Arc::new(input.bytes(&corpus));
         runtime.block_on(async {
             let serve = async {
-                let (stream, _) = listener.accept().await.unwrap();
-                let (mut reader, mut writer) = stream.into_split();
-                let _ = writer.write_all(&bytes).await;
-                drop(writer);
-                let _ = tokio::io::copy(&mut reader, &mut tokio::io::sink()).await;
+                // Until the client has had enough, each time the same.
+                loop {
+                    let (stream, _) = listener.accept().await.unwrap();
+                    let bytes = Arc::clone(&bytes);
+                    tokio::spawn(async move {
+                        let (mut reader, mut writer) = stream.into_split();
+                        let _ = writer.write_all(&bytes).await;
+                        drop(writer);
+                        let _ = tokio::io::copy(&mut reader, &mut tokio::io::sink()).await;
+                    });
+                }
             };
             let ask = async {
-                let policy = Policy { connect_timeout: Duration::from_secs(10), ..Policy::default() };
+                let reconnect = Duration::from_millis(if *reconnects { 500 } else { 0 });
+                let policy =
+                    Policy { connect_timeout: Duration::from_secs(10), reconnect, ..Policy::default() };
                 let client = Client::connect(Address::Unix(path.clone()), "disk", policy).await?;
                 let asked = tokio::join!(client.read(4096, 512), client.status(4096, 8192), client.flush());
                 if let Ok(data) = asked.0 {
@@ -220,7 +236,12 @@ fn a_client_of_a_hostile_server_gets_an_answer_or_an_error() {
                 client.close().await;
                 std::io::Result::Ok(())
             };
-            let both = async { tokio::join!(serve, ask) };
+            let both = async {
+                tokio::select! {
+                    () = serve => unreachable!("it serves for ever"),
+                    asked = ask => asked,
+                }
+            };
             let _ = tokio::time::timeout(Duration::from_secs(60), both).await.expect("the client hangs");
         });
     });

@@ -256,6 +256,51 @@ async fn what_hangs_is_given_up_after_the_time_to_drain() {
     assert!(read.await.unwrap().is_err());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_many_options_are_answered_and_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = serve(dir.path(), "nbd.sock", Arc::new(MemoryDisk::new(4096)), Limits::default());
+    let mut stream = UnixStream::connect(&path).await.unwrap();
+    stream.write_all(b"\0\0\0\x03").await.unwrap();
+    stream.read_exact(&mut [0; 18]).await.unwrap();
+    let mut answered = 0;
+    loop {
+        let _ = stream.write_all(b"IHAVEOPT\0\0\0\x63\0\0\0\0").await;
+        // The header of a reply, and what it says.
+        let mut header = [0; 20];
+        if tokio::time::timeout(LONG, stream.read_exact(&mut header)).await.unwrap().is_err() {
+            break;
+        }
+        let length = u32::from_be_bytes(header[16..].try_into().unwrap());
+        stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
+        answered += 1;
+    }
+    assert_eq!(answered, Limits::default().options);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_of_the_longest_payload_is_taken_and_a_longer_one_ends_the_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let most = Limits::default().payload;
+    let size = most as usize + 4096;
+    let path = serve(dir.path(), "nbd.sock", Arc::new(MemoryDisk::new(size)), Limits::default());
+    let client = Client::connect(Address::Unix(path.clone()), "disk", Policy::default()).await.unwrap();
+    client.write(1, &vec![7; most as usize], false).await.unwrap();
+    assert_eq!(client.read(u64::from(most) - 1, 4).await.unwrap(), [7, 7, 0, 0]);
+
+    let mut stream = kept(&path).await.unwrap();
+    let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+    request.extend([0, 0, 0, 1]);
+    request.resize(24, 0);
+    request.extend((most + 1).to_be_bytes());
+    stream.write_all(&request).await.unwrap();
+    let mut rest = Vec::new();
+    // Not a byte of the payload has been sent: the server must not wait for it.
+    let _ = tokio::time::timeout(LONG, stream.read_to_end(&mut rest)).await.expect("it waits");
+    assert!(rest.is_empty(), "{rest:?}");
+    assert_eq!(client.read(0, 2).await.unwrap(), [0, 7], "nothing of it was written");
+}
+
 /// Once the oldest left whatever it had sent: who only connected, fast enough, shut clients out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_says_nothing_leaves_the_handshake_before_who_does() {

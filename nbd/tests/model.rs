@@ -5,8 +5,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bootcache_nbd::chunk::Style;
@@ -14,7 +15,7 @@ use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::consts::flag::{SEND_CACHE, SEND_FAST_ZERO};
 use bootcache_nbd::disk::STATE_ZERO;
 use bootcache_nbd::layers::{FileDisk, MemoryDisk};
-use bootcache_nbd::{Export, Limits, Server, SharedDisk, Tls, ZeroFlags};
+use bootcache_nbd::{Attempt, BoxFuture, Disk, Export, Features, Limits, Server, SharedDisk, Tls, ZeroFlags};
 use rustix::fs::{FallocateFlags, fallocate};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
@@ -238,6 +239,59 @@ async fn two_clients_on_a_file_agree_with_a_vector_of_bytes() {
     let punch = fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, SIZE.into());
     let trimmed = if punch.is_ok() { Trimmed::Zeroes } else { Trimmed::Untouched };
     two_clients(Arc::new(FileDisk::new(file, false).unwrap()), trimmed).await;
+}
+
+/// Memory that remembers what is durable: what had been written when it was last flushed.
+struct Volatile {
+    memory: MemoryDisk,
+    durable: Mutex<Vec<u8>>,
+}
+
+impl Disk for Volatile {
+    fn size(&self) -> u64 {
+        self.memory.size()
+    }
+
+    fn features(&self) -> Features {
+        Features { multi_conn: true, ..Features::WRITABLE }
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {
+        self.memory.read(offset, buf)
+    }
+
+    fn try_write(&self, offset: u64, data: &[u8]) -> Attempt {
+        self.memory.try_write(offset, data)
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8], fua: bool) -> BoxFuture<'a, io::Result<()>> {
+        self.memory.write(offset, data, fua)
+    }
+
+    fn flush(&self) -> BoxFuture<'_, io::Result<()>> {
+        *self.durable.lock().unwrap() = self.memory.to_vec();
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// What CAN_MULTI_CONN promises.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_on_one_connection_covers_what_was_answered_on_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nbd.sock");
+    let disk = Arc::new(Volatile { memory: MemoryDisk::new(1 << 20), durable: Mutex::default() });
+    let cancel = serve(Arc::clone(&disk) as SharedDisk, &path).await;
+    let connect = || Client::connect(Address::Unix(path.clone()), "disk", Policy::default());
+    let (writer, flusher) = (connect().await.unwrap(), connect().await.unwrap());
+    assert!(flusher.description().can_multi_conn());
+    for round in 1..100_u8 {
+        // Short and long ones are written in different ways.
+        let length = if round % 2 == 0 { 4096 } else { 300 << 10 };
+        writer.write(0, &vec![round; length], false).await.unwrap();
+        flusher.flush().await.unwrap();
+        assert!(disk.durable.lock().unwrap()[..length].iter().all(|byte| *byte == round), "round {round}");
+    }
+    cancel.cancel();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -193,6 +193,40 @@ fn a_server_that_requires_tls_serves_no_one_without_it_and_no_stranger() {
     assert_eq!(rest.len(), 18, "only the greeting is expected");
 }
 
+/// Our client and the tools take TLS 1.3 of two that know both.
+#[test]
+fn a_foreign_client_that_knows_tls_1_2_only_is_served() {
+    if !have("qemu-img") {
+        return;
+    }
+    let served = Served::new(Tls::Required);
+    let dir = served.dir.path().display();
+    let reference = served.dir.path().join("reference.raw").display().to_string();
+    let image = format!(
+        "driver=nbd,server.type=inet,server.host=localhost,server.port={},export=disk,tls-creds=tls0",
+        served.port
+    );
+    let compare = |versions: &str| {
+        let object =
+            format!("tls-creds-x509,id=tls0,endpoint=client,dir={dir},priority=NORMAL:-VERS-ALL:{versions}");
+        output(
+            "qemu-img",
+            &[
+                "compare",
+                "--object",
+                &object,
+                "--image-opts",
+                &image,
+                &format!("driver=raw,file.driver=file,file.filename={reference}"),
+            ],
+        )
+    };
+    for (versions, is_served) in [("+VERS-TLS1.2", true), ("+VERS-TLS1.3", true), ("+VERS-TLS1.1", false)] {
+        let compared = compare(versions);
+        assert_eq!(compared.status.success(), is_served, "{versions}: {compared:?}");
+    }
+}
+
 /// What was sent in plain text behind STARTTLS must not count as said under TLS.
 #[test]
 fn options_that_were_sent_ahead_of_the_tls_handshake_are_not_answered() {
