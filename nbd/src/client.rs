@@ -9,6 +9,7 @@
 //! The server is not trusted: every length, offset and cookie that it sends is checked, and what does not fit ends
 //! the connection with an error.
 
+mod call;
 mod link;
 mod lost;
 mod negotiation;
@@ -19,7 +20,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use link::{Call, Link};
+use call::Call;
+use link::Link;
 use lost::Changes;
 pub use negotiation::{ExportDescription, HandshakeError, handshake};
 

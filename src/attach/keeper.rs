@@ -5,12 +5,13 @@
 //! one cannot have the sockets. It holds a connection of its own ready and offers it to the kernel again and again, which
 //! takes it as soon as one of its own is dead, whoever ended that.
 
+mod connections;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use bootcache_nbd::consts::flag;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tokio::time::sleep;
@@ -19,7 +20,7 @@ use tracing::{info, warn};
 
 use super::ioctl::{self, Session};
 use super::netlink::{Kernel, KernelError, Setup};
-use super::opening::{self, Opened};
+use super::opening::Opened;
 use super::table::KeeperLock;
 use super::{AttachError, Device, Entry, Options, Table, Way};
 
@@ -267,16 +268,6 @@ impl Keeper<'_> {
         Ok(())
     }
 
-    /// A device keeps its size: a server with another one is not what it was attached to.
-    fn same_size(&self, entry: &Entry, opened: &Opened) -> Result<(), AttachError> {
-        let size = self.setup(opened).size;
-        if size == entry.size {
-            return Ok(());
-        }
-        warn!(device = %entry.device, size, "the export has another size now; not reconnected");
-        Err(AttachError::Kernel(io::Error::other("the export has changed its size").into()))
-    }
-
     async fn by_ioctl(
         &self,
         stop: &CancellationToken,
@@ -317,51 +308,6 @@ impl Keeper<'_> {
             size: setup.size,
             read_only: !setup.is_writable(),
             keeper: std::process::id(),
-        }
-    }
-
-    fn setup(&self, opened: &Opened) -> Setup {
-        Setup {
-            index: self.options.device.map(|device| device.0),
-            size: opened.description.size / u64::from(BLOCK_SIZE) * u64::from(BLOCK_SIZE),
-            block_size: BLOCK_SIZE,
-            flags: opened.description.flags,
-            dead_connection_timeout: self.options.patience,
-            backend: Entry::backend(&self.options.name),
-        }
-    }
-
-    /// The first connection, and as many more as are wanted and the server takes.
-    async fn open_all(&self) -> Result<(Setup, Vec<UnixStream>), AttachError> {
-        let first = self.open().await?;
-        let setup = self.setup(&first);
-        let mut sockets = vec![first.socket];
-        if setup.flags & flag::CAN_MULTI_CONN != 0 {
-            while sockets.len() < self.options.connections {
-                sockets.push(self.open().await?.socket);
-            }
-        }
-        Ok((setup, sockets))
-    }
-
-    async fn open(&self) -> Result<Opened, AttachError> {
-        let Options { socket, name, .. } = self.options;
-        opening::open(socket, name).await.map_err(|error| AttachError::Server {
-            name: name.clone(),
-            socket: socket.display().to_string(),
-            error,
-        })
-    }
-
-    /// Opens a connection, however long it takes until there is a server. A refusal may pass too: a server that has just
-    /// started may not know all its exports.
-    async fn open_patiently(&self) -> Result<Opened, AttachError> {
-        let patience = tokio::time::Instant::now() + self.options.patience;
-        loop {
-            match self.open().await {
-                Err(_) if tokio::time::Instant::now() < patience => sleep(LOOK).await,
-                result => return result,
-            }
         }
     }
 }
