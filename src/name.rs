@@ -77,11 +77,13 @@ name_type!(
 );
 
 name_type!(
-    /// The name of a VM, host, node, network or group: `[a-z0-9-]{1,63}`.
+    /// The name of a VM, host, node, network or group: `[a-z0-9][a-z0-9-]{0,62}`.
     HostName,
     "VM or host",
-    "1 to 63 of a-z 0-9 -",
-    |b| (1..=63).contains(&b.len()) && b.iter().all(|c| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+    "1 to 63 of a-z 0-9 - and begin with a letter or digit",
+    |b| (1..=63).contains(&b.len())
+        && b[0] != b'-'
+        && b.iter().all(|c| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'-'))
 );
 
 #[cfg(test)]
@@ -97,6 +99,7 @@ mod tests {
             assert!(good.parse::<ImageName>().is_ok(), "{good:?}");
         }
         assert!("vm.1".parse::<HostName>().is_err());
+        assert!("-rf".parse::<HostName>().is_err());
         assert!("vm-1".parse::<HostName>().is_ok());
     }
 

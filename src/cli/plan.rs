@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use bootcache::plan::check::check_templates;
 use bootcache::plan::read::Located;
 use bootcache::plan::{Plan, TEXT_BYTES_MAX, read};
 use serde::Serialize;
@@ -41,7 +42,10 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
     let text = text(path)?;
     let result = read::parse(&text).map_err(Problem::Mistakes).and_then(|mut plan| {
         templates(path, &mut plan).map_err(Problem::Other)?;
-        Ok(plan)
+        match check_templates(&plan) {
+            mistakes if mistakes.is_empty() => Ok(plan),
+            mistakes => Err(Problem::Mistakes(read::located(&text, mistakes))),
+        }
     });
     let mistakes = match &result {
         Ok(_) => Vec::new(),

@@ -18,7 +18,8 @@ use quick_xml::Reader;
 use quick_xml::escape::escape;
 use quick_xml::events::Event;
 
-use super::domain::Domain;
+use super::domain::{Domain, DomainDisk};
+use crate::qemu::Accelerator;
 
 /// Places without which the instance would not be the one that was asked for.
 const NEEDED: [&str; 4] = ["NAME", "UUID", "DISK", "NICS"];
@@ -51,6 +52,23 @@ pub enum TemplateError {
     /// What comes of it is XML, but not this domain.
     #[error("the template's <domain> must have <name>@NAME@</name> and <uuid>@UUID@</uuid>")]
     NotTheDomain,
+}
+
+/// Whether a template can be filled, whatever the domain.
+pub fn check(template: &str) -> Result<(), TemplateError> {
+    let any = Domain {
+        name: "any".parse().expect("it is a name"),
+        memory_mib: 1,
+        cpus: 1,
+        accelerator: Accelerator::Tcg,
+        emulator: "/any".into(),
+        disk: DomainDisk::Block("/any".into()),
+        cards: Vec::new(),
+        serial: "/any".into(),
+        facts: Vec::new(),
+        guest_agent: false,
+    };
+    fill(template, &any, Path::new("/any")).map(drop)
 }
 
 /// Fills a template for the owner's domain.
@@ -145,8 +163,7 @@ fn is_domain(xml: &str, name: &str, uuid: &str) -> Result<bool, TemplateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::domain::{Card, DomainDisk};
-    use crate::qemu::Accelerator;
+    use crate::hypervisor::domain::Card;
 
     const TEMPLATE: &str = "<domain type='@TYPE@'>\n<name>@NAME@</name><uuid>@UUID@</uuid>\n\
         <memory unit='MiB'>@MEMORY_MIB@</memory><vcpu>@CPUS@</vcpu>@FACTS@\n\
@@ -201,6 +218,7 @@ mod tests {
             (" ".repeat(TEMPLATE_BYTES_MAX + 1), TemplateError::TooLong),
         ];
         for (template, expected) in cases {
+            assert_eq!(check(&template).unwrap_err(), expected, "{template}");
             assert_eq!(filled(&template).unwrap_err(), expected, "{template}");
         }
         for broken in [&TEMPLATE[..TEMPLATE.len() - 9], &TEMPLATE.replace("</vcpu>", "</cpu>")] {

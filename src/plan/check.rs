@@ -5,19 +5,23 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::{Card, Group, GroupNodes, INSTANCES_MAX, Network, PARTS_MAX, Plan, UntilUp};
-use crate::hypervisor::InstanceType;
+use crate::hypervisor::{InstanceType, template};
 use crate::name::HostName;
 
 /// Most virtual processors of an instance.
 const CPUS_MAX: u32 = 256;
 /// Least and most memory of an instance, in MiB.
 const MEMORY_MIB: std::ops::RangeInclusive<u32> = 4..=(4 << 20);
+/// The least memory that Docker gives a container, in MiB.
+const CONTAINER_MEMORY_MIB: u32 = 6;
 /// Least and most disk of a VM, in MiB: no more than an image may have, so that it can become one.
 const DISK_MIB: std::ops::RangeInclusive<u32> = 1..=(8 << 20);
 /// Most network cards of an instance.
 const CARDS_MAX: usize = 8;
 /// Longest name of a network card of Linux (IFNAMSIZ - 1).
 const INTERFACE_BYTES_MAX: usize = 15;
+/// The rule for names of network devices.
+const DEVICE_RULE: &str = "1 to 15 letters, digits, '-', '_' or '.', and does not begin with '-'";
 /// The longest instance name is PLAN-TASK-GROUP-NUMBER: this leaves 19 digits for the task and 5 for the number.
 const NAMES_BYTES_MAX: usize = 63 - 19 - 5 - 3;
 
@@ -121,6 +125,19 @@ pub fn check(plan: &Plan) -> Vec<Mistake> {
     mistakes
 }
 
+/// What is wrong with the templates of `plan`, once they are text: [`check`] sees a plan file, which has their paths.
+pub fn check_templates(plan: &Plan) -> Vec<Mistake> {
+    let templates = plan.groups.iter().enumerate();
+    let templates = templates.filter_map(|(index, group)| Some((index, group.template.as_deref()?)));
+    let wrong = templates.filter_map(|(index, text)| Some((index, template::check(text).err()?)));
+    wrong
+        .map(|(index, error)| Mistake {
+            path: vec![Step::Key("groups".into()), Step::Index(index), Step::Key("template".into())],
+            message: error.to_string(),
+        })
+        .collect()
+}
+
 fn twice(place: &mut Place<'_>, names: &[HostName]) {
     let mut seen = BTreeSet::new();
     for name in names {
@@ -144,6 +161,10 @@ fn networks(plan: &Plan, place: &mut Place<'_>) {
         {
             place.key("subnet").wrong(format!("its addresses overlap with those of network '{other}'"));
         }
+        let shares = |other: &Network| network.bridge.is_some() && other.bridge == network.bridge;
+        if let Some((other, _)) = all[..index].iter().find(|(_, other)| shares(other)) {
+            place.key("bridge").wrong(format!("it is the bridge of network '{other}' too"));
+        }
         if network.vlan.is_some_and(|vlan| !(1..=4094).contains(&vlan)) {
             place.key("vlan").wrong("a VLAN is a number from 1 to 4094");
         }
@@ -158,12 +179,13 @@ fn interface_names(network: &Network, place: &mut Place<'_>) {
     let sound = |name: &str| {
         let characters = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
         let dots = name == "." || name == "..";
-        (1..=INTERFACE_BYTES_MAX).contains(&name.len()) && name.bytes().all(characters) && !dots
+        let length = (1..=INTERFACE_BYTES_MAX).contains(&name.len());
+        length && name.bytes().all(characters) && !dots && !name.starts_with('-')
     };
     if let Some(bridge) = &network.bridge
         && !sound(bridge)
     {
-        place.key("bridge").wrong("the name of a bridge has 1 to 15 letters, digits, '-', '_' or '.'");
+        place.key("bridge").wrong(format!("the name of a bridge has {DEVICE_RULE}"));
     }
     let cards: Vec<&String> = match &network.uplink {
         None => Vec::new(),
@@ -171,7 +193,7 @@ fn interface_names(network: &Network, place: &mut Place<'_>) {
         Some(super::Uplink::PerNode(cards)) => cards.values().collect(),
     };
     if cards.into_iter().any(|card| !sound(card)) {
-        place.key("uplink").wrong("the name of a network card has 1 to 15 letters, digits, '-', '_' or '.'");
+        place.key("uplink").wrong(format!("the name of a network card has {DEVICE_RULE}"));
     }
     if network.vlan.is_some() && network.uplink.is_none() && network.bridge.is_none() {
         place.key("vlan").wrong("a VLAN is one of an uplink: say which card, with uplink");
@@ -219,6 +241,9 @@ fn group(plan: &Plan, group: &Group, place: &mut Place<'_>) {
             MEMORY_MIB.start(),
             MEMORY_MIB.end() >> 20
         ));
+    }
+    if group.kind == InstanceType::Container && group.memory.0 < CONTAINER_MEMORY_MIB {
+        place.key("memory").wrong(format!("Docker gives a container {CONTAINER_MEMORY_MIB} MiB at least"));
     }
     if group.disk.is_some_and(|disk| !DISK_MIB.contains(&disk.0)) {
         place.key("disk").wrong(format!(
@@ -351,9 +376,30 @@ mod tests {
     }
 
     #[test]
+    fn a_template_that_no_domain_can_come_of_is_told_with_its_group() {
+        let sound = "<domain><name>@NAME@</name><uuid>@UUID@</uuid><devices>@DISK@@NICS@</devices></domain>";
+        for (text, expected) in [
+            (sound.to_owned(), None),
+            (sound.replace("@DISK@", ""), Some("groups[0].template: the template has no @DISK@")),
+            (sound.replace("@DISK@", "@DISK@@X@"), Some("groups[0].template: the template's line 1: @X@")),
+            (sound.replace("</devices>", ""), Some("groups[0].template: the template is not XML")),
+        ] {
+            let mut sample: Plan =
+                toml::from_str("name = 'lab'\n[[groups]]\nname = 'web'\ntype = 'vm'\nimage = 'debian'")
+                    .unwrap();
+            sample.groups[0].template = Some(text.clone());
+            let found: Vec<_> = check_templates(&sample).iter().map(ToString::to_string).collect();
+            match expected {
+                None => assert!(found.is_empty(), "{found:?}"),
+                Some(start) => assert!(found[0].starts_with(start), "{found:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn every_mistake_is_told_with_its_place() {
         type Change = fn(&mut Plan);
-        let cases: [(&str, Change); 21] = [
+        let cases: [(&str, Change); 24] = [
             ("groups: a plan has 1 to 256 groups", |p| p.groups.clear()),
             ("groups: a plan has at most 10000 instances", |p| p.groups[0].count = Some(1_000_000_000)),
             ("groups[0].count: 0 instances", |p| p.groups[0].count = Some(0)),
@@ -383,6 +429,14 @@ mod tests {
                 network(p).bridge = Some("br0".into());
             }),
             ("networks.lan.bridge: the name of a bridge", |p| network(p).bridge = Some("a/b".into())),
+            ("networks.lan.bridge: the name of a bridge", |p| network(p).bridge = Some("-br".into())),
+            ("networks.wan.bridge: it is the bridge of network 'lan' too", |p| {
+                network(p).bridge = Some("br0".into());
+                let subnet = "10.0.9.0/24".parse().unwrap();
+                let wan = Network { subnet, gateway: None, ..network(p).clone() };
+                p.networks.insert("wan".parse().unwrap(), wan);
+            }),
+            ("groups[1].memory: Docker gives a container 6 MiB", |p| p.groups[1].memory.0 = 5),
             ("groups[0].cpus: an instance has", |p| p.groups[0].cpus = 0),
             ("groups[0].memory: an instance has", |p| p.groups[0].memory.0 = 1),
             ("groups[0].disk: a disk has 1 MiB to 8 TiB", |p| {

@@ -106,6 +106,9 @@ fn can_run(node: &NodeFacts, group: &Group) -> Result<(), String> {
         Err(format!("node '{}' is offline", node.name))
     } else if !node.kinds.contains(&group.kind) {
         Err(format!("node '{}' runs no {}s", node.name, group.kind))
+    } else if group.kind == InstanceType::Container && group.cpus > node.cpus {
+        // Docker refuses that; a VM's processors are threads.
+        Err(format!("{} processors are more than node '{}' has ({})", group.cpus, node.name, node.cpus))
     } else if u64::from(group.memory.0) > node.memory_mib {
         Err(format!(
             "{} MiB of memory are more than node '{}' has ({} MiB)",
