@@ -21,8 +21,10 @@ use crate::wire::io::WireError;
 use crate::wire::link::{self, Answer, Arrived};
 use crate::wire::warnings::Warnings;
 
-/// Connections at once: the controller needs one.
+/// Connections of a controller at once: it needs one.
 const CONNECTIONS_MAX: usize = 16;
+/// Connections at once of which it is not known yet whose they are: strangers take none of the controller's places.
+const STRANGERS_MAX: usize = 64;
 /// How long a data plane may take to say what it has.
 const DATA_PLANE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes of instances' reasons in one state, so that it fits a frame however many have failed.
@@ -30,20 +32,28 @@ const REASONS_BYTES_MAX: usize = 256 << 10;
 
 /// Serves the controller until the agent ends.
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
-    let (places, warnings) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Warnings::default()));
+    let (halls, warnings) = (Arc::new(Semaphore::new(STRANGERS_MAX)), Arc::new(Warnings::default()));
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let accepted = tokio::select! {
             () = shared.cancel.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
+        let accepted = (accepted, Arc::clone(&halls).try_acquire_owned());
         match accepted {
-            (Ok((stream, from)), Ok(place)) => {
-                let (owner, warnings) = (Arc::clone(&shared), Arc::clone(&warnings));
+            (Ok((stream, from)), Ok(hall)) => {
+                let (owner, warnings, places) =
+                    (Arc::clone(&shared), Arc::clone(&warnings), Arc::clone(&places));
                 shared.tasks.spawn(async move {
                     let shared = owner;
                     match shared.options.security.accept_from(stream).await {
                         Ok((stream, caller)) if caller.is(Role::Controller) => {
+                            let Ok(_place) = places.try_acquire() else {
+                                return warnings.tell(format_args!(
+                                    "more than {CONNECTIONS_MAX} connections of the controller: that from {from} is closed"
+                                ));
+                            };
+                            drop(hall);
                             converse(&shared, stream, from, &warnings).await;
                         }
                         Ok(_) => warnings
@@ -52,11 +62,10 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
                             warnings.tell(format_args!("a connection from {from} is refused: {error}"))
                         }
                     }
-                    drop(place);
                 });
             }
             (Ok((_, from)), Err(_)) => warnings
-                .tell(format_args!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")),
+                .tell(format_args!("more than {STRANGERS_MAX} connections: that from {from} is closed")),
             (Err(error), _) => {
                 warn!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;

@@ -17,7 +17,7 @@ use crate::peer::transport::Transport;
 
 /// How long a connection may be silent before its answering side closes it.
 const IDLE_MAX: Duration = Duration::from_secs(120);
-/// How long a frame may take once it has begun to arrive, and a reply to be taken.
+/// How long a reply may take to be taken.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a call was not answered, or was refused.
