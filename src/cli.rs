@@ -121,8 +121,8 @@ enum Command {
     Deploy(deploy::DeployArgs),
     /// End what `deploy` started
     End(deploy::EndArgs),
-    /// List the nodes of the cluster
-    Nodes(list::Args),
+    /// List the nodes of the cluster, or forget one that is gone
+    Nodes(list::NodesArgs),
     /// List the images of the cluster, and who has them
     Images(list::Args),
     /// List what was deployed

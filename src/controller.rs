@@ -43,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::choose::{Chooser, Draw, Item, Load, Weights};
+use crate::name::HostName;
 use crate::peer::transport::{PlainRefused, Security};
 use crate::plan::Plan;
 use crate::wire::cluster::{Found, Prefetch, Query};
@@ -164,6 +165,7 @@ struct Shared {
     database: Database,
     nodes: nodes::Nodes,
     told: round::Told,
+    notices: round::Notices,
     /// When this controller began to ask.
     started_ms: u64,
     /// The cluster's identity.
@@ -243,6 +245,7 @@ impl Controller {
         let shared = Arc::new(Shared {
             nodes: nodes::Nodes::new(options.security.clone()),
             told: round::Told::default(),
+            notices: round::Notices::default(),
             started_ms: seed,
             options,
             database,
@@ -310,6 +313,14 @@ impl Controller {
     /// [`DeployError`].
     pub async fn prefetch(&self, prefetch: Prefetch) -> Result<(), DeployError> {
         deploy::prefetch(&self.shared, prefetch).await
+    }
+
+    /// Forgets a node that is offline: its instances are given up, and its name is free again.
+    ///
+    /// # Errors
+    /// [`DeployError::NoNode`], [`DeployError::NodeOnline`].
+    pub async fn forget(&self, node: HostName) -> Result<(), DeployError> {
+        deploy::forget(&self.shared, node).await
     }
 
     /// Ends the controller, not what it has deployed; returns when its last request has been answered.

@@ -401,6 +401,7 @@ fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
             ("End", encoded(say::End { task: 1000 })),
             ("Query", encoded(say::Query::instances(Some(1)))),
             ("Prefetch", encoded(prefetch)),
+            ("Forget", encoded(say::Forget { node: "n9".parse().expect("a name") })),
         ],
         vec![
             ("AskNode", encoded(say::AskNode {})),

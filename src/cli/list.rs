@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::bail;
-use bootcache::wire::cluster::{Found, ImageRow, InstanceRow, InstanceStatus, NodeRow, Query, TaskRow};
+use bootcache::name::HostName;
+use bootcache::wire::cluster::{
+    Forget, Found, ImageRow, InstanceRow, InstanceStatus, NodeRow, Query, TaskRow,
+};
 use comfy_table::{Table, presets};
 use indicatif::{HumanBytes, HumanDuration};
 
@@ -18,6 +21,26 @@ pub(crate) struct Args {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct NodesArgs {
+    #[command(subcommand)]
+    command: Option<NodesCommand>,
+    #[command(flatten)]
+    controller: ControllerArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum NodesCommand {
+    /// Forget a node that is offline and does not come back: its instances are given up
+    Forget {
+        /// The node
+        node: HostName,
+        #[command(flatten)]
+        controller: ControllerArgs,
+    },
+}
+
+#[derive(Debug, clap::Args)]
 pub(crate) struct OfTask {
     /// Only this task's
     task: Option<i64>,
@@ -25,7 +48,18 @@ pub(crate) struct OfTask {
     controller: ControllerArgs,
 }
 
-pub(crate) fn nodes(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn nodes(globals: &super::Globals, args: &NodesArgs) -> anyhow::Result<ExitCode> {
+    if let Some(NodesCommand::Forget { node, controller }) = &args.command {
+        return super::block_on(async {
+            controller.connect(globals).await?.call(&Forget { node: node.clone() }).await?;
+            if globals.json {
+                println!("{}", serde_json::json!({ "forgotten": node }));
+            } else {
+                println!("node '{node}' is forgotten: when it comes back, it is a new one");
+            }
+            Ok(ExitCode::SUCCESS)
+        });
+    }
     list(globals, &args.controller, Query::nodes())
 }
 

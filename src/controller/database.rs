@@ -18,7 +18,8 @@ mod round;
 mod tasks;
 
 pub(super) use hosts::{
-    Host, all as all_hosts, id_of as host_id, loads, register as register_host, rows as node_rows, set_peer,
+    Forgotten, Host, all as all_hosts, forget, id_of as host_id, loads, register as register_host,
+    rows as node_rows, set_peer,
 };
 pub(super) use images::{
     Holder, find as find_image, holders, nowhere, register as register_images, rows as image_rows,

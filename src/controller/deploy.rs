@@ -3,15 +3,17 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use futures_util::StreamExt;
+
 use super::database::{self, NewTask, Page};
 use super::{DatabaseError, Shared, dispatch, now_ms};
 use crate::hypervisor::InstanceType;
 use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
-use crate::plan::check::{Mistake, Step, check};
+use crate::plan::check::{Mistake, Step, check, check_templates};
 use crate::plan::expand::{Context, expand};
 use crate::plan::place::{NodeFacts, place};
-use crate::plan::{Group, Plan};
+use crate::plan::{Group, Plan, UntilUp};
 use crate::wire::cluster::{Found, INSTANCES_MAX, Needed, NodeRow, Part, Prefetch, Query, RunPart};
 use crate::wire::frame::CONTROL_PAYLOAD_MAX;
 use crate::wire::link::CallError;
@@ -43,14 +45,12 @@ pub enum DeployError {
     /// There is no such node.
     #[error("there is no node '{0}': `bootcache nodes` shows those there are")]
     NoNode(HostName),
-    /// A node did not do it.
-    #[error("node '{node}': {error}")]
-    Node {
-        /// The node.
-        node: HostName,
-        /// What it says.
-        error: CallError,
-    },
+    /// The node is online: it would be back at once.
+    #[error("node '{0}' is online: end its agent first")]
+    NodeOnline(HostName),
+    /// Nodes that did not do it, and what each says; the others did.
+    #[error("{}", .0.iter().map(|(node, error)| format!("node '{node}': {error}")).collect::<Vec<_>>().join("\n"))]
+    Nodes(Vec<(HostName, CallError)>),
     /// The database.
     #[error(transparent)]
     Database(#[from] DatabaseError),
@@ -81,6 +81,14 @@ pub(super) async fn deploy(shared: &Arc<Shared>, request: &str, plan: Plan) -> R
         if !mistakes.is_empty() {
             return Err(DeployError::Plan(mistakes));
         }
+    }
+    let mut mistakes = check_templates(&plan);
+    let waits = |group: &Group| group.until == UntilUp::Report && shared.report.is_none();
+    mistakes.extend(plan.groups.iter().enumerate().filter(|(_, group)| waits(group)).map(|(index, _)| {
+        mistake(index, "until", "guests cannot report to this controller: start it with --report ADDR:PORT")
+    }));
+    if !mistakes.is_empty() {
+        return Err(DeployError::Plan(mistakes));
     }
     let (request, owner) = (request.to_owned(), Arc::clone(shared));
     let task = shared
@@ -263,16 +271,33 @@ pub(super) async fn prefetch(shared: &Arc<Shared>, prefetch: Prefetch) -> Result
             if let Some(missing) = nodes.iter().find(|node| hosts.iter().all(|host| host.name != **node)) {
                 return Err(DeployError::NoNode(missing.clone()));
             }
-            let chosen = |host: &&database::Host| {
-                if nodes.is_empty() { host.online } else { nodes.contains(&host.name) }
-            };
-            for host in hosts.iter().filter(chosen) {
-                let node = || host.name.clone();
-                dispatch::fetch(shared, host, &image, boot_only)
-                    .await
-                    .map_err(|error| DeployError::Node { node: node(), error })?;
-            }
-            Ok(())
+            let chosen = hosts.into_iter().filter(|host| match nodes.is_empty() {
+                true => host.online,
+                false => nodes.contains(&host.name),
+            });
+            let failed: Vec<_> = futures_util::stream::iter(chosen.collect::<Vec<_>>())
+                .map(|host| {
+                    let (shared, image) = (Arc::clone(shared), image.clone());
+                    async move {
+                        let fetched = dispatch::fetch(&shared, &host, &image, boot_only).await;
+                        fetched.err().map(|error| (host.name, error))
+                    }
+                })
+                .buffer_unordered(dispatch::AT_ONCE)
+                .filter_map(std::future::ready)
+                .collect()
+                .await;
+            if failed.is_empty() { Ok(()) } else { Err(DeployError::Nodes(failed)) }
         }
+    }
+}
+
+/// Forgets a node that is offline.
+pub(super) async fn forget(shared: &Shared, node: HostName) -> Result<(), DeployError> {
+    let name = node.clone();
+    match shared.database.run(move |tx| database::forget(tx, &name, now_ms())).await? {
+        database::Forgotten::Gone => Ok(()),
+        database::Forgotten::Online => Err(DeployError::NodeOnline(node)),
+        database::Forgotten::Unknown => Err(DeployError::NoNode(node)),
     }
 }

@@ -20,7 +20,7 @@ const END_PAUSE: Duration = Duration::from_millis(300);
 /// How soon a node that lacks a boot cache is asked again to fetch it: it may be fetching.
 const STANDING_PAUSE: Duration = Duration::from_secs(10);
 /// Nodes that are given orders at once.
-const AT_ONCE: usize = 64;
+pub(super) const AT_ONCE: usize = 64;
 
 /// Gives orders whenever there may be some, until the controller ends.
 pub(super) async fn run(shared: Arc<Shared>) {

@@ -1,6 +1,6 @@
 //! The heartbeat: every node is asked how it is, and the answers of a whole round are written down in one transaction.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -42,6 +42,22 @@ impl Told {
     }
 }
 
+/// What is wrong for longer is warned of once, when it begins.
+#[derive(Debug, Default)]
+pub(super) struct Notices {
+    told: Mutex<BTreeSet<String>>,
+}
+
+impl Notices {
+    /// What is wrong now; gives what was not before.
+    fn renew(&self, now: BTreeSet<String>) -> Vec<String> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = now.difference(&told).cloned().collect();
+        *told = now;
+        new
+    }
+}
+
 /// Asks all nodes again and again until the controller ends.
 pub(super) async fn run(shared: Arc<Shared>) {
     let mut ticks = tokio::time::interval(shared.options.poll);
@@ -72,6 +88,7 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
         .collect()
         .await;
     let silence = u64::try_from(shared.options.silence.as_millis()).unwrap_or(u64::MAX);
+    let others: Vec<String> = heard.iter().filter_map(|node| node.other.clone()).collect();
     let owner = Arc::clone(shared);
     let write = move |tx: &database::Tx<'_>| {
         owner.told.leave_out(&mut heard);
@@ -85,8 +102,11 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
     for node in &outcome.back {
         info!("node '{node}' is back");
     }
-    for (node, image) in &outcome.strangers {
-        warn!("node '{node}' has another image called '{image}' than the cluster: it is not used");
+    let strangers = outcome.strangers.iter().map(|(node, image)| {
+        format!("node '{node}' has another image called '{image}' than the cluster: it is not used")
+    });
+    for notice in shared.notices.renew(strangers.chain(others).collect()) {
+        warn!("{notice}");
     }
     for (host_id, task) in outcome.orphans {
         let Some(host) = hosts.iter().find(|host| host.id == host_id) else { continue };
@@ -103,15 +123,15 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
 async fn ask(shared: &Shared, host: Host, accepted: Vec<i64>) -> Heard {
     let answer = shared.nodes.call(host.address, &AskNode {}, ANSWER_TIMEOUT).await;
     let at = Instant::now();
-    let silent = Heard { host_id: host.id, at, accepted: Vec::new(), peer: None, state: None };
+    let silent = Heard { host_id: host.id, at, accepted: Vec::new(), other: None, peer: None, state: None };
     match answer {
         Ok(state) if state.node == host.name => {
             let peer = peer_address(&state, host.address);
             Heard { accepted, peer, state: Some(state), ..silent }
         }
         Ok(state) => {
-            warn!("at {} there is node '{}', not '{}'", host.address, state.node, host.name);
-            silent
+            let other = format!("at {} there is node '{}', not '{}'", host.address, state.node, host.name);
+            Heard { other: Some(other), ..silent }
         }
         Err(error) => {
             if host.online {
@@ -133,4 +153,20 @@ pub(super) fn resolved(mut peer: SocketAddr, agent: SocketAddr) -> Option<Socket
         peer.set_ip(agent.ip());
     }
     (peer.port() != 0).then_some(peer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stays_wrong_is_told_once_and_again_when_it_comes_back() {
+        let notices = Notices::default();
+        let renew = |texts: &[&str]| notices.renew(texts.iter().map(|text| (*text).to_owned()).collect());
+        assert_eq!(renew(&["a"]), ["a"]);
+        assert_eq!(renew(&["a", "b"]), ["b"]);
+        assert!(renew(&["a", "b"]).is_empty());
+        assert!(renew(&["b"]).is_empty());
+        assert_eq!(renew(&["a", "b"]), ["a"]);
+    }
 }

@@ -13,7 +13,7 @@ use crate::name::HostName;
 use crate::peer::transport::{Caller, Transport};
 use crate::tls::Role;
 use crate::wire::cluster::{
-    AskNode, Deploy, Deployed, Done, End, Fault, FaultCode, InstancesChanged, Prefetch, Query,
+    AskNode, Deploy, Deployed, Done, End, Fault, FaultCode, Forget, InstancesChanged, Prefetch, Query,
     RegisterCompute, RegisterImage, Registered,
 };
 use crate::wire::frame::FrameType;
@@ -146,6 +146,11 @@ async fn handle(shared: &Arc<Shared>, caller: &Caller, from: SocketAddr, request
             deploy::prefetch(shared, request.body()?).await?;
             request.reply::<Prefetch>(Done {})
         }
+        FrameType::FORGET => {
+            allow_user(caller, from)?;
+            deploy::forget(shared, request.body::<Forget>()?.node).await?;
+            request.reply::<Forget>(Done {})
+        }
         _ => Err(request.unknown()),
     }
 }
@@ -211,7 +216,8 @@ async fn register(
                     let host_id = database::register_host(tx, &body, address, now_ms())?;
                     let parts = accepted.into_iter().filter(|(host, _)| *host == host_id);
                     let accepted = parts.map(|(_, task)| task).collect();
-                    let heard = database::Heard { host_id, at, accepted, peer, state: Some(state) };
+                    let heard =
+                        database::Heard { host_id, at, accepted, other: None, peer, state: Some(state) };
                     database::write_round(tx, &[heard], now_ms(), 0, 0)?;
                     Ok(host_id)
                 })
@@ -230,16 +236,12 @@ async fn register_images(shared: &Arc<Shared>, body: RegisterImage) -> Result<()
         return Err(not_registered(&body.node));
     };
     let peer = body.peer.and_then(|peer| round::resolved(peer, host.address));
-    let strangers = shared
-        .database
-        .run(move |tx| {
-            database::set_peer(tx, host.id, peer)?;
-            database::register_images(tx, host.id, &body.images)
-        })
-        .await?;
-    for image in strangers {
-        warn!("node '{}' has another image called '{image}' than the cluster: it is not used", host.name);
-    }
+    let register = move |tx: &database::Tx<'_>| {
+        database::set_peer(tx, host.id, peer)?;
+        database::register_images(tx, host.id, &body.images)
+    };
+    // Those that have another image than the cluster by a name are told of by the heartbeat.
+    shared.database.run(register).await?;
     Ok(())
 }
 
@@ -263,9 +265,9 @@ impl From<DatabaseError> for Fault {
 impl From<DeployError> for Fault {
     fn from(error: DeployError) -> Self {
         let code = match &error {
-            DeployError::Plan(_) | DeployError::Request => FaultCode::Invalid,
+            DeployError::Plan(_) | DeployError::Request | DeployError::NodeOnline(_) => FaultCode::Invalid,
             DeployError::NoTask(_) | DeployError::NoImage(_) | DeployError::NoNode(_) => FaultCode::NotFound,
-            DeployError::Node { .. } | DeployError::Database(_) => FaultCode::Failed,
+            DeployError::Nodes(_) | DeployError::Database(_) => FaultCode::Failed,
         };
         Self::new(code, error.to_string())
     }

@@ -412,6 +412,7 @@ async fn an_answer_older_than_an_order_or_a_change_takes_nothing_back() {
         host_id: 1,
         at: std::time::Instant::now(),
         accepted,
+        other: None,
         peer: None,
         state: Some(state.clone()),
     };
@@ -439,6 +440,34 @@ async fn an_answer_older_than_an_order_or_a_change_takes_nothing_back() {
     let silent = || database::Heard { state: None, ..answer(Vec::new()) };
     assert_eq!(after(silent(), false, 1000, now_ms() + 500).await, InstanceStatus::Running);
     assert_eq!(after(silent(), false, 1000, 0).await, InstanceStatus::Lost);
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_gone_can_be_forgotten_and_comes_back_as_a_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1", "n2"]).await;
+    let mut one = plan(1, "started");
+    one.nodes = vec!["n2".parse().unwrap()];
+    controller.deploy("r1", one).await.unwrap();
+    controller.deploy("r2", plan(4, "started")).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 5).await;
+    let gone: HostName = "n2".parse().unwrap();
+    let error = controller.forget(gone.clone()).await.unwrap_err().to_string();
+    assert!(error.contains("node 'n2' is online"), "{error}");
+    members[1].stop_agent().await;
+    eventually("it is offline", async || nodes(&controller).await.iter().any(|node| !node.online)).await;
+    controller.forget(gone.clone()).await.unwrap();
+    assert!(matches!(controller.forget(gone).await, Err(DeployError::NoNode(_))));
+    assert_eq!(nodes(&controller).await.len(), 1);
+    let left = tasks(&controller).await;
+    assert_eq!((left.len(), left[0].task), (1, 2), "the task that it had alone has gone with it");
+    assert!(instances(&controller).await.iter().all(|row| row.node.as_str() == "n1"));
+    members[1].start_agent(controller.addresses()[0]).await;
+    eventually("it is back, and has ended what it had", async || {
+        nodes(&controller).await.len() == 2 && members[1].instances().await.is_empty()
+    })
+    .await;
     controller.stop().await;
 }
 
@@ -617,6 +646,8 @@ async fn plans_that_cannot_be_are_refused_whole() {
     let small = refused(|p| p.groups[0].disk = Some(crate::plan::DiskSize(1023))).await;
     assert!(small.contains("a disk of 1023 MiB is smaller than image 'debian': say 1024 MiB"), "{small}");
     assert!(refused(|p| p.groups[0].memory.0 = 4 << 20).await.contains("more than node 'n1' has"));
+    let short = refused(|p| p.groups[0].template = Some("domain.xml".into())).await;
+    assert!(short.contains("does not allow domains"), "{short}");
     let privileged = |p: &mut Plan| {
         p.groups[0].kind = InstanceType::Container;
         p.groups[0].privileged = true;

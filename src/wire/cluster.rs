@@ -744,3 +744,14 @@ pub struct Fetch {
 }
 
 body!(Fetch, FrameType::FETCH, Done);
+
+/// A user has the cluster forget a node that is offline: its instances are given up, and its images and its name are free
+/// again. When it comes back it is a new node, and ends what it had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Forget {
+    /// The node.
+    pub node: HostName,
+}
+
+body!(Forget, FrameType::FORGET, Done);

@@ -54,6 +54,8 @@ impl FrameType {
     pub const PREFETCH: Self = Self(0x20);
     /// The controller has a node fetch an image.
     pub const FETCH: Self = Self(0x21);
+    /// A user has the cluster forget a node that is gone.
+    pub const FORGET: Self = Self(0x22);
 
     /// First message of a peer connection: version and who speaks.
     pub const PEER_HELLO: Self = Self(0x10);

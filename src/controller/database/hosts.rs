@@ -88,6 +88,36 @@ pub(crate) fn id_of(tx: &Transaction<'_>, name: &HostName) -> Result<Option<i64>
         .optional()?)
 }
 
+/// What became of a node that was to be forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Forgotten {
+    /// Nothing is left of it.
+    Gone,
+    /// It is online.
+    Online,
+    /// There is none of that name.
+    Unknown,
+}
+
+/// Forgets a node that is offline, with its parts of tasks.
+pub(crate) fn forget(tx: &Transaction<'_>, name: &HostName, now: u64) -> Result<Forgotten> {
+    let found: Option<(i64, String)> = tx
+        .query_row("SELECT host_id, status FROM host WHERE name = ?1", [name.as_str()], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })
+        .optional()?;
+    let host_id = match found {
+        None => return Ok(Forgotten::Unknown),
+        Some((_, status)) if status == "online" => return Ok(Forgotten::Online),
+        Some((host_id, _)) => host_id,
+    };
+    super::tasks::give_up(tx, host_id, now)?;
+    tx.execute("DELETE FROM host WHERE host_id = ?1", [host_id])?;
+    tx.execute("DELETE FROM ip WHERE ip_id NOT IN (SELECT ip_id FROM host_ip)", [])?;
+    tx.execute("DELETE FROM image WHERE img_id NOT IN (SELECT img_id FROM host_img)", [])?;
+    Ok(Forgotten::Gone)
+}
+
 /// Where a node serves peers.
 pub(crate) fn set_peer(tx: &Transaction<'_>, host_id: i64, peer: Option<SocketAddr>) -> Result<()> {
     let peer = peer.map(|peer| peer.to_string());

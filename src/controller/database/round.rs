@@ -16,6 +16,8 @@ pub(crate) struct Heard {
     pub(crate) at: Instant,
     /// The tasks of which it had accepted its part before it was asked: only those can it have forgotten.
     pub(crate) accepted: Vec<i64>,
+    /// For people: another node answered in its place.
+    pub(crate) other: Option<String>,
     /// Where its data plane serves peers, resolved.
     pub(crate) peer: Option<std::net::SocketAddr>,
     pub(crate) state: Option<NodeState>,
@@ -69,6 +71,15 @@ fn present(
     if was == "offline" {
         outcome.back.push(state.node.clone());
     }
+    let mut troubles = state.troubles.clone();
+    if let Some(images) = &state.images {
+        hosts::set_peer(tx, host_id, node.peer)?;
+        for image in images::register(tx, host_id, images)? {
+            troubles
+                .push(format!("it has another image called '{image}' than the cluster: that is not used"));
+            outcome.strangers.push((state.node.clone(), image));
+        }
+    }
     tx.prepare_cached(
         "UPDATE host SET status = 'online', last_seen = ?2, memory_free = ?3, troubles = ?4 WHERE host_id = ?1",
     )?
@@ -76,7 +87,7 @@ fn present(
         host_id,
         number(now),
         number(state.memory_free),
-        shortened(state.troubles.join("\n")),
+        shortened(troubles.join("\n")),
     ])?;
     for (item, value) in &state.load {
         let value = if value.is_finite() { value.clamp(0.0, 1.0) } else { 1.0 };
@@ -85,11 +96,6 @@ fn present(
              ON CONFLICT (host_id, item_id) DO UPDATE SET value = excluded.value",
         )?
         .execute(params![host_id, item, value])?;
-    }
-    if let Some(images) = &state.images {
-        hosts::set_peer(tx, host_id, node.peer)?;
-        let strangers = images::register(tx, host_id, images)?;
-        outcome.strangers.extend(strangers.into_iter().map(|image| (state.node.clone(), image)));
     }
     instances::update(tx, host_id, &state.instances, now)?;
     parts(tx, node, &state.tasks, outcome)

@@ -185,6 +185,24 @@ pub(crate) fn gone(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> 
     Ok(())
 }
 
+/// Takes a node's parts from all tasks; a task that has no other part goes.
+pub(super) fn give_up(tx: &Transaction<'_>, host_id: i64, now: u64) -> Result<()> {
+    let mut statement = tx.prepare_cached("SELECT task_id FROM part WHERE host_id = ?1")?;
+    let tasks = statement.query_map([host_id], |row| row.get(0))?.collect::<rusqlite::Result<Vec<i64>>>()?;
+    for table in ["instance", "part"] {
+        tx.execute(&format!("DELETE FROM {table} WHERE host_id = ?1"), [host_id])?;
+    }
+    for task in tasks {
+        let has_parts = tx.prepare_cached("SELECT 1 FROM part WHERE task_id = ?1")?.exists([task])?;
+        if !has_parts {
+            end(tx, task)?;
+        }
+        gone(tx, task, host_id)?;
+        refresh(tx, task, now)?;
+    }
+    Ok(())
+}
+
 /// Brings a task's state up to date with those of its instances.
 pub(super) fn refresh(tx: &Transaction<'_>, task: i64, now: u64) -> Result<()> {
     let word: Option<String> = tx
