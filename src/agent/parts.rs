@@ -270,7 +270,8 @@ pub(super) async fn accept(
         return Err(Fault::new(FaultCode::Invalid, message));
     }
     with_journal(shared, move |shared, journal| {
-        if let Some(known) = known(&shared.parts.inner(), &cluster, task) {
+        let known = known(&shared.parts.inner(), &cluster, task);
+        if let Some(known) = known {
             return Ok(known);
         }
         let record = Record::new(Some(cluster), task, part);
@@ -301,19 +302,19 @@ fn known(inner: &Inner, cluster: &str, task: i64) -> Option<Result<bool, Fault>>
 /// Goes on with what was ordered before this agent started.
 pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
     let records = with_journal(shared, |_, journal| journal.records()).await?;
-    let mut inner = shared.parts.inner();
-    for mut record in records {
-        info!("task {}: goes on", record.task);
-        let (task, ending) = (record.task, record.ending);
-        record.cluster = record.cluster.or_else(|| inner.cluster.clone());
-        begin(shared, &mut inner, record);
-        if ending {
-            begin_end(shared, &inner, task);
+    {
+        let mut inner = shared.parts.inner();
+        for mut record in records {
+            info!("task {}: goes on", record.task);
+            let (task, ending) = (record.task, record.ending);
+            record.cluster = record.cluster.or_else(|| inner.cluster.clone());
+            begin(shared, &mut inner, record);
+            if ending {
+                begin_end(shared, &inner, task);
+            }
         }
     }
-    let joined = inner.cluster.is_some();
-    drop(inner);
-    if joined {
+    if shared.parts.cluster().is_some() {
         with_journal(shared, leave_others).await?;
     }
     for hypervisor in &shared.services.hypervisors {
