@@ -12,6 +12,7 @@ pub mod increment;
 pub mod increment_file;
 pub mod increment_tree;
 pub mod manifest;
+mod new_file;
 pub mod page;
 pub mod partial_tree;
 mod qcow2;

@@ -3,20 +3,18 @@
 //! Every block is checked against the digest tree on its way out. The file appears under its name only when it is
 //! whole and durable.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-
-use rustix::fs::{CWD, RenameFlags, renameat_with};
-use rustix::io::Errno;
 
 use crate::block::BLOCK_BYTES;
 use crate::digest::Digest;
 use crate::store::{ImageEntry, Store, StoreError};
 
 use super::manifest::{ImageKind, SourceFormat};
+use super::new_file::NewFile;
 use super::page::{PAGE_BLOCKS, PAGE_SPAN, is_zero};
 use super::qemu_img::{self, QemuImgError};
 use super::scan::{DiskSource, PageView, ScanError, Watch, scan};
@@ -166,45 +164,4 @@ fn write_data(target: &File, view: &PageView<'_>) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// A file that appears under its name when it is finished, and not at all when it is not.
-#[derive(Debug)]
-pub(super) struct NewFile {
-    pub(super) file: File,
-    path: PathBuf,
-    target: PathBuf,
-}
-
-impl NewFile {
-    /// Starts the file that is to be `target`, beside it.
-    pub(super) fn create(target: &Path) -> Result<Self, ExportError> {
-        let io_error = |error| ExportError::Io { path: target.to_owned(), error };
-        if target.symlink_metadata().is_ok() {
-            return Err(ExportError::Exists(target.to_owned()));
-        }
-        let name = target.file_name().ok_or_else(|| io_error(io::ErrorKind::InvalidFilename.into()))?;
-        let path =
-            target.with_file_name(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
-        let file = File::options().read(true).write(true).create_new(true).open(&path).map_err(io_error)?;
-        Ok(Self { file, path, target: target.to_owned() })
-    }
-
-    /// Makes it durable and gives it its name.
-    pub(super) fn finish(self) -> Result<(), ExportError> {
-        let io_error = |error| ExportError::Io { path: self.target.clone(), error };
-        self.file.sync_all().map_err(io_error)?;
-        renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE).map_err(|error| match error
-        {
-            Errno::EXIST => ExportError::Exists(self.target.clone()),
-            error => io_error(error.into()),
-        })
-    }
-}
-
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        // After `finish` there is nothing under this name.
-        let _ = fs::remove_file(&self.path);
-    }
 }

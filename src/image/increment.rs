@@ -15,10 +15,11 @@ use crate::name::ImageName;
 use crate::overlay::{BlockState, Header, INDEX_FILE, OverlayError, Run, read_index, write_index};
 use crate::store::{Hold, ImageEntry, Scratch, Store, StoreError, at};
 
-use super::export::{ExportError, NewFile};
+use super::export::ExportError;
 use super::increment_file::{self, IncrementFileError, Reader};
 use super::increment_tree::{Change, build_increment_tree};
 use super::manifest::{MANIFEST_VERSION, Manifest, SourceFormat};
+use super::new_file::NewFile;
 use super::scan::{ScanError, Watch};
 use super::tree::{Tree, TreeError};
 
