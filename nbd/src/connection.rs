@@ -280,7 +280,7 @@ impl Connection {
             tokio::select! {
                 biased;
                 done = &mut work => return Ok(done),
-                read = self.input.read(&mut self.reader, 1), if self.input.len() < INPUT_BYTES => {
+                read = self.input.read(&mut self.reader, 1), if self.input.has_room() => {
                     if read? == 0 {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     }

@@ -18,7 +18,9 @@ use super::message::{Attribute, Command, Message};
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// After this long the kernel takes a request's connection for dead and sends it on another one. A request that was
-/// under way when a server died is only sent again then.
+/// under way when a server died is only sent again then, so a longer time would be a longer pause after each restart. A
+/// read that waits longer for its image is asked for again, on a connection that the keeper brings, and finds what has
+/// come meanwhile.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the kernel did not do, and why.

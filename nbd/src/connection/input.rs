@@ -36,6 +36,11 @@ impl Input {
         self.bytes.len() - self.start
     }
 
+    /// Whether more can be read without a larger buffer.
+    pub(super) const fn has_room(&self) -> bool {
+        self.len() < self.bytes.capacity()
+    }
+
     /// Takes `count` bytes, which are there.
     pub(super) fn advance(&mut self, count: usize) {
         self.start += count;
