@@ -44,7 +44,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// The device; the kernel chooses a free one if `None`.
     pub device: Option<Device>,
-    /// Connections to the server, from 1 to 16; one where the server cannot take several.
+    /// Connections to the server, from 1 to 15; one where the server cannot take several. An export has places for 16, and
+    /// a keeper that takes the device over needs one for itself.
     pub connections: usize,
     /// How long requests wait for a server that is gone; then they fail.
     pub patience: Duration,

@@ -29,8 +29,8 @@ pub(crate) struct AttachArgs {
     name: String,
     /// The device, such as /dev/nbd0 [default: the kernel chooses a free one]
     device: Option<Device>,
-    /// Connections to the server
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    /// Connections to the server, 15 at most: it has places for 16, and whoever looks after the device later needs one
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=15))]
     connections: u8,
     /// Seconds that reads and writes wait for a server that is gone before they fail
     #[arg(long, default_value_t = PATIENCE_SECONDS, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
