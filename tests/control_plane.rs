@@ -637,17 +637,34 @@ impl DataNode {
         let images = json(&self.store, &["image", "list"]);
         images.to_string().contains(&format!("\"{image}\""))
     }
+
+    /// The process of its daemon, while one runs.
+    fn daemon(&self) -> Option<rustix::process::Pid> {
+        let output = bootcache(&self.store).args(["--json", "status"]).output().ok()?;
+        let status: Value = serde_json::from_slice(&output.stdout).ok()?;
+        rustix::process::Pid::from_raw(i32::try_from(status["pid"].as_i64()?).ok()?)
+    }
 }
 
 impl Drop for DataNode {
     fn drop(&mut self) {
-        let Ok(output) = bootcache(&self.store).args(["--json", "status"]).output() else { return };
-        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        let pid = status["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
-        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+        // The agent first, which would start another daemon.
+        self.agent.signal(rustix::process::Signal::KILL);
+        if let Some(pid) = self.daemon() {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
     }
+}
+
+#[test]
+fn an_agent_starts_its_daemon_again() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_controller, address) = controller(dir.path(), &[]);
+    let node = DataNode::start(dir.path(), "n1", address);
+    let first = node.daemon().expect("the agent has started it");
+    rustix::process::kill_process(first, rustix::process::Signal::KILL).expect("it runs");
+    eventually("another one runs", || node.daemon().is_some_and(|pid| pid != first));
+    node.agent.wait_for("started a daemon on", START);
 }
 
 #[test]
