@@ -9,6 +9,7 @@ use bootcache::controller::client::{Client, ClientError, Target};
 use bootcache::peer::transport::Security;
 use bootcache::tls::Identity;
 use bootcache::wire::cluster::{Body, Found, Query};
+use bootcache::wire::io::WireError;
 use bootcache::wire::link::CallError;
 
 /// What protects connections to other hosts.
@@ -120,8 +121,7 @@ impl Steady {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
-            let refused = matches!(error, ClientError::Call(CallError::Refused(_)));
-            if refused || away.is_some_and(|since| since.elapsed() > PATIENCE) {
+            if !may_pass(&error) || away.is_some_and(|since| since.elapsed() > PATIENCE) {
                 return Err(error.into());
             }
             self.client = None;
@@ -145,9 +145,31 @@ impl Steady {
     }
 }
 
+/// Whether the same request may be answered by a controller that restarts.
+const fn may_pass(error: &ClientError) -> bool {
+    match error {
+        ClientError::NotHere(_) | ClientError::Unreachable { .. } => true,
+        ClientError::Call(error) => {
+            matches!(error, CallError::Wire(WireError::Io(_)) | CallError::TimedOut(_))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use bootcache::wire::frame::FrameError;
+
     use super::*;
+
+    #[test]
+    fn what_a_restart_does_not_mend_is_not_tried_again() {
+        let broken = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
+        assert!(may_pass(&CallError::from(broken).into()));
+        assert!(may_pass(&ClientError::NotHere("c.sock".into())));
+        let long = FrameError::TooLong { length: 2, limit: 1 };
+        assert!(!may_pass(&CallError::Wire(long.into()).into()));
+        assert!(!may_pass(&CallError::OutOfTurn.into()));
+    }
 
     #[test]
     fn a_controller_is_a_socket_an_address_or_a_name_with_a_port() {
