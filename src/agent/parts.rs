@@ -10,13 +10,19 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::journal::{Ended, Journal, JournalError, Record, Step};
 use super::{Shared, instance};
 use crate::hypervisor::{Hypervisor, Info, InstanceType};
 use crate::name::HostName;
-use crate::wire::cluster::{Fault, FaultCode, INSTANCES_MAX, InstanceState, InstanceStatus, Part, shortened};
+use crate::wire::cluster::{Fault, FaultCode, INSTANCES_MAX, InstanceState, InstanceStatus, Part};
+
+mod end;
+mod sweep;
+
+pub(super) use end::{end, remove};
+pub(super) use sweep::swept;
 
 /// How long to wait before what could not be ended is tried again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -196,7 +202,7 @@ fn leave_others(shared: &Arc<Shared>, journal: &Journal) -> Result<(), JournalEr
         let mut inner = shared.parts.inner();
         if let Some(part) = inner.parts.get_mut(&task) {
             part.record = record;
-            begin_end(shared, &inner, task);
+            end::begin(shared, &inner, task);
         }
     }
     Ok(())
@@ -310,64 +316,15 @@ pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
             record.cluster = record.cluster.or_else(|| inner.cluster.clone());
             begin(shared, &mut inner, record);
             if ending {
-                begin_end(shared, &inner, task);
+                end::begin(shared, &inner, task);
             }
         }
     }
     if shared.parts.cluster().is_some() {
         with_journal(shared, leave_others).await?;
     }
-    for hypervisor in &shared.services.hypervisors {
-        let (owner, hypervisor) = (Arc::clone(shared), Arc::clone(hypervisor));
-        shared.parts.ends.spawn(async move {
-            let sweep = async {
-                while !sweep(&owner, hypervisor.as_ref()).await {
-                    tokio::time::sleep(RETRY).await;
-                }
-            };
-            tokio::select! {
-                () = owner.cancel.cancelled() => {}
-                () = sweep => {}
-            }
-        });
-    }
+    sweep::begin(shared);
     Ok(())
-}
-
-/// Returns when what belongs to no task has been ended among instances of `kind`, as far as that can be done.
-pub(super) async fn swept(shared: &Shared, kind: InstanceType) {
-    if hypervisor(shared, kind).is_some() {
-        // The sender is ours: it does not go away meanwhile.
-        let _ = shared.parts.swept.subscribe().wait_for(|swept| swept.contains(&kind)).await;
-    }
-}
-
-/// Ends instances that carry this node's mark and belong to no task: what was left when the journal was lost. False while
-/// some may be left.
-async fn sweep(shared: &Shared, hypervisor: &dyn Hypervisor) -> bool {
-    let kind = hypervisor.instance_type();
-    let names = match hypervisor.list().await {
-        Ok(names) => names,
-        Err(error) => {
-            debug!("what is left of earlier tasks cannot be found yet: {error}");
-            return false;
-        }
-    };
-    let mut clean = true;
-    for name in names {
-        let known = shared.parts.inner().parts.values().any(|part| part.record.steps.contains_key(&name));
-        if !known {
-            warn!("{name} belongs to no task: it is ended");
-            if let Err(error) = remove(shared, &name, kind).await {
-                warn!("{error}");
-                clean = false;
-            }
-        }
-    }
-    shared.parts.swept.send_modify(|swept| {
-        swept.insert(kind);
-    });
-    clean
 }
 
 fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
@@ -398,95 +355,6 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
         }
     }
     inner.parts.insert(task, Running { record, live: BTreeMap::new(), trouble: None, cancel, tasks });
-}
-
-/// Begins to end a part of the cluster; true if nothing of it is left.
-pub(super) async fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
-    with_journal(shared, move |shared, journal| {
-        let known = shared.parts.inner().own().map(|part| &part.record).find(|r| r.task == task).cloned();
-        let Some(mut record) = known else { return Ok(true) };
-        if !record.ending {
-            record.ending = true;
-            journal.save(&record)?;
-            info!("task {task}: is ended");
-            let mut inner = shared.parts.inner();
-            if let Some(part) = inner.parts.get_mut(&task) {
-                part.record = record;
-                begin_end(shared, &inner, task);
-            }
-        }
-        Ok(false)
-    })
-    .await
-    .map_err(failed)
-}
-
-fn begin_end(shared: &Arc<Shared>, inner: &Inner, task: i64) {
-    let part = &inner.parts[&task];
-    part.cancel.cancel();
-    part.tasks.close();
-    let (tasks, record, owner) = (part.tasks.clone(), part.record.clone(), Arc::clone(shared));
-    shared.parts.ends.spawn(async move {
-        let shared = owner;
-        tasks.wait().await;
-        while let Err(error) = clean(&shared, &record).await {
-            warn!("task {task} cannot be ended yet: {error}");
-            if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
-                part.trouble = Some(shortened(error));
-            }
-            tokio::select! {
-                () = shared.cancel.cancelled() => return,
-                () = tokio::time::sleep(RETRY) => {}
-            }
-        }
-        // All of it in one turn: an order that comes late finds the part, or that it has ended.
-        let forgotten = with_journal(&shared, move |shared, journal| {
-            let mut ended = shared.parts.inner().ended.clone();
-            ended.add(record.cluster.as_deref(), task);
-            let result = journal.save_ended(&ended).and_then(|()| journal.forget(task));
-            let mut inner = shared.parts.inner();
-            inner.parts.remove(&task);
-            inner.ended = ended;
-            result
-        });
-        if let Err(error) = forgotten.await {
-            warn!("task {task} has ended, but its file stays: {error}");
-        }
-        info!("task {task}: has ended");
-    });
-}
-
-/// Removes everything that belongs to a part: all of it that can be, though some cannot.
-async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
-    let mut errors = Vec::new();
-    for order in &record.part.instances {
-        errors.extend(remove(shared, &order.name, order.kind).await.err());
-    }
-    for network in &record.part.networks {
-        let _alone = shared.parts.networks().await;
-        let others = shared.parts.inner().parts.values().any(|part| {
-            part.record.task != record.task
-                && part.record.part.networks.iter().any(|other| other.bridge == network.bridge)
-        });
-        if let (false, Some(networks)) = (others, &shared.services.networks) {
-            errors.extend(networks.remove(&network.bridge).await.err().map(|error| error.to_string()));
-        }
-    }
-    match &errors[..] {
-        [] => Ok(()),
-        [only] => Err(only.clone()),
-        [first, more @ ..] => Err(format!("{first} (and {} more)", more.len())),
-    }
-}
-
-/// Removes an instance, and then its disk: never that of one that may still run.
-pub(super) async fn remove(shared: &Shared, name: &HostName, kind: InstanceType) -> Result<(), String> {
-    let hypervisor = hypervisor(shared, kind).ok_or_else(|| format!("{name}: {}", runs_none(kind)))?;
-    hypervisor.delete(name).await.map_err(|error| format!("{name}: {error}"))?;
-    if kind == InstanceType::Vm {
-        shared.services.data_plane.remove_disk(name).await.map_err(|error| format!("{name}: {error}"))?;
-    }
-    Ok(())
 }
 
 /// What is said of instances of a kind that this agent was told not to run.

@@ -1,0 +1,106 @@
+//! The end of a part: its instances, their disks and its networks go, and that it has ended is remembered.
+
+use std::sync::Arc;
+
+use tracing::{info, warn};
+
+use super::{Inner, RETRY, failed, hypervisor, runs_none, with_journal};
+use crate::agent::Shared;
+use crate::agent::journal::Record;
+use crate::hypervisor::InstanceType;
+use crate::name::HostName;
+use crate::wire::cluster::{Fault, shortened};
+
+/// Begins to end a part of the cluster; true if nothing of it is left.
+pub(in crate::agent) async fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
+    with_journal(shared, move |shared, journal| {
+        let known = shared.parts.inner().own().map(|part| &part.record).find(|r| r.task == task).cloned();
+        let Some(mut record) = known else { return Ok(true) };
+        if !record.ending {
+            record.ending = true;
+            journal.save(&record)?;
+            info!("task {task}: is ended");
+            let mut inner = shared.parts.inner();
+            if let Some(part) = inner.parts.get_mut(&task) {
+                part.record = record;
+                begin(shared, &inner, task);
+            }
+        }
+        Ok(false)
+    })
+    .await
+    .map_err(failed)
+}
+
+/// Ends the work on a part, and removes what belongs to it, again until nothing is left; the record says so already.
+pub(super) fn begin(shared: &Arc<Shared>, inner: &Inner, task: i64) {
+    let part = &inner.parts[&task];
+    part.cancel.cancel();
+    part.tasks.close();
+    let (tasks, record, owner) = (part.tasks.clone(), part.record.clone(), Arc::clone(shared));
+    shared.parts.ends.spawn(async move {
+        let shared = owner;
+        tasks.wait().await;
+        while let Err(error) = clean(&shared, &record).await {
+            warn!("task {task} cannot be ended yet: {error}");
+            if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
+                part.trouble = Some(shortened(error));
+            }
+            tokio::select! {
+                () = shared.cancel.cancelled() => return,
+                () = tokio::time::sleep(RETRY) => {}
+            }
+        }
+        // All of it in one turn: an order that comes late finds the part, or that it has ended.
+        let forgotten = with_journal(&shared, move |shared, journal| {
+            let mut ended = shared.parts.inner().ended.clone();
+            ended.add(record.cluster.as_deref(), task);
+            let result = journal.save_ended(&ended).and_then(|()| journal.forget(task));
+            let mut inner = shared.parts.inner();
+            inner.parts.remove(&task);
+            inner.ended = ended;
+            result
+        });
+        if let Err(error) = forgotten.await {
+            warn!("task {task} has ended, but its file stays: {error}");
+        }
+        info!("task {task}: has ended");
+    });
+}
+
+/// Removes everything that belongs to a part: all of it that can be, though some cannot.
+async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
+    let mut errors = Vec::new();
+    for order in &record.part.instances {
+        errors.extend(remove(shared, &order.name, order.kind).await.err());
+    }
+    for network in &record.part.networks {
+        let _alone = shared.parts.networks().await;
+        let others = shared.parts.inner().parts.values().any(|part| {
+            part.record.task != record.task
+                && part.record.part.networks.iter().any(|other| other.bridge == network.bridge)
+        });
+        if let (false, Some(networks)) = (others, &shared.services.networks) {
+            errors.extend(networks.remove(&network.bridge).await.err().map(|error| error.to_string()));
+        }
+    }
+    match &errors[..] {
+        [] => Ok(()),
+        [only] => Err(only.clone()),
+        [first, more @ ..] => Err(format!("{first} (and {} more)", more.len())),
+    }
+}
+
+/// Removes an instance, and then its disk: never that of one that may still run.
+pub(in crate::agent) async fn remove(
+    shared: &Shared,
+    name: &HostName,
+    kind: InstanceType,
+) -> Result<(), String> {
+    let hypervisor = hypervisor(shared, kind).ok_or_else(|| format!("{name}: {}", runs_none(kind)))?;
+    hypervisor.delete(name).await.map_err(|error| format!("{name}: {error}"))?;
+    if kind == InstanceType::Vm {
+        shared.services.data_plane.remove_disk(name).await.map_err(|error| format!("{name}: {error}"))?;
+    }
+    Ok(())
+}
