@@ -18,13 +18,25 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::FrameType;
 use crate::digest::Digest;
-use crate::hypervisor::{InstanceType, Nic};
+use crate::hypervisor::InstanceType;
 use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
-use crate::network::NetworkSpec;
 use crate::plan::Plan;
 
-mod pages;
+macro_rules! body {
+    ($type:ty, $frame:expr, $answer:ty) => {
+        impl Body for $type {
+            const TYPE: FrameType = $frame;
+            type Answer = $answer;
+        }
+    };
+}
+
+mod list;
+mod part;
+
+pub use list::{Found, ImageRow, InstanceRow, NodeRow, Query, TaskRow, TaskStatus};
+pub use part::{Accepted, Common, EndPart, Ended, InstanceOrder, Needed, Part, RunPart, UpWhen};
 
 /// The version of this protocol. A request with another is refused.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -139,15 +151,6 @@ pub trait Body: Serialize + DeserializeOwned + Send + 'static {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Done {}
-
-macro_rules! body {
-    ($type:ty, $frame:expr, $answer:ty) => {
-        impl Body for $type {
-            const TYPE: FrameType = $frame;
-            type Answer = $answer;
-        }
-    };
-}
 
 /// An address of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -370,344 +373,6 @@ pub struct End {
 }
 
 body!(End, FrameType::END, Done);
-
-/// A user asks what there is. An answer has as many rows as fit; those that follow are asked for with `after`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Query {
-    /// The nodes, by name.
-    Nodes {
-        /// Only those behind this one.
-        #[serde(default)]
-        after: Option<HostName>,
-    },
-    /// The images, and who has them, by name.
-    Images {
-        /// Only those behind this one.
-        #[serde(default)]
-        after: Option<ImageName>,
-    },
-    /// The tasks, by number; of one, its nodes too.
-    Tasks {
-        /// Only this one.
-        #[serde(default)]
-        task: Option<i64>,
-        /// Only those behind this one.
-        #[serde(default)]
-        after: Option<i64>,
-    },
-    /// The instances, by number.
-    Instances {
-        /// Only those of this task.
-        #[serde(default)]
-        task: Option<i64>,
-        /// Only those behind this one.
-        #[serde(default)]
-        after: Option<i64>,
-    },
-}
-
-/// The answer to [`Query`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Found {
-    /// To [`Query::Nodes`].
-    Nodes(Vec<NodeRow>),
-    /// To [`Query::Images`].
-    Images(Vec<ImageRow>),
-    /// To [`Query::Tasks`].
-    Tasks(Vec<TaskRow>),
-    /// To [`Query::Instances`].
-    Instances(Vec<InstanceRow>),
-}
-
-body!(Query, FrameType::QUERY_STATUS, Found);
-
-/// A node, as users see it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NodeRow {
-    /// Its number.
-    pub host_id: i64,
-    /// Its name.
-    pub name: HostName,
-    /// It answers.
-    pub online: bool,
-    /// Where its agent listens.
-    pub address: String,
-    /// What it runs.
-    pub kinds: Vec<InstanceType>,
-    /// Processors.
-    pub cpus: u32,
-    /// Bytes of memory.
-    pub memory_bytes: u64,
-    /// Bytes of it that are free.
-    pub memory_free: u64,
-    /// Load items.
-    pub load: BTreeMap<u16, f32>,
-    /// The weighted score of the load, from 0 to 1.
-    pub score: f32,
-    /// Instances on it.
-    pub instances: u64,
-    /// Images on it, and being fetched to it.
-    pub images: Vec<ImageHere>,
-    /// Milliseconds since it answered last.
-    pub silent_ms: u64,
-    /// What is wrong with it.
-    pub troubles: Vec<String>,
-}
-
-/// An image, as users see it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImageRow {
-    /// Its name.
-    pub name: ImageName,
-    /// Its identity.
-    pub root: Digest,
-    /// What starts from it.
-    pub kind: ImageKind,
-    /// Bytes that a guest sees.
-    pub size: u64,
-    /// Bytes of its boot cache; 0 when it has none.
-    pub boot_bytes: u64,
-    /// The nodes that have all of it.
-    pub complete: Vec<HostName>,
-    /// The nodes that have a part of it.
-    pub partial: Vec<HostName>,
-}
-
-/// The state of a task. The diagram is in `crate::controller`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TaskStatus {
-    /// Not all of its instances are up yet.
-    Starting,
-    /// All were up.
-    Running,
-    /// Some failed, and none is on its way any more.
-    Failed,
-    /// It is being ended.
-    Ending,
-}
-
-impl TaskStatus {
-    /// The word that people, the database and programs see.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Starting => "starting",
-            Self::Running => "running",
-            Self::Failed => "failed",
-            Self::Ending => "ending",
-        }
-    }
-
-    /// Every state.
-    pub const ALL: [Self; 4] = [Self::Starting, Self::Running, Self::Failed, Self::Ending];
-}
-
-impl std::fmt::Display for TaskStatus {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(self.word())
-    }
-}
-
-/// A task, as users see it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TaskRow {
-    /// Its number.
-    pub task: i64,
-    /// The plan's name.
-    pub name: HostName,
-    /// How it is.
-    pub status: TaskStatus,
-    /// Milliseconds since 1970 at which it was ordered.
-    pub created_ms: u64,
-    /// Milliseconds from then until its last instance was up, once all are.
-    pub up_ms: Option<u64>,
-    /// Its instances by state.
-    pub instances: BTreeMap<InstanceStatus, u64>,
-    /// The same on each node.
-    pub nodes: BTreeMap<HostName, BTreeMap<InstanceStatus, u64>>,
-}
-
-/// An instance, as users see it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct InstanceRow {
-    /// Its number.
-    pub inst_id: i64,
-    /// Its name.
-    pub name: HostName,
-    /// Whether it is a VM or a container.
-    pub kind: InstanceType,
-    /// Its image.
-    pub image: ImageName,
-    /// Its task.
-    pub task: i64,
-    /// Its node.
-    pub node: HostName,
-    /// How it is.
-    pub status: InstanceStatus,
-    /// Why, when it failed.
-    pub reason: Option<String>,
-    /// Milliseconds from the order to deploy until it was up.
-    pub up_ms: Option<u64>,
-    /// Its addresses.
-    pub addresses: Vec<IpAddr>,
-    /// Processors in use.
-    pub cpu: f64,
-    /// Bytes of memory in use.
-    pub memory_bytes: u64,
-    /// Bytes that it received and sent.
-    pub network_bytes: [u64; 2],
-}
-
-/// An image that a part needs, and who can give it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Needed {
-    /// Its name.
-    pub name: ImageName,
-    /// Its identity: nothing else is taken for it.
-    pub root: Digest,
-    /// Bytes that a guest sees.
-    pub size: u64,
-    /// Nodes that have it or are getting it, the best first.
-    pub sources: Vec<SocketAddr>,
-}
-
-/// When an instance counts as up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum UpWhen {
-    /// Its hypervisor runs it.
-    Started,
-    /// It has reported to the controller.
-    Report,
-    /// Its serial line, or a container's log, matches the regular expression.
-    Serial(String),
-}
-
-/// An instance to be run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct InstanceOrder {
-    /// Its name: unique in the cluster, also in time.
-    pub name: HostName,
-    /// VM or container.
-    pub kind: InstanceType,
-    /// Its image, one of the part's.
-    pub image: ImageName,
-    /// Virtual processors.
-    pub cpus: u32,
-    /// Memory in MiB.
-    pub memory_mib: u32,
-    /// Bytes of a VM's disk, as many as its image has at least; left out, just as many.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub disk_bytes: Option<u64>,
-    /// Network cards.
-    pub nics: Vec<Nic>,
-    /// Environment of a container.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub env: BTreeMap<String, String>,
-    /// Command of a container; empty: the image's own.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub command: Vec<String>,
-    /// A container that may do what the host may.
-    pub privileged: bool,
-    /// Domain XML of the user's own, with named places.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub template: Option<String>,
-    /// Which of [`Part::common`] stands for environment, command and template, if one does.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub common: Option<usize>,
-    /// When it is up.
-    pub up_when: UpWhen,
-    /// Seconds after which it has failed when it is not up.
-    pub time_limit_s: u32,
-}
-
-/// What instances of a group have in common, and what may be long: it is in a part once.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Common {
-    /// As in [`InstanceOrder`].
-    pub env: BTreeMap<String, String>,
-    /// As in [`InstanceOrder`].
-    pub command: Vec<String>,
-    /// As in [`InstanceOrder`].
-    pub template: Option<String>,
-}
-
-/// One node's part of a deployment.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Part {
-    /// The networks that its instances are on.
-    pub networks: Vec<NetworkSpec>,
-    /// The images that they start from.
-    pub images: Vec<Needed>,
-    /// What instances have in common.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub common: Vec<Common>,
-    /// The instances.
-    pub instances: Vec<InstanceOrder>,
-    /// Where guests report, if anywhere.
-    pub report: Option<SocketAddr>,
-}
-
-impl Part {
-    /// The instance's order with what it has in common filled in; `None` if the part does not have that.
-    pub fn whole(&self, order: &InstanceOrder) -> Option<InstanceOrder> {
-        let Some(index) = order.common else { return Some(order.clone()) };
-        let Common { env, command, template } = self.common.get(index)?.clone();
-        Some(InstanceOrder { env, command, template, common: None, ..order.clone() })
-    }
-}
-
-/// The controller has a node run its part. The same order twice changes nothing.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RunPart {
-    /// The cluster that gives the order.
-    pub cluster: String,
-    /// The deployment.
-    pub task: i64,
-    /// What to run.
-    pub part: Part,
-}
-
-/// Answer to [`RunPart`]: the node has the part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Accepted {
-    /// It did not have it before.
-    pub new: bool,
-}
-
-body!(RunPart, FrameType::RUN_PART, Accepted);
-
-/// The controller has a node end its part. The same order twice changes nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EndPart {
-    /// The cluster that gives the order.
-    pub cluster: String,
-    /// The deployment.
-    pub task: i64,
-}
-
-/// The answer to [`EndPart`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Ended {
-    /// Nothing of it is left; otherwise it is being ended.
-    pub gone: bool,
-}
-
-body!(EndPart, FrameType::END_PART, Ended);
 
 /// A user has images brought to nodes ahead of demand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
