@@ -374,7 +374,7 @@ async fn containers_of_two_hosts_are_on_one_network_and_report() {
             node_address: Some(format!("10.55.0.25{index}").parse().unwrap()),
             uplink: Some("eth1".to_owned()),
             vlan: None,
-            mtu: None,
+            mtu: Some(1400),
             containers: true,
         };
         let engine = Docker::new(host.docker(), node.clone());
@@ -405,6 +405,7 @@ async fn containers_of_two_hosts_are_on_one_network_and_report() {
     docker(&engines[0].1, &["exec", "c-0", "ping", "-c", "1", "-W", "5", "10.55.0.12"]);
     let card = docker(&engines[0].1, &["exec", "c-0", "ip", "addr", "show", "eth0"]);
     assert!(card.contains("52:54:00:55:00:0b") && card.contains("10.55.0.11/24"), "{card}");
+    assert!(card.contains("mtu 1400"), "{card}");
     let route = docker(&engines[0].1, &["exec", "c-0", "ip", "route"]);
     assert!(route.contains("default via 10.55.0.1"), "{route}");
     assert!(engines[0].0.info(&"c-0".parse().unwrap()).await.unwrap().unwrap().network_bytes[0] > 0);

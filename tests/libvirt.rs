@@ -37,7 +37,7 @@ fn spec(host: usize) -> NetworkSpec {
         node_address: Some(format!("10.55.0.25{host}").parse().unwrap()),
         uplink: Some("eth1".to_owned()),
         vlan: None,
-        mtu: None,
+        mtu: Some(1400),
         containers: false,
     }
 }
@@ -54,7 +54,7 @@ fn launch(name: &str, root: Root, number: u8, serial: &Path) -> Launch {
             mac: format!("52:54:00:55:00:{number:02x}"),
             address: Some((format!("10.55.0.{number}").parse().unwrap(), 24)),
             gateway: None,
-            mtu: None,
+            mtu: Some(1400),
         }],
         env: BTreeMap::new(),
         command: Vec::new(),
@@ -159,6 +159,7 @@ async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_ho
     assert_eq!(vms.list().await.unwrap(), std::slice::from_ref(&vm.name));
     let domain = support::run(Command::new("virsh").args(["-c", hosts[0].libvirt(), "dumpxml", "vm-1"]));
     assert!(domain.contains("org.qemu.guest_agent.0") && domain.contains("52:54:00:55:00:0b"), "{domain}");
+    assert!(domain.contains("<mtu size='1400'/>"), "{domain}");
 
     // Another node's guests, and people's, are nobody's business here.
     let other = Domains::new(Libvirt::new(hosts[0].libvirt()), &nodes[1], folder.path());
