@@ -20,6 +20,9 @@ use super::signals::Ending;
 
 const TICK: Duration = Duration::from_millis(500);
 const INTERRUPTED: u8 = 130;
+/// How often is looked why instances are not up yet, and how many reasons are told.
+const REASONS_PAUSE: Duration = Duration::from_secs(4);
+const REASONS_TOLD_MAX: usize = 8;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct DeployArgs {
@@ -92,17 +95,33 @@ struct DoneTask {
 }
 
 async fn wait(client: &mut Steady, task: i64, view: &mut View) -> anyhow::Result<DoneTask> {
+    let mut told = BTreeSet::new();
+    let mut looked = Instant::now();
     loop {
         let Some(row) = task_row(client, task).await? else { bail!("task {task} was ended meanwhile") };
-        let nodes = nodes(client).await?;
-        view.show(&row, &nodes);
+        if view.shown {
+            view.show(&row, &nodes(client).await?);
+        }
         if row.status != TaskStatus::Starting {
-            let Found::Instances(instances) = client.list(&Query::instances(Some(task))).await? else {
-                bail!("the controller answered out of turn");
-            };
-            return Ok(DoneTask { task: row, instances });
+            return Ok(DoneTask { task: row, instances: instances(client, task).await? });
+        }
+        if looked.elapsed() >= REASONS_PAUSE {
+            looked = Instant::now();
+            for instance in instances(client, task).await? {
+                let Some(reason) = instance.reason else { continue };
+                if told.len() < REASONS_TOLD_MAX && told.insert(reason.clone()) {
+                    view.say(&format!("{} on {}: {reason}", instance.name, instance.node));
+                }
+            }
         }
         tokio::time::sleep(TICK).await;
+    }
+}
+
+async fn instances(client: &mut Steady, task: i64) -> anyhow::Result<Vec<InstanceRow>> {
+    match client.list(&Query::instances(Some(task))).await? {
+        Found::Instances(instances) => Ok(instances),
+        _ => bail!("the controller answered out of turn"),
     }
 }
 
@@ -152,9 +171,6 @@ impl View {
     }
 
     fn show(&mut self, task: &TaskRow, nodes: &[NodeRow]) {
-        if !self.shown {
-            return;
-        }
         let style =
             ProgressStyle::with_template("{prefix:12!} {bar:10} {wide_msg}").expect("the template is sound");
         for (name, counts) in &task.nodes {
@@ -167,6 +183,16 @@ impl View {
             bar.set_message(node_text(counts, nodes.iter().find(|node| node.name == *name)));
         }
         self.whole.set_message(format!("task {}: {}", task.task, super::list::counts(&task.instances)));
+    }
+
+    /// Tells something above the lines, or by itself where there are none.
+    fn say(&self, line: &str) {
+        if self.shown {
+            // Whoever looked has gone.
+            let _ = self.bars.println(line);
+        } else {
+            eprintln!("{line}");
+        }
     }
 
     fn clear(&self) {
