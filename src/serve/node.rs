@@ -311,11 +311,15 @@ impl Node {
             socket.close().await;
         }
         self.arrivals.stop().await;
+        // Each of them, whatever becomes of the others.
+        let mut result = Ok(());
         for (name, open) in inner.overlays.drain() {
             open.closed.cancel();
-            bootcache_nbd::Disk::flush(&open.overlay).await.map_err(at(&self.store.overlay_dir(&name)))?;
+            let flushed = bootcache_nbd::Disk::flush(&open.overlay).await;
+            let flushed = flushed.map_err(at(&self.store.overlay_dir(&name)));
+            result = result.and(flushed);
         }
-        Ok(())
+        result
     }
 
     fn open_image(
