@@ -320,8 +320,10 @@ pub enum ControlError {
     Unexpected,
 }
 
-/// How long [`Client::call`] waits for an answer. Sealing a large overlay reads all of it.
-pub const CALL_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long [`Client::call`] waits for an answer.
+const CALL_TIMEOUT: Duration = Duration::from_secs(600);
+/// And for that to [`Request::OverlayCommit`], which reads, writes and digests all that the overlay holds.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// A connection to a running `serve`.
 #[derive(Debug)]
@@ -358,8 +360,12 @@ impl Client {
             let (_, payload) = read_frame(&mut self.stream, CONTROL_PAYLOAD_MAX).await?.ok_or_else(closed)?;
             Ok(frame::decode(&payload)?)
         };
-        match tokio::time::timeout(CALL_TIMEOUT, exchange).await {
-            Err(_) => Err(ControlError::TimedOut(CALL_TIMEOUT)),
+        let limit = match request {
+            Request::OverlayCommit { .. } => COMMIT_TIMEOUT,
+            _ => CALL_TIMEOUT,
+        };
+        match tokio::time::timeout(limit, exchange).await {
+            Err(_) => Err(ControlError::TimedOut(limit)),
             Ok(Err(source)) => Err(ControlError::Wire { path: self.path.clone(), source }),
             Ok(Ok(Reply::Failed(reason))) => Err(ControlError::Refused(reason)),
             Ok(Ok(reply)) => Ok(reply),
