@@ -27,6 +27,7 @@ pub use misses::merge_misses;
 pub use preload::library as tracer_library;
 pub use save::Saved;
 
+use crate::boot_cache::kept;
 use crate::boot_cache::recording::Recording;
 use crate::image::tree::TreeError;
 use crate::qemu::until::WaitError;
@@ -214,10 +215,11 @@ pub async fn record(
         return Err(RecordError::Incomplete);
     }
     let hold = store.hold(entry.root)?;
+    let runs = options.runs.clamp(1, RUNS_MAX);
+    kept::next(&entry.dir, runs as usize).map_err(io("the recordings"))?;
     let mut plan = boot::Plan::new(store, entry, options).await?;
     let mut recordings = Vec::new();
     let mut switched = None;
-    let runs = options.runs.clamp(1, RUNS_MAX);
     let mut run = 1;
     while run <= runs {
         let seen = |elapsed, reads| progress(Progress::Booting { run, elapsed, reads });

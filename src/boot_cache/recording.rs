@@ -16,6 +16,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{DIGEST_BYTES, Digest};
+use crate::image::tree::SIZE_MAX;
 
 const MAGIC: &[u8; 22] = b"bootcache recording 1\n";
 
@@ -140,7 +141,7 @@ impl Packed {
         let mut reads = Vec::with_capacity(self.rows.len());
         for (offset, length, delta_ns, took_ns) in self.rows {
             time_ns = time_ns.checked_add(delta_ns).ok_or(RecordingError::Damaged("its times overflow"))?;
-            if length == 0 || offset.checked_add(length).is_none() {
+            if length == 0 || offset.checked_add(length).is_none_or(|end| end > SIZE_MAX) {
                 return Err(RecordingError::Damaged("a read has no valid range"));
             }
             reads.push(Read { offset, length, time_ns, took_ns });
@@ -156,6 +157,13 @@ mod tests {
     fn sample() -> Recording {
         let read = |offset, length, time_ns| Read { offset, length, time_ns, took_ns: 7 };
         Recording::new(vec![read(8192, 512, 40), read(0, 4096, 10), read(0, 0, 20), read(0, 4096, 90)], 100)
+    }
+
+    #[test]
+    fn a_read_past_the_end_of_any_image_is_refused() {
+        let unpacked = |offset| Packed { end_ns: 9, rows: vec![(offset, 4096, 1, 1)] }.unpack();
+        assert!(unpacked(SIZE_MAX - 4096).is_ok());
+        assert!(unpacked(SIZE_MAX - 4095).is_err());
     }
 
     #[test]

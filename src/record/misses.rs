@@ -3,6 +3,8 @@
 //! Nodes keep what was missed as a recording (`crate::transfer::missed`). Each block that the boot cache does not have goes
 //! to the place in its order at which it was missed; what it has stays as it is. The frames are made anew.
 
+use std::collections::HashMap;
+
 use tokio_util::sync::CancellationToken;
 
 use super::save::{self, Order, Saved};
@@ -40,17 +42,17 @@ pub async fn merge_misses(
 
 fn merged(heads: &Heads, misses: &[Recording]) -> Vec<Touch> {
     let blocks = crate::block::blocks_for(heads.size());
-    let mut missed: Vec<Touch> = Vec::new();
+    let mut first: HashMap<u64, u64> = HashMap::new();
     for read in misses.iter().flat_map(|recording| &recording.reads) {
         for block in Extent::touching(read.offset, read.length).blocks().take_while(|block| *block < blocks) {
             if heads.position(block).is_none() {
-                missed.push(Touch { block, time_ns: read.time_ns });
+                let time_ns = first.entry(block).or_insert(read.time_ns);
+                *time_ns = read.time_ns.min(*time_ns);
             }
         }
     }
-    missed.sort_by_key(|touch| (touch.block, touch.time_ns));
-    missed.dedup_by_key(|touch| touch.block);
-    missed.sort_by_key(|touch| touch.time_ns);
+    let mut missed: Vec<Touch> = first.into_iter().map(|(block, time_ns)| Touch { block, time_ns }).collect();
+    missed.sort_by_key(|touch| (touch.time_ns, touch.block));
     let mut missed = missed.into_iter().peekable();
     let mut touches = Vec::new();
     for (index, frame) in heads.frames().iter().enumerate() {

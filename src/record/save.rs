@@ -3,6 +3,7 @@
 //! Every block is checked against the image's digest tree on its way: a boot cache is never made of a damaged disk.
 
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::block::{BLOCK_BYTES, Extent, blocks_for};
 use crate::boot_cache::merge::{Touch, first_touches};
 use crate::boot_cache::recording::Recording;
 use crate::boot_cache::{Builder, Written, kept};
+use crate::digest::Digest;
 use crate::image::manifest::Boot;
 use crate::image::scan::DiskSource;
 use crate::image::stored_disk::StoredDisk;
@@ -113,12 +115,28 @@ pub(super) async fn write(
         until,
     };
     let mut numbers = Vec::new();
-    for recording in recordings {
-        let number = kept::keep(&entry.dir, entry.root, recording).map_err(super::io("the recording"))?;
-        numbers.push(number);
+    let saved = keep(&entry.dir, root, recordings, &mut numbers)
+        .and_then(|()| Ok(store.set_boot(root, &path, boot)?));
+    if saved.is_err() {
+        for number in &numbers {
+            // What cannot be removed belongs to a recording that nothing was made of; that is all.
+            let _ = kept::remove(&entry.dir, *number);
+        }
     }
-    let entry = store.set_boot(entry.root, &path, boot)?;
-    Ok(Saved { written, entry, kept: numbers })
+    Ok(Saved { written, entry: saved?, kept: numbers })
+}
+
+/// Keeps `recordings`, and adds the number of each to `numbers`.
+fn keep(
+    image_dir: &Path,
+    root: Digest,
+    recordings: &[Recording],
+    numbers: &mut Vec<usize>,
+) -> Result<(), RecordError> {
+    for recording in recordings {
+        numbers.push(kept::keep(image_dir, root, recording).map_err(super::io("the recording"))?);
+    }
+    Ok(())
 }
 
 /// The image's blocks, each checked.
