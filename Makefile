@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 
-.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-memory bench-similar bench-tracer bench-import bench-nbd bench-attack miri memcheck test-kernel-disk clean
+.PHONY: help setup guests build demo test soak soak-transfer soak-control bench-control bench-cluster fuzz prove-checks check bench-quick bench-boot bench-boot-show bench-predict bench-transfer bench-faults bench-memory bench-similar bench-tracer bench-import bench-nbd bench-attack miri memcheck test-kernel-disk clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -89,6 +89,9 @@ bench-predict: guests ## the simulator, fixed by one node, against replays of 3 
 bench-transfer: guests build ## replay a recorded boot over shaped links: one node, three, twice the image, misses under fill
 	scripts/bench-transfer --rate 100
 	scripts/bench-transfer --rate 1000
+
+bench-faults: ## what a boot takes beside a source that lies, stalls, breaks or trickles (2 minutes)
+	$(CARGO) test --release --locked --test transfer_faults -- --ignored --nocapture
 
 bench-memory: guests build ## memory of a node's daemon with 20 VMs and three images on their way (5 minutes)
 	scripts/bench-memory

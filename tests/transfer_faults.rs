@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use bootcache::peer::fault::{Fault, Faults};
 use bootcache::transfer::{Engine, Options};
-use nodes::{Node, Sample};
+use nodes::{Node, Sample, SlowLink};
 
 /// How many faults of each of the eight kinds.
 fn of_each_kind() -> u64 {
@@ -128,4 +128,67 @@ async fn every_answer_that_does_not_come_is_got_elsewhere() {
     assert!(hedges * 20 <= counters.requests.total() + 100, "{hedges} of {}", counters.requests.total());
     assert_eq!(counters.lies.load(Ordering::Relaxed), 0);
     complete(engine, &node, &sample).await;
+}
+
+/// Time from nothing to the end of a boot that reads every block of the boot set in its order and thinks 2 s in all, with
+/// two sources at 100 Mbit/s each, the first of which does `fault` to every fifth answer, if any.
+async fn boot_with(sample: &Sample, fault: Option<Fault>) -> Duration {
+    let faults = fault.map(|kind| Arc::new(Faults::new(&[kind], 5, u64::MAX)));
+    let (bad, good) = (Node::origin(sample, faults.clone()).await, Node::origin(sample, None).await);
+    let rate = 100_000_000 / 8;
+    let links = [SlowLink::new(bad.address, rate).await, SlowLink::new(good.address, rate).await];
+    let node = Node::empty(None).await;
+    let began = Instant::now();
+    let engine = node.pull(&links.each_ref().map(|link| link.address), |_| ()).await;
+    let disk = engine.disk();
+    let think = Duration::from_secs(2) / u32::try_from(sample.boot_blocks.len()).unwrap();
+    let mut due = Instant::now();
+    for block in &sample.boot_blocks {
+        let mut bytes = vec![0; 4096];
+        disk.read(block * 4096, &mut bytes).await.unwrap();
+        assert!(bytes == sample.bytes(block * 4096, 4096), "wrong bytes in block {block}");
+        // Thinking counts from when the bytes came; a timer is too coarse for each read.
+        due = due.max(Instant::now() - Duration::from_millis(5)) + think;
+        tokio::time::sleep_until(due.into()).await;
+    }
+    let took = began.elapsed();
+    engine.stop().await;
+    if let Some(faults) = faults {
+        assert!(faults.done() > 0, "{fault:?}: nothing was done");
+    }
+    took
+}
+
+/// `make bench-faults`. The goal: 1.5 times the clean boot, with one good source.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a bench: make bench-faults"]
+async fn what_a_boot_takes_beside_a_source_that_fails() {
+    const ROUNDS: usize = 3;
+    let sample = Sample::with_boot(64 << 20, 71, 8192);
+    println!(
+        "two sources at 100 Mbit/s, {:.1} MB of boot cache, 2 s of thinking; every fifth answer of the first is spoilt; medians of {ROUNDS}",
+        sample.boot_bytes as f64 / 1e6
+    );
+    let mut clean = 0.0;
+    for fault in std::iter::once(None).chain(Fault::ALL.map(Some)) {
+        let mut times = Vec::new();
+        for _ in 0..ROUNDS {
+            times.push(boot_with(&sample, fault).await.as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        let median = times[ROUNDS / 2];
+        match fault {
+            None => {
+                clean = median;
+                println!("{:<12} {median:5.2} s", "clean");
+            }
+            Some(fault) => {
+                println!(
+                    "{:<12} {median:5.2} s  {:.2} times the clean boot",
+                    format!("{fault:?}"),
+                    median / clean
+                );
+            }
+        }
+    }
 }

@@ -1,9 +1,10 @@
 //! One request, to as many sources as it takes: accounting, deadlines, hedging and failover.
 //!
 //! A request that is late by what its source was seen to need is sent to a second source as well, and the first
-//! answer wins (at most 5 % extra requests). A source that breaks is replaced at once. An answer that is late beyond
-//! doubt may be lost: the request is sent again, to another source or to the same, and what comes first counts. A
-//! source that was overtaken is not the first choice for a while.
+//! answer wins (at most 5 % extra requests). A source that breaks is replaced at once. An answer that is late and was
+//! passed by those to later requests, or that is late beyond doubt, may be lost: the request is sent again, to another
+//! source or to the same, and what comes first counts. A source that was overtaken is not the first choice for a while,
+//! and a connection of it on which nothing came meanwhile is made anew, so that the rest is not waited for there.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -65,6 +66,14 @@ pub(super) struct Terms {
     pub(super) patience: Duration,
 }
 
+/// A source that was asked.
+struct Asked {
+    source: Arc<Source>,
+    /// Which of the requests to it this was; see [`Source::note_asked`].
+    number: u64,
+    at: Instant,
+}
+
 impl Shared {
     /// Asks the sources that `pick` names until one answers. None when `pick` has no more. The sources tried are added
     /// to `tried`.
@@ -77,12 +86,14 @@ impl Shared {
     ) -> Option<Reply> {
         type Asking<'a> = BoxFuture<'a, (Arc<Source>, Result<Answered, CallError>)>;
         let mut running: FuturesUnordered<Asking<'_>> = FuturesUnordered::new();
-        let mut asked: Vec<Arc<Source>> = Vec::new();
-        let start = |source: Arc<Source>, tried: &mut Vec<PeerKey>| -> Asking<'_> {
+        let mut asked: Vec<Asked> = Vec::new();
+        let start = |source: Arc<Source>, asked: &mut Vec<Asked>, tried: &mut Vec<PeerKey>| -> Asking<'_> {
             tried.extend(source.state().key.map(PeerKey));
+            let number = source.note_asked(terms.kind);
+            asked.push(Asked { source: Arc::clone(&source), number, at: Instant::now() });
             let ask = ask.clone();
             Box::pin(async move {
-                let result = self.ask_one(&source, terms, ask).await;
+                let result = self.ask_one(&source, terms, number, ask).await;
                 (source, result)
             })
         };
@@ -91,49 +102,56 @@ impl Shared {
         let mut lost = late;
         loop {
             if running.is_empty() {
-                let source = pick(tried, Why::Needed)?;
                 if !asked.is_empty() {
+                    // Now, or by the caller, who asks anew when there is a source again.
                     Counters::count(&self.counters.failovers);
                 }
+                let source = pick(tried, Why::Needed)?;
                 let late_after = source.late_after(terms.bytes) + terms.patience;
                 late = Instant::now() + late_after;
                 lost_after = LOST_MIN.max(late_after * LOST_FACTOR);
                 lost = Instant::now() + lost_after;
-                asked.push(Arc::clone(&source));
-                running.push(start(source, tried));
+                running.push(start(source, &mut asked, tried));
             }
             tokio::select! {
                 Some((source, result)) = running.next() => match result {
                     Ok(answered) => {
-                        let overtaken = asked.iter().filter(|other| !Arc::ptr_eq(other, &source));
-                        overtaken.filter(|other| other.requests.load(Ordering::Relaxed) > 0).for_each(|other| {
-                            other.demote(self.options.demotion);
-                        });
+                        let overtaken = asked.iter().filter(|other| !Arc::ptr_eq(&other.source, &source));
+                        for other in overtaken.filter(|other| other.source.requests.load(Ordering::Relaxed) > 0) {
+                            other.source.demote(self.options.demotion);
+                            if terms.patience.is_zero() {
+                                other.source.hang_up(terms.kind, other.at.elapsed());
+                            }
+                        }
                         return Some(Reply { answered, source });
                     }
                     Err(_) => self.sources.failed(&source),
                 },
                 () = tokio::time::sleep_until(late), if asked.len() < 2 => {
                     late = Instant::now() + LATE_AGAIN;
-                    if self.may_hedge()
-                        && let Some(source) = pick(tried, Why::Late)
-                    {
-                        Counters::count(&self.counters.hedges);
-                        asked.push(Arc::clone(&source));
-                        running.push(start(source, tried));
+                    let passed = |asked: &Asked| asked.source.has_passed(terms.kind, asked.number);
+                    let is_lost = terms.patience.is_zero() && asked.iter().all(passed);
+                    let source = match is_lost {
+                        true => pick(tried, Why::Needed),
+                        false if self.may_hedge() => pick(tried, Why::Late),
+                        false => None,
+                    };
+                    if let Some(source) = source {
+                        Counters::count(if is_lost { &self.counters.failovers } else { &self.counters.hedges });
+                        running.push(start(source, &mut asked, tried));
                     }
                 }
                 () = tokio::time::sleep_until(lost), if running.len() < AGAIN_MAX => {
                     lost_after *= 2;
                     lost = Instant::now() + lost_after;
-                    for silent in &asked {
+                    for Asked { source: silent, .. } in &asked {
                         self.sources.failed(silent);
                         silent.demote(self.options.demotion);
                     }
-                    if let Some(source) = pick(tried, Why::Needed).or_else(|| asked.first().cloned()) {
+                    let again = || asked.first().map(|first| Arc::clone(&first.source));
+                    if let Some(source) = pick(tried, Why::Needed).or_else(again) {
                         Counters::count(&self.counters.failovers);
-                        asked.push(Arc::clone(&source));
-                        running.push(start(source, tried));
+                        running.push(start(source, &mut asked, tried));
                     }
                 }
             }
@@ -145,24 +163,23 @@ impl Shared {
         hedges * HEDGE_SHARE <= self.counters.requests.total() + HEDGES_FREE * HEDGE_SHARE
     }
 
-    /// One request to one source, with everything that is counted.
-    pub(super) async fn ask_one(
+    /// One request to one source, with everything that is counted; `number` is what [`Source::note_asked`] gave it.
+    async fn ask_one(
         &self,
         source: &Source,
         terms: Terms,
+        number: u64,
         ask: Ask,
     ) -> Result<Answered, CallError> {
         let link = source.link().ok_or(CallError::Closed)?;
-        let connection = match terms.kind {
-            Kind::Demand | Kind::Tree => link.urgent,
-            Kind::Stream | Kind::Fill => link.bulk,
-        };
+        let connection = link.for_kind(terms.kind);
         let queued = source.outstanding.fetch_add(terms.bytes, Ordering::Relaxed);
         source.requests.fetch_add(1, Ordering::Relaxed);
         let _accounts = Accounts { source, bytes: terms.bytes };
         self.counters.requests.add(terms.kind, 1);
         let began = Instant::now();
         let answered = connection.call(ask).await?;
+        source.note_answered(terms.kind, number);
         let bytes = answered.bulk().len() as u64;
         source.bytes.add(terms.kind, bytes);
         self.counters.bytes.add(terms.kind, bytes);

@@ -14,10 +14,12 @@ use tokio::time::Instant;
 use crate::peer::connection::Connection;
 use crate::peer::message::Have;
 
-use super::counters::PerKind;
+use super::counters::{Kind, PerKind};
 
 /// Latency that is assumed of a source before it has answered anything.
 const LATENCY_UNKNOWN: Duration = Duration::from_millis(150);
+/// An answer is lost when it is late, and so many requests of its kind that were asked after it are answered.
+const LOST_BEHIND: u64 = 4;
 /// The least time after which an answer counts as late.
 const LATE_MIN: Duration = Duration::from_millis(20);
 
@@ -26,6 +28,16 @@ const LATE_MIN: Duration = Duration::from_millis(20);
 pub(super) struct Link {
     pub(super) urgent: Connection,
     pub(super) bulk: Connection,
+}
+
+impl Link {
+    /// The connection for requests of `kind`.
+    pub(super) const fn for_kind(&self, kind: Kind) -> &Connection {
+        match kind {
+            Kind::Demand | Kind::Tree => &self.urgent,
+            Kind::Stream | Kind::Fill => &self.bulk,
+        }
+    }
 }
 
 /// What is known of a source now.
@@ -69,6 +81,15 @@ pub(super) struct Source {
     pub(super) requests: AtomicU32,
     /// Lies it was caught in.
     pub(super) lies: AtomicU64,
+    order: [Order; Kind::ALL.len()],
+}
+
+/// In which order requests of one kind are answered.
+#[derive(Debug, Default)]
+struct Order {
+    asked: AtomicU64,
+    /// The last of those that were answered.
+    answered: AtomicU64,
 }
 
 impl Source {
@@ -81,6 +102,7 @@ impl Source {
             outstanding: AtomicU64::new(0),
             requests: AtomicU32::new(0),
             lies: AtomicU64::new(0),
+            order: Default::default(),
         })
     }
 
@@ -121,6 +143,31 @@ impl Source {
                 deviation: deviation + ((own - mean).abs() - deviation) / 4.0,
             },
         });
+    }
+
+    /// Notes that a request of `kind` is asked; its number, for [`Source::note_answered`] and [`Source::has_passed`].
+    pub(super) fn note_asked(&self, kind: Kind) -> u64 {
+        self.order[kind as usize].asked.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Notes that the request is answered.
+    pub(super) fn note_answered(&self, kind: Kind, number: u64) {
+        self.order[kind as usize].answered.fetch_max(number, Ordering::Relaxed);
+    }
+
+    /// Whether the request was passed by others that were asked after it.
+    pub(super) fn has_passed(&self, kind: Kind, number: u64) -> bool {
+        self.order[kind as usize].answered.load(Ordering::Relaxed) >= number + LOST_BEHIND
+    }
+
+    /// Makes a connection that stands still anew: what else was asked on it is asked elsewhere at once.
+    pub(super) fn hang_up(&self, kind: Kind, silent_for: Duration) {
+        let Some(link) = self.link() else { return };
+        let connection = link.for_kind(kind);
+        if connection.silence() >= silent_for {
+            tracing::info!(source = %self.address, seconds = silent_for.as_secs_f32(), "a source stands still: connecting anew");
+            connection.close();
+        }
     }
 
     /// Not to be used before others for `time`: it was slow.

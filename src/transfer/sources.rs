@@ -138,6 +138,12 @@ impl Sources {
         self.all().iter().any(|source| source.state().link.is_some() && !source.is_banned())
     }
 
+    /// Whether a source that can be asked does not have everything yet.
+    pub(super) fn any_partial(&self) -> bool {
+        let partial = |state: &super::source::State| state.link.is_some() && !state.have.complete;
+        self.all().iter().any(|source| partial(&source.state()))
+    }
+
     /// Whether there are sources that can be asked, and none of them has the boot cache that is being fetched: the image
     /// was recorded again, or elsewhere.
     pub(super) fn only_other_boots(&self) -> bool {

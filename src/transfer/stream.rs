@@ -305,7 +305,9 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             let tried: Vec<PeerKey> = tried.iter().copied().filter(|key| Some(key.0) != pointed_by).collect();
             shared.sources.for_frame(number, frames.passed(), &tried, why)
         };
-        let patience = if wait { relay_patience(shared.stream.goodput()) } else { Duration::ZERO };
+        // Who has everything answers at once.
+        let may_wait = wait && shared.sources.any_partial();
+        let patience = if may_wait { relay_patience(shared.stream.goodput()) } else { Duration::ZERO };
         let ask = Ask::Frame { root: shared.holding.root(), index: number, wait };
         let terms = Terms { kind: Kind::Stream, bytes, patience };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
