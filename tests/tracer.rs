@@ -152,6 +152,7 @@ fn it_does_not_matter_how_a_descriptor_was_come_by() {
     let bench = Bench::new();
     let source = r#"
         #include <fcntl.h>
+        #include <stdio.h>
         #include <string.h>
         #include <sys/socket.h>
         #include <sys/wait.h>
@@ -192,13 +193,18 @@ fn it_does_not_matter_how_a_descriptor_was_come_by() {
             wait(&status);
             link("image", "hard");
             pread(open("hard", O_RDONLY), a, 6, 6000);
+            FILE *stream = fopen("other", "r");
+            pread(fileno(stream), a, 16, 7);
+            fclose(stream);                         /* which closes the number inside libc */
+            give(pair[0], fd);
+            pread(take(pair[1]), a, 7, 7000);       /* the same number again */
             return 0;
         }"#;
     if !bench.compile(source, &["-w"]) {
         return;
     }
     succeeded(&bench.run_subject());
-    assert_eq!(bench.ranges(), [(1000, 1), (2000, 2), (3000, 3), (4000, 4), (5000, 5), (6000, 6)]);
+    assert_eq!(bench.ranges(), [1, 2, 3, 4, 5, 6, 7].map(|n| (n * 1000, n)));
 }
 
 #[test]

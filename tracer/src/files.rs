@@ -2,8 +2,8 @@
 //! duplicated, inherited or received.
 //!
 //! A descriptor is looked at (`fstat`) when it is first read, and the answer is kept until a hook sees its number
-//! closed or given to another file. Numbers beyond the table are looked at each time. libc closes its own stdio
-//! descriptors without passing a hook; every open therefore forgets the number it returns as well.
+//! closed or given to another file. Numbers beyond the table are looked at each time. libc opens and
+//! closes some descriptors of its own without passing a hook; every open therefore forgets the number it returns as well.
 
 use std::ffi::c_int;
 use std::mem::MaybeUninit;

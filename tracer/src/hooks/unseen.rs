@@ -25,6 +25,18 @@ hooks! {
         |real| stream(real(path, mode));
     fn fopen64(path: *const c_char, mode: *const c_char) -> *mut FILE =
         |real| stream(real(path, mode));
+    fn freopen(path: *const c_char, mode: *const c_char, old: *mut FILE) -> *mut FILE = |real| {
+        closing(old);
+        stream(real(path, mode, old))
+    };
+    fn freopen64(path: *const c_char, mode: *const c_char, old: *mut FILE) -> *mut FILE = |real| {
+        closing(old);
+        stream(real(path, mode, old))
+    };
+    fn fclose(old: *mut FILE) -> c_int = |real| {
+        closing(old);
+        real(old)
+    };
     fn fdopen(fd: c_int, mode: *const c_char) -> *mut FILE = |real| stream(real(fd, mode));
 
     fn aio_read(request: *mut libc::aiocb) -> c_int = |real| {
@@ -64,6 +76,16 @@ fn stream(stream: *mut FILE) -> *mut FILE {
         unseen(fd, UNSEEN);
     }
     stream
+}
+
+/// libc closes the stream's descriptor itself: its number may come back by a way that has no hook.
+fn closing(stream: *mut FILE) {
+    if !stream.is_null() {
+        let errno = crate::real::errno();
+        // SAFETY: a stream that is still open.
+        crate::files::forget(unsafe { libc::fileno(stream) });
+        crate::real::set_errno(errno);
+    }
 }
 
 fn requested(request: *const libc::aiocb) {
