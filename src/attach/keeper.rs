@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -201,38 +201,41 @@ impl Keeper<'_> {
         mut spare: Opened,
         stop: &CancellationToken,
     ) -> Result<(), AttachError> {
+        let mut offer_at = Instant::now();
         while entry.is_live() {
             if stop.is_cancelled() {
                 return disconnect(entry).await;
             }
-            let setup = self.setup(&spare);
-            self.same_size(entry, &spare)?;
-            let taken = if hung_up(std::slice::from_ref(&spare.socket)).is_empty() {
-                match kernel.reconfigure(entry.device.0, &setup, &[spare.socket.as_fd()]).await {
-                    Ok(()) => true,
-                    // None of its connections is dead.
-                    Err(KernelError::Io(error)) if is(&error, Errno::NOSPC) => false,
-                    Err(error) => {
-                        warn!(device = %entry.device, %error, "the kernel did not take the new connection");
-                        false
-                    }
-                }
-            } else {
-                true
-            };
-            let pause = if taken {
+            let gone = !hung_up(std::slice::from_ref(&spare.socket)).is_empty();
+            let due = Instant::now() >= offer_at;
+            if gone || (due && self.offer(kernel, entry, &spare).await?) {
                 info!(device = %entry.device, "a connection was dead; reconnecting");
                 spare = tokio::select! {
                     opened = self.open_patiently() => opened?,
                     () = stop.cancelled() => continue,
                 };
-                Duration::ZERO
-            } else {
-                OFFER
-            };
-            tokio::select! { () = sleep(pause) => {}, () = stop.cancelled() => {} }
+                offer_at = Instant::now();
+                continue;
+            }
+            if due {
+                offer_at = Instant::now() + OFFER;
+            }
+            tokio::select! { () = sleep(LOOK) => {}, () = stop.cancelled() => {} }
         }
         Ok(())
+    }
+
+    /// Whether the kernel has taken a connection: it does if one of its own is dead.
+    async fn offer(&self, kernel: &mut Kernel, entry: &Entry, spare: &Opened) -> Result<bool, AttachError> {
+        self.same_size(entry, spare)?;
+        match kernel.reconfigure(entry.device.0, &self.setup(spare), &[spare.socket.as_fd()]).await {
+            Ok(()) => Ok(true),
+            Err(KernelError::Io(error)) if is(&error, Errno::NOSPC) => Ok(false),
+            Err(error) => {
+                warn!(device = %entry.device, %error, "the kernel did not take the new connection");
+                Ok(false)
+            }
+        }
     }
 
     /// Gives the kernel a new socket for each that is dead, as soon as there is a server again.
