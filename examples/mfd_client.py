@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """A user of a bootcache controller in another language (docs/protocol.md). Needs msgpack (Debian: python3-msgpack).
 
-usage: mfd_client.py HOST:PORT|SOCKET nodes | deploy PLAN.json | end TASK
-"""
+usage: mfd_client.py HOST:PORT|SOCKET nodes | deploy PLAN.json | end TASK"""
 import json, socket, struct, sys, time, uuid
 import msgpack
 
@@ -17,15 +16,13 @@ class Controller:
         else:
             host, port = target.rsplit(":", 1)
             self.socket = socket.create_connection((host, int(port)), timeout=30)
+        self.stream = self.socket.makefile("rb")
         self.id = 0
 
     def read(self, length):
-        data = b""
-        while len(data) < length:
-            piece = self.socket.recv(length - len(data))
-            if not piece:
-                raise SystemExit("the controller closed the connection")
-            data += piece
+        data = self.stream.read(length)
+        if len(data) < length:
+            raise SystemExit("the controller closed the connection")
         return data
 
     def call(self, kind, body):
