@@ -16,6 +16,7 @@ use tokio::net::UnixStream;
 use crate::digest::Digest;
 use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
+use crate::transfer::Pin;
 use crate::wire::frame::{self, CONTROL_PAYLOAD_MAX, FrameType};
 use crate::wire::io::{WireError, read_frame, write_message};
 
@@ -60,6 +61,9 @@ pub enum Request {
         name: ImageName,
         /// Its root, if that is known: nothing else is taken for it.
         root: Option<Digest>,
+        /// Its boot cache, as far as that is known.
+        #[serde(default)]
+        boot: Pin,
         /// Nodes that may have it.
         sources: Vec<SocketAddr>,
         /// Fetch everything, not only what boots and what is read.
@@ -141,6 +145,8 @@ pub struct ImageStatus {
     pub kind: ImageKind,
     /// Bytes of its boot cache; 0 when it has none.
     pub boot_bytes: u64,
+    /// Digest of its boot cache's heads, if it has one.
+    pub boot: Option<Digest>,
     /// All of it is here.
     pub complete: bool,
     /// Bytes that a guest sees.

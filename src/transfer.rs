@@ -27,4 +27,4 @@ mod stream;
 pub use arrivals::{Arrivals, Plan};
 pub use counters::{Counters, Kind};
 pub use engine::{Engine, Options, Progress};
-pub use pull::{PullError, Pulled, Target, pull};
+pub use pull::{Pin, PullError, Pulled, Target, pull};

@@ -23,7 +23,7 @@ fn plan(sources: &[SocketAddr]) -> Plan {
 }
 
 fn target(name: &ImageName) -> Target {
-    Target { name: name.clone(), root: None, verify: false }
+    Target { name: name.clone(), root: None, boot: bootcache::transfer::Pin::Any, verify: false }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -41,7 +41,8 @@ async fn a_second_name_for_an_image_on_its_way_leaves_those_who_read_it_alone() 
         disk.read(4 << 20, &mut bytes).await.map(|()| bytes)
     });
     let other: ImageName = "other".parse().unwrap();
-    let by_root = Target { name: other.clone(), root: Some(root), verify: false };
+    let by_root =
+        Target { name: other.clone(), root: Some(root), boot: bootcache::transfer::Pin::Any, verify: false };
     assert_eq!(arrivals.pull(&by_root, &plan(&[origin.address])).await.unwrap(), root);
     assert!(Arc::ptr_eq(&engine, &arrivals.get(root).unwrap()), "there are two engines for one image");
     assert_eq!(node.store().root_of(&other).unwrap(), Some(root));

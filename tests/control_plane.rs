@@ -334,6 +334,7 @@ fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
         kind: bootcache::image::manifest::ImageKind::Vm,
         size: 1 << 30,
         boot_bytes: 7,
+        boot: Some(bootcache::digest::Digest::of(b"heads")),
         present: 1 << 30,
         allocated: 1 << 30,
         complete: true,
@@ -362,6 +363,7 @@ fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
     let needed = say::Needed {
         name: here.name.clone(),
         root: here.root,
+        boot: here.boot,
         size: here.size,
         sources: vec![SocketAddr::from(([127, 0, 0, 1], 1))],
     };

@@ -187,7 +187,8 @@ async fn a_container_is_up_when_its_log_says_so() {
     let stream = Security::default().connect_to(agent.address(), Role::Node).await.unwrap();
     let mut link = Link::new(stream);
 
-    let needed = Needed { root: Digest::of(b"box"), name: image, size: 4096, sources: Vec::new() };
+    let needed =
+        Needed { root: Digest::of(b"box"), boot: None, name: image, size: 4096, sources: Vec::new() };
     let instances = vec![
         order("slow", "echo starting; sleep 3; echo service is ready; sleep 1000", 60),
         order("errs", "head -c 300000 /bin/busybox; echo service is ready >&2; sleep 1000", 60),

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bootcache::peer::fault::{Fault, Faults};
+use bootcache::transfer::Pin;
 use bootcache::transfer::{Kind, Pulled};
 use nodes::{Node, Sample, SlowLink};
 
@@ -83,6 +84,7 @@ async fn many_pulls_of_one_image_at_once_are_one_transfer() {
         let request = bootcache::control::Request::Pull {
             name: sample.name.clone(),
             root: None,
+            boot: Pin::Any,
             sources: vec![origin.address],
             fill: true,
             fill_rate: 0,
@@ -335,6 +337,34 @@ async fn an_image_that_is_recorded_while_it_is_served_boots_faster_from_then_on_
     let third = Node::empty(None).await;
     let error = third.try_pull(&[origin.address]).await.unwrap_err();
     assert!(error.to_string().contains("does not have the image"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_boot_cache_that_is_pinned_is_taken() {
+    let sample = Sample::new(8 << 20, 67);
+    let other = Node::origin(&sample.recorded_again(), None).await;
+    let right = Node::origin(&sample, None).await;
+    let heads = right.store().resolve(&sample.name).unwrap().manifest.boot.unwrap().heads_digest;
+    let cases = [
+        (Pin::Any, vec![&other], true),
+        (Pin::Nothing, vec![&other], false),
+        // The first to answer has another one, which comes to nothing; the next has it.
+        (Pin::Heads(heads), vec![&other], false),
+        (Pin::Heads(heads), vec![&other, &right], true),
+    ];
+    for (pin, sources, streams) in cases {
+        let sources: Vec<_> = sources.iter().map(|source| source.address).collect();
+        let node = Node::empty(None).await;
+        let engine = node.pull_pinned(pin, &sources).await;
+        assert!(engine.done().await);
+        assert_eq!(engine.progress().frames_total > 0, streams, "{pin:?} from {}", sources.len());
+        let kept = node.store().resolve(&sample.name).unwrap().manifest.boot;
+        if pin != Pin::Any {
+            assert_eq!(kept.map(|boot| boot.heads_digest), streams.then_some(heads), "{pin:?}");
+        }
+        engine.stop().await;
+        assert!(node.read_file() == sample.disk);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

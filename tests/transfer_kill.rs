@@ -101,6 +101,7 @@ async fn a_daemon_that_is_killed_keeps_its_cache_and_never_has_a_wrong_byte() {
     let pull = Request::Pull {
         name: sample.name.clone(),
         root: None,
+        boot: bootcache::transfer::Pin::Any,
         sources: vec![origin.address],
         fill: true,
         // Slow enough that it is still coming when the last round is over.
@@ -125,6 +126,7 @@ async fn a_daemon_that_is_killed_keeps_its_cache_and_never_has_a_wrong_byte() {
     let faster = Request::Pull {
         name: sample.name.clone(),
         root: None,
+        boot: bootcache::transfer::Pin::Any,
         sources: vec![origin.address],
         fill: true,
         fill_rate: 0,

@@ -15,6 +15,7 @@ use crate::hypervisor::libvirt::Libvirt;
 use crate::name::{HostName, ImageName};
 use crate::serve::{CONTROL_SOCKET, NBD_SOCKET};
 use crate::store::Store;
+use crate::transfer::Pin;
 use crate::vm::serial_path;
 use crate::wire::cluster::{ImageHere, Needed};
 
@@ -125,6 +126,7 @@ impl DataPlane for Serve {
             let request = Request::Pull {
                 name: image.name.clone(),
                 root: Some(image.root),
+                boot: Pin::of(image.boot),
                 sources: image.sources.clone(),
                 fill: !boot_only,
                 fill_rate: 0,
@@ -198,6 +200,7 @@ fn here(image: ImageStatus) -> ImageHere {
         kind: image.kind,
         size: image.size,
         boot_bytes: image.boot_bytes,
+        boot: image.boot,
         present: transfer.map_or(image.present, |transfer| transfer.present),
         allocated: image.allocated,
         complete: image.complete,

@@ -133,6 +133,7 @@ impl MemoryDataPlane {
             kind,
             size,
             boot_bytes: 0,
+            boot: None,
             present: size,
             allocated: size,
             complete: true,

@@ -295,6 +295,7 @@ fn show(store: &Store, name: &ImageName, json: bool) -> anyhow::Result<ExitCode>
     match boot {
         Some(boot) => {
             println!("boot cache  {} bytes ({})", boot.file_length, HumanBytes(boot.file_length));
+            println!("boot digest {}", boot.heads_digest);
             let until = match kind {
                 ImageKind::Vm => boot.until.as_deref().unwrap_or("not stated"),
                 ImageKind::Container => "the archive's end: all of it, in order",

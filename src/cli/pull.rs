@@ -11,7 +11,7 @@ use bootcache::choose::PeerKey;
 use bootcache::control::{ImageStatus, Reply, Request};
 use bootcache::digest::Digest;
 use bootcache::name::ImageName;
-use bootcache::transfer::Options;
+use bootcache::transfer::{Options, Pin};
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
@@ -31,6 +31,10 @@ pub(crate) struct Args {
     /// Take nothing but the image with this root digest
     #[arg(long, value_name = "ROOT")]
     digest: Option<Digest>,
+
+    /// Take no boot cache but the one whose heads have this digest; `bootcache image show` has both
+    #[arg(long, value_name = "DIGEST")]
+    boot_digest: Option<Digest>,
     /// Only what boots, and what is read: end when the boot cache is here
     #[arg(long)]
     boot_only: bool,
@@ -103,6 +107,7 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
         let request = Request::Pull {
             name: args.name.clone(),
             root: args.digest,
+            boot: args.boot_digest.map_or(Pin::Any, Pin::Heads),
             sources,
             fill: !args.boot_only,
             fill_rate: args.rate,

@@ -22,7 +22,7 @@ pub(super) use hosts::{
     rows as node_rows, set_peer,
 };
 pub(super) use images::{
-    Holder, find as find_image, holders, nowhere, register as register_images, rows as image_rows,
+    Holder, Image, find as find_image, holders, nowhere, register as register_images, rows as image_rows,
     without_boot_cache,
 };
 pub(super) use instances::{reported, rows as instance_rows, update as update_instances};
@@ -306,7 +306,7 @@ mod tests {
             let order = part.whole(&part.instances[0]).unwrap();
             assert_eq!((order.env["A"].as_str(), &order.command[..]), ("b", &["sh".to_owned()][..]));
             assert_eq!(instance_rows(tx, None, None, Page::whole())?.len(), 1);
-            assert_eq!(find_image(tx, &"box".parse().unwrap())?.map(|(_, _, size)| size), Some(1));
+            assert_eq!(find_image(tx, &"box".parse().unwrap())?.map(|image| image.size), Some(1));
             assert!(end_task(tx, 1)?);
             gone(tx, 1, 1)?;
             assert!(task_rows(tx, None, None, Page::whole())?.is_empty());

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 
 use super::database::{self, NewTask, Page};
+use super::sources;
 use super::{DatabaseError, Shared, dispatch, now_ms};
 use crate::hypervisor::InstanceType;
 use crate::image::manifest::ImageKind;
@@ -133,22 +134,23 @@ fn images(tx: &database::Tx<'_>, plan: &Plan) -> Result<HashMap<ImageName, Neede
             InstanceType::Container => ImageKind::Container,
         };
         match database::find_image(tx, &group.image)? {
-            Some((root, kind, size)) if kind == wanted => {
-                if let Some(disk) = group.disk.filter(|disk| disk.bytes() < size) {
+            Some(image) if image.kind == wanted => {
+                if let Some(disk) = group.disk.filter(|disk| disk.bytes() < image.size) {
                     let message = format!(
                         "a disk of {} MiB is smaller than image '{}': say {} MiB or more, or leave it out",
                         disk.0,
                         group.image,
-                        size.div_ceil(1 << 20)
+                        image.size.div_ceil(1 << 20)
                     );
                     mistakes.push(mistake(index, "disk", message));
                 }
-                let needed = Needed { name: group.image.clone(), root, size, sources: Vec::new() };
-                images.insert(group.image.clone(), needed);
+                images.insert(group.image.clone(), sources::needs(&group.image, &image, Vec::new()));
             }
-            Some((_, kind, _)) => {
-                let message =
-                    format!("image '{}' is for {kind}s, the group is of {}s", group.image, group.kind);
+            Some(image) => {
+                let message = format!(
+                    "image '{}' is for {}s, the group is of {}s",
+                    group.image, image.kind, group.kind
+                );
                 mistakes.push(mistake(index, "image", message));
             }
             None => {

@@ -50,11 +50,16 @@ pub(super) async fn needed(
     host_id: i64,
 ) -> Result<Option<Result<Needed, String>>, DatabaseError> {
     let name = image.clone();
-    let Some((root, _, size)) = shared.database.run(move |tx| database::find_image(tx, &name)).await? else {
+    let Some(found) = shared.database.run(move |tx| database::find_image(tx, &name)).await? else {
         return Ok(None);
     };
     let sources = of(shared, image, host_id).await?;
-    Ok(Some(sources.map(|sources| Needed { name: image.clone(), root, size, sources })))
+    Ok(Some(sources.map(|sources| needs(image, &found, sources))))
+}
+
+/// `image`, which was `found`, from `sources`.
+pub(super) fn needs(image: &ImageName, found: &database::Image, sources: Vec<SocketAddr>) -> Needed {
+    Needed { name: image.clone(), root: found.root, boot: found.boot, size: found.size, sources }
 }
 
 /// A source, and where it is.

@@ -266,7 +266,13 @@ mod tests {
             .map(|(group, number, node)| Placed { group, number, node })
             .to_vec();
         let image = "debian".parse::<ImageName>().unwrap();
-        let needed = Needed { name: image.clone(), root: Digest::of(b"i"), size: 4096, sources: Vec::new() };
+        let needed = Needed {
+            name: image.clone(),
+            root: Digest::of(b"i"),
+            boot: None,
+            size: 4096,
+            sources: Vec::new(),
+        };
         let images = HashMap::from([(image, needed)]);
         let context = Context { cluster: "c", task: 7, report: None };
         expand(&plan, &placed, &names(&["n1", "n2"]), &images, context).unwrap()

@@ -227,8 +227,8 @@ impl Node {
                 self.commit_overlay(&name, &image).await.map(|root| Reply::Image { root })
             }
             Request::OverlayRemove { name } => self.remove_overlay(&name).await.map(|()| Reply::Done),
-            Request::Pull { name, root, sources, fill, fill_rate } => {
-                let target = Target { name, root, verify: false };
+            Request::Pull { name, root, boot, sources, fill, fill_rate } => {
+                let target = Target { name, root, boot, verify: false };
                 let root = self.arrivals.pull(&target, &Plan { sources, fill, fill_rate }).await?;
                 Ok(Reply::Image { root })
             }
@@ -575,6 +575,7 @@ impl Node {
                 root,
                 kind: entry.manifest.kind,
                 boot_bytes: entry.manifest.boot.as_ref().map_or(0, |boot| boot.file_length),
+                boot: entry.manifest.boot.as_ref().map(|boot| boot.heads_digest),
                 complete: entry.is_complete(),
                 size: entry.manifest.size,
                 open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),

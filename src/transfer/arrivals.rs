@@ -20,7 +20,7 @@ use crate::peer::catalogue::Catalogue;
 use crate::store::{Hold, Store, StoreError, write_atomic};
 
 use super::engine::{Engine, Options};
-use super::pull::{PullError, Pulled, Target, pull};
+use super::pull::{Pin, PullError, Pulled, Target, pull};
 
 const SOURCES: &str = "sources";
 const SOURCES_BYTES_MAX: u64 = 64 << 10;
@@ -168,7 +168,7 @@ impl Arrivals {
         let names: Vec<(ImageName, Digest)> = self.store.names().unwrap_or_default();
         for (name, root) in names {
             let Some(plan) = plan_of(&self.store, root) else { continue };
-            let target = Target { name: name.clone(), root: Some(root), verify: false };
+            let target = Target { name: name.clone(), root: Some(root), boot: Pin::Any, verify: false };
             if let Err(error) = self.pull(&target, &plan).await {
                 tracing::error!(image = %name, %error, "cannot go on with an image that was on its way");
             }

@@ -1,7 +1,8 @@
 //! Begins the transfer of an image, or takes it up again: the image's folder in the store, from what a source describes.
 //!
 //! What has to be trusted is the root: given by who asks, or by the name that the store has for it already, or else
-//! taken from the first source that answers and kept with the name. The rest follows from the root.
+//! taken from the first source that answers and kept with the name. The blocks follow from the root. The boot cache does
+//! not: a guest reads its blocks before their digests are here, so that it is pinned beside the root ([`Pin`]).
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::boot_cache::BootCache;
@@ -43,8 +45,45 @@ pub struct Target {
     pub name: ImageName,
     /// Its root, when that is known from elsewhere. Sources that mean another image by the name are not used.
     pub root: Option<Digest>,
+    /// Its boot cache, as far as that is known from elsewhere.
+    pub boot: Pin,
     /// Hold everything that is here already against the digests, instead of believing what was saved.
     pub verify: bool,
+}
+
+/// Which boot cache of an image is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pin {
+    /// That of the first source that answers.
+    #[default]
+    Any,
+    /// None: the image is not known to have one.
+    Nothing,
+    /// The one whose heads have this digest. From sources that have another, the image is taken without.
+    Heads(Digest),
+}
+
+impl Pin {
+    /// As who knows the image says: the digest of its boot cache's heads, if it has one.
+    pub fn of(heads: Option<Digest>) -> Self {
+        heads.map_or(Self::Nothing, Self::Heads)
+    }
+
+    /// `manifest` without a boot cache that is not the one to be taken, and whether it has the one that is.
+    fn hold(self, mut manifest: Manifest) -> (Manifest, bool) {
+        let heads = manifest.boot.as_ref().map(|boot| boot.heads_digest);
+        let is_it = match self {
+            Self::Any => return (manifest, true),
+            Self::Nothing => heads.is_none(),
+            Self::Heads(wanted) => heads == Some(wanted),
+        };
+        if !is_it {
+            manifest.boot = None;
+        }
+        // Nothing better comes of asking others where no boot cache is wanted.
+        (manifest, is_it || self == Self::Nothing)
+    }
 }
 
 /// What became of a pull.
@@ -190,16 +229,24 @@ async fn begin(
                 (source, describe(*source, target, options).await)
             })
             .collect();
-        let mut reasons = Vec::new();
+        let (mut reasons, mut found) = (Vec::new(), None);
         while let Some((source, described)) = asking.next().await {
             match described {
                 Ok((manifest, top)) => {
-                    let (store, target) = (store.clone(), target.clone());
-                    let made = tokio::task::spawn_blocking(move || make(&store, &target, &manifest, &top));
-                    return made.await.map_err(io::Error::other).map_err(io_error)?;
+                    let (manifest, has_boot) = target.boot.hold(manifest);
+                    found = Some((manifest, top));
+                    if has_boot {
+                        break;
+                    }
+                    tracing::warn!(%source, image = %target.name, "a source has another boot cache of the image: it is not taken");
                 }
                 Err(error) => reasons.push(format!("{source}: {error}")),
             }
+        }
+        if let Some((manifest, top)) = found {
+            let (store, target) = (store.clone(), target.clone());
+            let made = tokio::task::spawn_blocking(move || make(&store, &target, &manifest, &top));
+            return made.await.map_err(io::Error::other).map_err(io_error)?;
         }
         if Instant::now() >= until {
             return Err(PullError::NoSource { name: target.name.clone(), reasons: reasons.join("; ") });

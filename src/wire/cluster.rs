@@ -224,6 +224,9 @@ pub struct ImageHere {
     pub size: u64,
     /// Bytes of its boot cache; 0 when it has none.
     pub boot_bytes: u64,
+    /// Digest of its boot cache's heads, if it has one.
+    #[serde(default)]
+    pub boot: Option<Digest>,
     /// Bytes of it that are here.
     pub present: u64,
     /// Bytes of it that there are, zeroes left out.

@@ -24,7 +24,7 @@ use bootcache::peer::fault::Faults;
 use bootcache::peer::message::Load;
 use bootcache::peer::server::{Server, ServerOptions};
 use bootcache::store::Store;
-use bootcache::transfer::{Engine, Options, PullError, Pulled, Target, pull};
+use bootcache::transfer::{Engine, Options, Pin, PullError, Pulled, Target, pull};
 use bootcache_nbd::Disk;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -325,19 +325,25 @@ impl Node {
     }
 
     pub(crate) async fn try_pull(&self, sources: &[SocketAddr]) -> Result<Pulled, PullError> {
-        self.pull_with(&image_name(), sources, |_| ()).await
+        self.pull_with((&image_name(), Pin::Any), sources, |_| ()).await
     }
 
     async fn pull_with(
         &self,
-        name: &ImageName,
+        (name, boot): (&ImageName, Pin),
         sources: &[SocketAddr],
         change: impl FnOnce(&mut Options),
     ) -> Result<Pulled, PullError> {
-        let target = Target { name: name.clone(), root: None, verify: false };
+        let target = Target { name: name.clone(), root: None, boot, verify: false };
         let mut options = Options { key: self.key, listen: Some(self.address.port()), ..Options::default() };
         change(&mut options);
         pull(&self.store(), &target, sources, options).await
+    }
+
+    /// Begins to fetch the sample with the boot cache that `pin` says.
+    pub(crate) async fn pull_pinned(&self, pin: Pin, sources: &[SocketAddr]) -> Engine {
+        let pulled = self.pull_with((&image_name(), pin), sources, |_| ()).await.unwrap();
+        self.offer(pulled)
     }
 
     /// Begins to fetch the sample, and offers it from then on.
@@ -352,7 +358,12 @@ impl Node {
         sources: &[SocketAddr],
         change: impl FnOnce(&mut Options),
     ) -> Engine {
-        match self.pull_with(name, sources, change).await.unwrap() {
+        let pulled = self.pull_with((name, Pin::Any), sources, change).await.unwrap();
+        self.offer(pulled)
+    }
+
+    fn offer(&self, pulled: Pulled) -> Engine {
+        match pulled {
             Pulled::Coming(engine) => {
                 self.catalogue.offer(Arc::clone(engine.holding()));
                 engine

@@ -23,7 +23,8 @@ pub(crate) struct Holder {
 }
 
 const HERE: &str =
-    "img_name, root, img_type, img_size, bt_size, present, allocated, complete, boot_complete, received";
+    "img_name, root, img_type, img_size, host_img.bt_size, present, allocated, complete, boot_told,
+    received, host_img.boot";
 
 fn kind(word: &str) -> Result<ImageKind> {
     match word {
@@ -31,6 +32,10 @@ fn kind(word: &str) -> Result<ImageKind> {
         "container" => Ok(ImageKind::Container),
         other => Err(DatabaseError::Content(other.to_owned())),
     }
+}
+
+fn digest(word: Option<String>) -> Result<Option<Digest>> {
+    word.map(|word| parsed(&word)).transpose()
 }
 
 fn here(row: &Row<'_>) -> Result<ImageHere> {
@@ -45,6 +50,7 @@ fn here(row: &Row<'_>) -> Result<ImageHere> {
         complete: row.get(7)?,
         boot_complete: row.get(8)?,
         received: unsigned(row.get(9)?),
+        boot: digest(row.get(10)?)?,
     })
 }
 
@@ -70,40 +76,45 @@ pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere])
     let mut strangers = Vec::new();
     for image in images {
         let root = image.root.to_string();
-        let known: Option<(i64, String, i64)> = tx
+        let known: Option<(i64, String, i64, Option<i64>)> = tx
             .query_row(
-                "SELECT img_id, root, bt_size FROM image WHERE img_name = ?1",
+                "SELECT img_id, root, bt_size, publisher FROM image WHERE img_name = ?1",
                 [image.name.as_str()],
-                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
             )
             .optional()?;
         // A node that took the image before it was recorded waits for no boot cache, and has none.
-        let recorded_later = known.as_ref().is_some_and(|(.., size)| *size > 0) && image.boot_bytes == 0;
-        let (name, size) = (image.name.as_str(), number(image.size));
-        let boot_bytes = number(image.boot_bytes);
+        let recorded_later = known.as_ref().is_some_and(|(_, _, size, _)| *size > 0) && image.boot_bytes == 0;
+        let (name, size, boot_bytes) = (image.name.as_str(), number(image.size), number(image.boot_bytes));
+        let boot = image.boot.map(|boot| boot.to_string());
         let img_id: i64 = match known {
-            Some((_, other, _)) if other != root => {
+            Some((_, other, ..)) if other != root => {
                 strangers.push(image.name.clone());
                 continue;
             }
-            Some((id, ..)) => {
-                // A boot cache may be recorded later, or anew.
-                let sql = "UPDATE image SET bt_size = ?1 WHERE img_id = ?2 AND bt_size < ?1";
-                if tx.execute(sql, params![boot_bytes, id])? > 0 {
-                    let sql = "UPDATE host_img SET boot_complete = 0 WHERE img_id = ?1 AND NOT complete";
-                    tx.execute(sql, [id])?;
+            Some((id, _, _, publisher)) => {
+                // A boot cache may be recorded later, or anew, where the image comes from.
+                if publisher.is_none_or(|publisher| publisher == host_id) {
+                    let sql = "UPDATE image SET bt_size = ?1, boot = ?2, publisher = ?3 WHERE img_id = ?4
+                               AND (bt_size, boot, publisher) IS NOT (?1, ?2, ?3)";
+                    if tx.execute(sql, params![boot_bytes, boot, host_id, id])? > 0 {
+                        let sql = "UPDATE host_img SET boot_complete = 0
+                                   WHERE img_id = ?1 AND NOT complete AND boot IS NOT ?2";
+                        tx.execute(sql, params![id, boot])?;
+                    }
                 }
                 id
             }
             None => tx.query_row(
-                "INSERT INTO image (img_type, img_name, img_size, bt_size, root) VALUES (?1, ?2, ?3, ?4, ?5)
-                 RETURNING img_id",
-                params![image.kind.to_string(), name, size, boot_bytes, root],
+                "INSERT INTO image (img_type, img_name, img_size, bt_size, root, boot, publisher)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) RETURNING img_id",
+                params![image.kind.to_string(), name, size, boot_bytes, root, boot, host_id],
                 |row| row.get(0),
             )?,
         };
         tx.execute(
-            "INSERT OR REPLACE INTO host_img VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT OR REPLACE INTO host_img (host_id, img_id, present, allocated, received, complete, boot_complete,
+                 boot_told, bt_size, boot) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
             params![
                 host_id,
                 img_id,
@@ -112,6 +123,9 @@ pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere])
                 number(image.received),
                 image.complete,
                 image.complete || (image.boot_complete && !recorded_later),
+                image.boot_complete,
+                boot_bytes,
+                boot,
             ],
         )?;
     }
@@ -120,14 +134,30 @@ pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere])
     Ok(strangers)
 }
 
-/// An image by name: what is the same for all nodes.
-pub(crate) fn find(tx: &Transaction<'_>, name: &ImageName) -> Result<Option<(Digest, ImageKind, u64)>> {
-    let found: Option<(String, String, i64)> = tx
-        .query_row("SELECT root, img_type, img_size FROM image WHERE img_name = ?1", [name.as_str()], |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
-        })
+/// An image of the cluster: what is the same for all nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Image {
+    pub(crate) root: Digest,
+    /// Digest of its boot cache's heads, if it has one.
+    pub(crate) boot: Option<Digest>,
+    pub(crate) kind: ImageKind,
+    /// Bytes that a guest sees.
+    pub(crate) size: u64,
+}
+
+/// An image by name.
+pub(crate) fn find(tx: &Transaction<'_>, name: &ImageName) -> Result<Option<Image>> {
+    let found: Option<(String, Option<String>, String, i64)> = tx
+        .query_row(
+            "SELECT root, boot, img_type, img_size FROM image WHERE img_name = ?1",
+            [name.as_str()],
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
+        )
         .optional()?;
-    found.map(|(root, word, size)| Ok((parsed(&root)?, kind(&word)?, unsigned(size)))).transpose()
+    let image = |(root, boot, word, size): (String, _, String, _)| -> Result<Image> {
+        Ok(Image { root: parsed(&root)?, boot: digest(boot)?, kind: kind(&word)?, size: unsigned(size) })
+    };
+    found.map(image).transpose()
 }
 
 /// The nodes that are online, serve peers and have some of the image.
@@ -213,7 +243,7 @@ fn holder_names(tx: &Transaction<'_>, img_id: i64, complete: bool) -> Result<Vec
 pub(crate) fn without_boot_cache(tx: &Transaction<'_>) -> Result<Vec<(i64, ImageName)>> {
     let mut statement = tx.prepare_cached(
         "SELECT host.host_id, img_name FROM host, image
-         WHERE status = 'online' AND peer IS NOT NULL AND bt_size > 0 AND NOT EXISTS (
+         WHERE status = 'online' AND peer IS NOT NULL AND image.bt_size > 0 AND NOT EXISTS (
              SELECT 1 FROM host_img
              WHERE host_img.host_id = host.host_id AND host_img.img_id = image.img_id AND (complete OR boot_complete)
          ) ORDER BY host.host_id, img_name",
@@ -255,6 +285,7 @@ mod tests {
             kind: ImageKind::Vm,
             size: 1 << 20,
             boot_bytes,
+            boot: (boot_bytes > 0).then(|| Digest::of(&boot_bytes.to_le_bytes())),
             present: 1,
             allocated: 9,
             complete,
@@ -291,6 +322,30 @@ mod tests {
             assert_eq!(lack(), [other]);
             has(other, image(0, true, true));
             assert!(lack().is_empty());
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_boot_cache_of_an_image_is_what_its_publisher_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            let [origin, other] = ["n1", "n2"].map(|name| node(tx, name));
+            let boot = |boot_bytes| image(boot_bytes, true, true).boot;
+            let cluster = || find(tx, &"debian".parse().unwrap()).unwrap().unwrap().boot;
+            register(tx, origin, &[image(0, true, true)])?;
+            assert_eq!(cluster(), None);
+            // Another node has one, of its own making or invented: nodes take none from it.
+            register(tx, other, &[image(9, true, true)])?;
+            assert_eq!(cluster(), None);
+            assert_eq!(of_host(tx, other)?, [image(9, true, true)], "what is told again is nothing new");
+            register(tx, origin, &[image(7, true, true)])?;
+            assert_eq!(cluster(), boot(7));
+            // Recorded anew.
+            register(tx, origin, &[image(5, true, true)])?;
+            assert_eq!(cluster(), boot(5));
             Ok(())
         };
         database.run(work).await.unwrap();

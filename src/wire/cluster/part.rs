@@ -20,6 +20,8 @@ pub struct Needed {
     pub name: ImageName,
     /// Its identity: nothing else is taken for it.
     pub root: Digest,
+    /// Digest of its boot cache's heads, if it has one: no other is taken for it.
+    pub boot: Option<Digest>,
     /// Bytes that a guest sees.
     pub size: u64,
     /// Nodes that have it or are getting it, the best first.
