@@ -7,7 +7,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 
+/// What a shell says of a program that wrote to a pipe which nobody reads.
+const CLOSED_PIPE: i32 = 128 + 13;
+
 fn main() -> ExitCode {
+    end_quietly_on_a_closed_pipe();
     let arguments = match cli::Cli::try_parse() {
         Ok(arguments) => arguments,
         // What is wrong with a value is all there is to say.
@@ -27,4 +31,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// `print!` panics when stdout cannot be written. That its reader has gone, as `head` does, is no fault of ours. The
+/// signal that ends other programs then stays ignored: it would also end a daemon whose client has gone.
+fn end_quietly_on_a_closed_pipe() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let what = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if what.starts_with("failed printing to stdout") && what.contains("Broken pipe") {
+            std::process::exit(CLOSED_PIPE);
+        }
+        report(panic);
+    }));
 }

@@ -312,7 +312,8 @@ fn show(store: &Store, name: &ImageName, json: bool) -> anyhow::Result<ExitCode>
 #[derive(Debug, Serialize)]
 struct Verified {
     name: ImageName,
-    root: Digest,
+    /// None when what says it is damaged.
+    root: Option<Digest>,
     raw_blake3: Option<Digest>,
     findings: Vec<String>,
 }
@@ -324,7 +325,12 @@ fn verify_image(store: Store, name: ImageName, json: bool) -> anyhow::Result<Exi
             error @ (bootcache::store::StoreError::Manifest { .. }
             | bootcache::store::StoreError::Damaged { .. }),
         ) => {
-            eprintln!("{name}: {error}");
+            if json {
+                let root = store.root_of(&name).ok().flatten();
+                print_json(&Verified { name, root, raw_blake3: None, findings: vec![error.to_string()] })?;
+            } else {
+                eprintln!("{name}: {error}");
+            }
             return Ok(ExitCode::from(DIFFERENT));
         }
         Err(error) => return Err(error.into()),
@@ -341,7 +347,7 @@ fn verify_image(store: Store, name: ImageName, json: bool) -> anyhow::Result<Exi
     let findings: Vec<String> = report.findings.iter().map(ToString::to_string).collect();
     let code = ExitCode::from(if findings.is_empty() { 0 } else { DIFFERENT });
     if json {
-        print_json(&Verified { name, root, raw_blake3: report.raw_blake3, findings })?;
+        print_json(&Verified { name, root: Some(root), raw_blake3: report.raw_blake3, findings })?;
         return Ok(code);
     }
     if findings.is_empty() {

@@ -104,7 +104,10 @@ async fn carry_out(session: &mut Session, command: Command, json: bool) -> anyho
         }
         Command::Remove { names } => {
             for name in names {
-                session.call(Request::OverlayRemove { name }).await?;
+                session.call(Request::OverlayRemove { name: name.clone() }).await?;
+                if json {
+                    println!("{}", serde_json::json!({ "name": name }));
+                }
             }
         }
     }

@@ -47,7 +47,10 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             let _ = client.call(&Request::VmClose { name: name.clone() }).await;
             std::fs::remove_dir_all(store.vm_dir(&name))?;
             if args.remove {
-                client.call(&Request::OverlayRemove { name }).await?;
+                client.call(&Request::OverlayRemove { name: name.clone() }).await?;
+            }
+            if globals.json {
+                println!("{}", serde_json::json!({ "name": name, "overlay_removed": args.remove }));
             }
         }
         Ok(code)

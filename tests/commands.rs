@@ -1,0 +1,118 @@
+//! What commands of one host print: tables, JSON, pictures, and into a pipe that nobody reads.
+
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
+mod support;
+
+use std::fs;
+use std::process::Stdio;
+
+use serde_json::Value;
+use support::store::Store;
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+/// A store with the image `golden` of 1 MiB.
+fn store() -> Store {
+    let store = Store::new();
+    let raw = store.beside("golden.raw");
+    fs::write(&raw, support::noise(3, 1 << 20)).unwrap();
+    store.run(["image", "add", "golden", raw.to_str().unwrap()]);
+    store
+}
+
+#[test]
+fn analyze_tells_draws_and_compares_what_was_recorded() {
+    let store = store();
+    for count in ["count=64", "count=32"] {
+        store.run([
+            "record",
+            "golden",
+            "--runs",
+            "1",
+            "--",
+            "dd",
+            "if={disk}",
+            "of=/dev/null",
+            "bs=4K",
+            count,
+        ]);
+    }
+    let told = store.run(["analyze", "golden"]);
+    for part in ["logical size        1.0 MB", "unique              0.3 MB", "sizes of reads", "2 recorded"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    let told = json(&store.run(["--json", "analyze", "golden"]));
+    assert_eq!((&told["summary"]["unique"], &told["summary"]["boots"]), (&(64 * 4096).into(), &2.into()));
+    assert!(told["boot_cache_bytes"].as_u64() > Some(32 * 4096), "{told}");
+    assert_eq!(json(&store.run(["--json", "analyze", "golden", "--list"])).as_array().unwrap().len(), 2);
+
+    let compared = store.run(["analyze", "golden", "--compare", "1", "2"]);
+    assert!(compared.contains("Jaccard index                 0.5000"), "{compared}");
+    let compared = json(&store.run(["--json", "analyze", "golden", "--compare", "1", "2"]));
+    assert_eq!((&compared["both"], &compared["only_first"]), (&32.into(), &32.into()));
+
+    let drawn = store.beside("drawn");
+    let folder = drawn.to_str().unwrap();
+    store.run(["analyze", "golden", "--svg", folder, "--png", folder, "--theme", "dark"]);
+    for picture in ["offsets", "sizes"] {
+        let svg = fs::read_to_string(drawn.join(picture).with_extension("svg")).unwrap();
+        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{picture}");
+        let png = fs::read(drawn.join(picture).with_extension("png")).unwrap();
+        assert!(png.starts_with(b"\x89PNG\r\n") && png.len() > 1000, "{picture}");
+    }
+    let said = store.refused(["analyze", "golden", "--compare", "1", "9"]);
+    assert!(said.contains("recording 9"), "{said}");
+}
+
+#[test]
+fn an_overlay_is_shown_and_its_removal_told() {
+    let store = store();
+    store.run(["overlay", "create", "golden", "vm", "--size", "2M"]);
+    let shown = store.run(["overlay", "show", "vm"]);
+    for part in ["name      vm", "image     golden", "(2097152 bytes)", "written   0 B", "clients   0"] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let shown = json(&store.run(["--json", "overlay", "show", "vm"]));
+    assert_eq!((&shown["size"], &shown["image"]), (&(2 << 20).into(), &"golden".into()));
+    assert!(store.refused(["overlay", "show", "other"]).contains("no overlay 'other'"));
+    assert_eq!(json(&store.run(["--json", "overlay", "remove", "vm"]))["name"], "vm");
+}
+
+#[test]
+fn verify_tells_of_a_damaged_manifest_as_json_too() {
+    let store = store();
+    let root = json(&store.run(["--json", "image", "show", "golden"]))["root"].clone();
+    let manifest = store.path().join("images").join(root.as_str().unwrap()).join("manifest");
+    fs::write(&manifest, "{").unwrap();
+    let output = store.command(["--json", "image", "verify", "golden"]).output().unwrap();
+    assert!(!output.status.success());
+    let told = json(std::str::from_utf8(&output.stdout).unwrap());
+    assert_eq!((&told["root"], told["findings"].as_array().unwrap().len()), (&root, 1), "{told}");
+}
+
+#[test]
+fn a_reader_that_has_gone_is_no_reason_to_panic() {
+    let store = store();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = store.command(["image", "list"]);
+    let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(141), b"".as_slice()));
+}
+
+#[test]
+fn an_example_fits_on_a_page() {
+    let folder = support::checkout("examples");
+    let mut seen = 0;
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let lines = fs::read_to_string(&path).unwrap().lines().count();
+        let limit = if path.extension().is_some_and(|extension| extension == "rs") { 59 } else { 60 };
+        assert!(lines <= limit, "{} has {lines} lines", path.display());
+        seen += 1;
+    }
+    assert!(seen >= 7, "{seen} examples in {}", folder.display());
+}
