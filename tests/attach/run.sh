@@ -69,21 +69,6 @@ serve one
 dd if=/dev/urandom of=/tmp/mnt/c bs=64k count=16 conv=fsync 2>/dev/null || fail "write after the second restart"
 quiet_log "after the second restart"
 
-step the kernel gives its connection up while the server lives
-given_up() { dmesg | grep -c 'Connection timed out'; }
-before=$(given_up)
-stopped=$(cat /tmp/one.pid)
-kill -STOP $stopped
-dd if=/dev/urandom of=/tmp/mnt/e bs=64k count=16 conv=fsync 2>/dev/null &
-writer=$!
-for try in $(seq 40); do [ "$(given_up)" -gt "$before" ] && break; sleep 1; done
-kill -CONT $stopped
-[ "$(given_up)" -gt "$before" ] || fail "the kernel did not give it up"
-for try in $(seq 20); do [ -e /proc/$writer ] || break; sleep 1; done
-[ -e /proc/$writer ] && fail "nobody gave the kernel a new connection"
-wait $writer || fail "the write failed"
-quiet_log "after the time-out"
-
 step two devices
 serve two
 second=$(bootcache attach two --socket /tmp/two.sock 2>/tmp/out) && fail "an export of another name"
