@@ -1,0 +1,176 @@
+//! The node by its requests, as the control socket carries them.
+
+use super::*;
+use crate::image::import::{ImportOptions, import};
+use crate::peer::message::Wanted;
+use crate::peer::server::Provider;
+
+fn node(dir: &Path) -> Node {
+    let store = Store::open(dir).unwrap();
+    let disk = dir.join("disk.raw");
+    fs::write(&disk, vec![7; 64 << 10]).unwrap();
+    let name = "base".parse().unwrap();
+    import(&store, &name, &disk, ImportOptions::default(), &crate::image::scan::Watch::default()).unwrap();
+    Node::open(store).unwrap()
+}
+
+async fn create(node: &Node, name: &str) -> Result<Reply, NodeError> {
+    create_of(node, name, None).await
+}
+
+async fn create_of(node: &Node, name: &str, size: Option<u64>) -> Result<Reply, NodeError> {
+    let (image, name) = ("base".parse().unwrap(), name.parse().unwrap());
+    node.handle(Request::OverlayCreate { image, name, size }).await
+}
+
+async fn read(disk: &SharedDisk, offset: u64) -> u8 {
+    let mut byte = [0];
+    disk.read(offset, &mut byte).await.unwrap();
+    byte[0]
+}
+
+#[tokio::test]
+async fn two_overlays_of_one_image_never_see_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    create(&node, "a").await.unwrap();
+    create(&node, "b").await.unwrap();
+    let (a, b) = (node.export("a").await.unwrap().disk, node.export("b").await.unwrap().disk);
+    a.write(100, &[1], false).await.unwrap();
+    b.write(100, &[2], false).await.unwrap();
+    assert_eq!((read(&a, 100).await, read(&b, 100).await, read(&a, 101).await), (1, 2, 7));
+    assert_eq!(read(&node.export("base").await.unwrap().disk, 100).await, 7);
+}
+
+#[tokio::test]
+async fn an_overlay_may_be_larger_than_its_image_and_becomes_an_image_of_its_size() {
+    const IMAGE: u64 = 64 << 10;
+    const SIZE: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    for bad in [0, IMAGE - 4096, IMAGE + 1, !4095] {
+        let error = create_of(&node, "a", Some(bad)).await.unwrap_err();
+        assert!(matches!(error, NodeError::OverlaySize { .. }), "{error}");
+    }
+    let Reply::Overlay(info) = create_of(&node, "a", Some(SIZE)).await.unwrap() else { panic!() };
+    assert_eq!(info.size, SIZE);
+    let disk = node.export("a").await.unwrap().disk;
+    assert_eq!((disk.size(), read(&disk, IMAGE - 1).await, read(&disk, IMAGE).await), (SIZE, 7, 0));
+    disk.write(IMAGE - 1, &[1, 2], false).await.unwrap();
+    disk.write(SIZE - 1, &[3], true).await.unwrap();
+    drop(disk);
+    node.close().await.unwrap();
+    drop(node);
+
+    let node = Node::open(Store::open(dir.path()).unwrap()).unwrap();
+    let commit = Request::OverlayCommit { name: "a".parse().unwrap(), image: "more".parse().unwrap() };
+    node.handle(commit).await.unwrap();
+    for export in ["a", "more"] {
+        let disk = node.export(export).await.unwrap().disk;
+        let mut found = Vec::new();
+        for offset in [IMAGE - 2, IMAGE - 1, IMAGE, IMAGE + 1, SIZE - 2, SIZE - 1] {
+            found.push(read(&disk, offset).await);
+        }
+        assert_eq!((disk.size(), found), (SIZE, vec![7, 1, 2, 0, 0, 3]), "{export}");
+    }
+}
+
+#[tokio::test]
+async fn what_somebody_uses_is_neither_removed_nor_committed() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    create(&node, "a").await.unwrap();
+    let name: HostName = "a".parse().unwrap();
+    let stats = node.export("a").await.unwrap().stats;
+    stats.connections.fetch_add(1, Ordering::Relaxed);
+    let remove = Request::OverlayRemove { name: name.clone() };
+    assert!(matches!(node.handle(remove.clone()).await, Err(NodeError::InUse(_))));
+    let commit = Request::OverlayCommit { name, image: "c".parse().unwrap() };
+    assert!(matches!(node.handle(commit).await, Err(NodeError::InUse(_))));
+    stats.connections.fetch_sub(1, Ordering::Relaxed);
+    node.handle(remove).await.unwrap();
+    assert!(node.export("a").await.is_err());
+}
+
+#[tokio::test]
+async fn a_vm_s_overlay_is_in_use_while_its_daemon_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let name: HostName = "a".parse().unwrap();
+    {
+        let node = node(dir.path());
+        create(&node, "a").await.unwrap();
+        node.handle(Request::VmOpen { name: name.clone(), owner: None }).await.unwrap();
+        node.close().await.unwrap();
+    }
+    // As a command without a daemon has it: it opens no sockets again.
+    let node = Node::open(Store::open(dir.path()).unwrap()).unwrap();
+    let remove = Request::OverlayRemove { name: name.clone() };
+    assert!(matches!(node.handle(remove.clone()).await, Err(NodeError::InUse(_))));
+    let commit = Request::OverlayCommit { name: name.clone(), image: "c".parse().unwrap() };
+    assert!(matches!(node.handle(commit).await, Err(NodeError::InUse(_))));
+    let close = Request::VmClose { name };
+    node.handle(close.clone()).await.unwrap();
+    assert!(matches!(node.handle(close).await, Err(NodeError::NoVm(_))));
+    node.handle(remove).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_committed_overlay_reads_the_same_as_an_image_and_can_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    create(&node, "a").await.unwrap();
+    let disk = node.export("a").await.unwrap().disk;
+    disk.write(5000, &[1], false).await.unwrap();
+    drop(disk);
+    let commit = Request::OverlayCommit { name: "a".parse().unwrap(), image: "more".parse().unwrap() };
+    node.handle(commit).await.unwrap();
+    let overlay = node.export("a").await.unwrap().disk;
+    overlay.write(5000, &[2], false).await.unwrap();
+    let image = node.export("more").await.unwrap().disk;
+    assert_eq!((read(&image, 5000).await, read(&image, 5001).await, read(&overlay, 5000).await), (1, 7, 2));
+}
+
+#[tokio::test]
+async fn a_disk_that_was_cut_is_neither_exported_nor_given_to_peers() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    create(&node, "a").await.unwrap();
+    let root = node.store.root_of(&"base".parse().unwrap()).unwrap().unwrap();
+    node.close().await.unwrap();
+    let disk = fs::File::options().write(true).open(node.store.image_dir(root).join("disk")).unwrap();
+    disk.set_len(60 << 10).unwrap();
+    for name in ["base", "a"] {
+        let error = node.export(name).await.map(|_| ()).unwrap_err();
+        assert!(error.contains("it has 61440 bytes, not 65536"), "{error}");
+    }
+    assert!(node.catalogue.find(&Wanted::Root(root)).is_none());
+    disk.set_len(64 << 10).unwrap();
+    assert!(node.export("a").await.is_ok() && node.catalogue.find(&Wanted::Root(root)).is_some());
+}
+
+#[tokio::test]
+async fn a_list_opens_nothing_and_tells_of_the_overlay_that_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    for name in ["a", "b"] {
+        create(&node, name).await.unwrap();
+    }
+    node.export("b").await.unwrap().disk.write(5000, &[1], true).await.unwrap();
+    node.close().await.unwrap();
+    fs::write(node.store.overlay_dir(&"a".parse().unwrap()).join("index"), "x").unwrap();
+    let Reply::Overlays(infos) = node.handle(Request::OverlayList).await.unwrap() else { panic!() };
+    let told: Vec<_> = infos.iter().map(|info| (info.name.as_str(), info.size, info.data)).collect();
+    assert_eq!(told, [("a", 0, 0), ("b", 64 << 10, 4096)]);
+    assert!(infos[0].error.as_ref().is_some_and(|error| error.contains("index")), "{infos:?}");
+    assert_eq!(infos[1].image, Some("base".parse().unwrap()));
+    assert!(node.inner.lock().await.overlays.is_empty());
+}
+
+#[tokio::test]
+async fn a_name_means_one_thing() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    assert!(matches!(create(&node, "base").await, Err(NodeError::Taken(_))));
+    create(&node, "a").await.unwrap();
+    assert!(matches!(create(&node, "a").await, Err(NodeError::Taken(_))));
+}
