@@ -1,5 +1,8 @@
 //! The node by its requests, as the control socket carries them.
 
+use std::fs;
+use std::sync::atomic::Ordering;
+
 use super::*;
 use crate::image::import::{ImportOptions, import};
 use crate::peer::message::Wanted;

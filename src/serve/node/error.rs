@@ -1,0 +1,73 @@
+//! Why a node does not do what it is asked.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::BASE_DEPTH_MAX;
+use crate::digest::Digest;
+use crate::image::increment::IncrementError;
+use crate::image::tree::SIZE_MAX;
+use crate::name::HostName;
+use crate::name::ImageName;
+use crate::overlay::OverlayError;
+use crate::store::StoreError;
+use crate::transfer::PullError;
+
+/// Why a request was not carried out; one line for a person.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The store has not got it, or cannot give it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The overlay cannot be made, opened or sealed.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// A file or socket cannot be used.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or socket.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// No overlay of that name.
+    #[error("there is no overlay '{0}': `bootcache overlay list` shows those there are")]
+    NoOverlay(HostName),
+    /// Nothing of that name.
+    #[error("there is no image or overlay '{0}'")]
+    NoExport(String),
+    /// No VM of that name has a socket.
+    #[error("VM '{0}' has no open socket")]
+    NoVm(HostName),
+    /// An image or overlay has the name already.
+    #[error("the name '{0}' is taken: choose another, or remove what has it")]
+    Taken(String),
+    /// The overlay cannot have that size.
+    #[error(
+        "an overlay cannot have {size} bytes on image '{image}': take a multiple of 4096 from {least}, the image's \
+         size, to {SIZE_MAX}"
+    )]
+    OverlaySize {
+        /// What was asked for.
+        size: u64,
+        /// The image.
+        image: ImageName,
+        /// The image's size.
+        least: u64,
+    },
+    /// Somebody uses the overlay.
+    #[error("overlay '{0}' is in use: stop its VM first")]
+    InUse(HostName),
+    /// What it was sealed to cannot become an image.
+    #[error("cannot commit the overlay: {0}")]
+    Commit(IncrementError),
+    /// Only some of the image is here.
+    #[error("only a part of image {} is here: go on with `bootcache pull`", .0.short())]
+    Incomplete(Digest),
+    /// An image cannot be fetched.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// Increments on increments without end.
+    #[error("image {} stands on more than {BASE_DEPTH_MAX} others: its manifest is damaged", .0.short())]
+    TooDeep(Digest),
+}
