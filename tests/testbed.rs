@@ -17,8 +17,10 @@ fn a_shaped_link_gives_the_goodput_it_should_and_a_pulled_cable_none() {
         return;
     }
     let net = Net::new(2, Rate::Megabits(100));
-    let goodput = net.goodput(0, 1, 4 << 20);
-    assert!((85.0..100.0).contains(&goodput), "{goodput} Mbit/s");
+    // Other work on this machine may slow a copy down, but nothing may make it faster than the link.
+    let goodputs: Vec<f64> = (0..5).map(|_| net.goodput(0, 1, 4 << 20)).collect();
+    assert!(goodputs.iter().all(|goodput| *goodput < 100.0), "{goodputs:?} Mbit/s");
+    assert!(goodputs.iter().any(|goodput| *goodput > 85.0), "{goodputs:?} Mbit/s");
     assert!(net.traffic(0).0 > 4 << 20);
 
     net.connect(1, false);
