@@ -113,6 +113,7 @@ fn compare(disks: &servers::Disks, workload: &Workload, transport: Transport, op
         // Each begins in turn: what one leaves behind, as dirty pages, the next one has to live with.
         for place in (0..servers.len()).map(|place| (place + round) % servers.len()) {
             let server = servers[place];
+            disks.warm(server);
             let running = server.start(disks, transport);
             runs.entry(place).or_default().push(client::run(&running, workload, options.seconds));
         }

@@ -121,29 +121,14 @@ impl Replies {
         }
     }
 
-    /// Answers as much of a read as needs no waiting for the disk; returns how many bytes that were.
-    pub(super) async fn read_now(
-        &self,
-        answer: Answer,
-        offset: u64,
-        length: usize,
-        whole: bool,
-    ) -> io::Result<usize> {
+    /// Answers a read of at most a piece if that needs no waiting for the disk; false if it does.
+    pub(super) async fn read_now(&self, answer: Answer, offset: u64, length: usize) -> io::Result<bool> {
         let mut out = self.pieces.take();
-        if one_header(answer, length, whole) {
-            return self.read_whole_now(answer, offset, length, &mut out).await;
-        }
-        for (done, piece) in pieces(length) {
-            let (at, last) = (offset + done as u64, done + piece == length);
-            out.truncate(0);
-            out.put(|out| answer.data(out, at, piece, last));
-            let buf = out.space(piece);
-            let Attempt::Ready(result) = attempt(|| self.disk.try_read(at, buf)) else { return Ok(done) };
-            if self.send_piece(answer, (at, piece, last), result, &mut out).await?.is_break() {
-                break;
-            }
-        }
-        Ok(length)
+        out.put(|out| answer.data(out, offset, length, true));
+        let buf = out.space(length);
+        let Attempt::Ready(result) = attempt(|| self.disk.try_read(offset, buf)) else { return Ok(false) };
+        let _ = self.send_piece(answer, (offset, length, true), result, &mut out).await?;
+        Ok(true)
     }
 
     /// Answers a read in pieces, each sent as soon as it is there.
@@ -170,36 +155,9 @@ impl Replies {
         Ok(())
     }
 
-    /// Answers a read with one header if none of its pieces needs waiting for the disk; 0 if one does.
-    ///
-    /// All are read before the header is sent. Behind it an error could only end the connection, and its client would
-    /// ask the same of the next; and while a piece is waited for, nothing else could be answered.
-    async fn read_whole_now(
-        &self,
-        answer: Answer,
-        offset: u64,
-        length: usize,
-        out: &mut Output,
-    ) -> io::Result<usize> {
-        out.put(|out| answer.data(out, offset, length, true));
-        let header = out.len();
-        // The first one last: it stays behind the header.
-        for (done, piece) in pieces(length).rev() {
-            out.truncate(header);
-            let buf = out.space(piece);
-            let Attempt::Ready(result) = attempt(|| self.disk.try_read(offset + done as u64, buf)) else {
-                return Ok(0);
-            };
-            if let Err(error) = result {
-                self.send_error(answer, &error, out).await?;
-                return Ok(length);
-            }
-        }
-        self.send_whole(offset, length, out).await?;
-        Ok(length)
-    }
-
-    /// The same, whatever has to be waited for. What was read once is in the page cache when it is read to be sent.
+    /// Answers a read with one header. All pieces are read before it is sent: behind it an error could only end the
+    /// connection, and its client would ask the same of the next. What was read once is in the page cache when it is
+    /// read to be sent.
     async fn read_whole(
         &self,
         answer: Answer,
@@ -293,7 +251,7 @@ impl Replies {
 }
 
 /// The pieces of a read of `length` bytes: where each begins in it, and its size.
-fn pieces(length: usize) -> impl DoubleEndedIterator<Item = (usize, usize)> {
+fn pieces(length: usize) -> impl Iterator<Item = (usize, usize)> {
     let count = length.div_ceil(PIECE_BYTES);
     (0..count).map(move |number| {
         let done = number * PIECE_BYTES;

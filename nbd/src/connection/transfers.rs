@@ -11,7 +11,8 @@ use crate::disk::Attempt;
 use crate::limits::PIECE_BYTES;
 
 impl Connection {
-    /// Answers a read from the page cache right here, or hands it to a task.
+    /// Answers a read from the page cache right here, or hands it to a task: one that has to wait, and a long one, whose
+    /// copying then goes on beside that of the next.
     pub(super) async fn read(
         &mut self,
         answer: Answer,
@@ -42,14 +43,10 @@ impl Connection {
             }
         }
         let share = self.share(length.min(PIECE_BYTES)).await?;
-        let done = if length > GATHER_BYTES {
-            self.replies.read_now(answer, offset, length, whole).await?
-        } else {
-            0
-        };
-        if done < length {
+        let short = GATHER_BYTES < length && length <= PIECE_BYTES;
+        if !short || !self.replies.read_now(answer, offset, length).await? {
             self.spawn(share, &self.gone, move |replies| async move {
-                replies.read(answer, offset + done as u64, length - done, whole).await
+                replies.read(answer, offset, length, whole).await
             });
         }
         Ok(())
