@@ -50,7 +50,7 @@ type Table = Mutex<HashMap<u64, Waiting>>;
 
 /// One connection.
 pub(super) struct Link {
-    writer: tokio::sync::Mutex<WriteHalf<Box<dyn Stream>>>,
+    writer: tokio::sync::Mutex<Writer>,
     waiting: Arc<Table>,
     broken: Arc<AtomicBool>,
     extended: bool,
@@ -88,14 +88,37 @@ impl Drop for Asked<'_> {
     }
 }
 
-/// Marks the connection broken unless the request was sent whole: half of one would garble all that follow.
-struct Sending<'a>(&'a Link, bool);
+/// The side of a connection that writes.
+struct Writer {
+    stream: WriteHalf<Box<dyn Stream>>,
+    /// A request has begun and not ended. Whoever finds this true must send nothing: the server would take it for the rest
+    /// of that request's payload. It stays true when the sender is cancelled or fails half-way.
+    torn: bool,
+}
+
+/// Sends a request. Marks the connection broken if it is dropped before all of it was sent, and before the next one that
+/// waits may write.
+struct Sending<'a> {
+    link: &'a Link,
+    writer: tokio::sync::MutexGuard<'a, Writer>,
+}
+
+impl Sending<'_> {
+    async fn send(&mut self, header: &[u8], payload: &[u8]) -> io::Result<()> {
+        self.writer.torn = true;
+        self.writer.stream.write_all(header).await?;
+        self.writer.stream.write_all(payload).await?;
+        self.writer.stream.flush().await?;
+        self.writer.torn = false;
+        Ok(())
+    }
+}
 
 impl Drop for Sending<'_> {
     fn drop(&mut self) {
-        if !self.1 {
-            self.0.broken.store(true, Ordering::Release);
-            self.0.reader.abort();
+        if self.writer.torn {
+            self.link.broken.store(true, Ordering::Release);
+            self.link.reader.abort();
         }
     }
 }
@@ -131,7 +154,7 @@ impl Drop for Ending {
 
 impl Link {
     pub(super) fn new(stream: Box<dyn Stream>, description: &ExportDescription) -> Self {
-        let (reader, writer) = tokio::io::split(stream);
+        let (reader, stream) = tokio::io::split(stream);
         let waiting = Arc::<Table>::default();
         let broken = Arc::new(AtomicBool::new(false));
         let replies = Replies {
@@ -147,7 +170,7 @@ impl Link {
         };
         let reader = tokio::spawn(ending.of(replies));
         Self {
-            writer: tokio::sync::Mutex::new(writer),
+            writer: tokio::sync::Mutex::new(Writer { stream, torn: false }),
             waiting,
             broken,
             extended: description.style == Style::Extended,
@@ -188,7 +211,10 @@ impl Link {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         let _asked = Asked::count(self, cookie);
-        self.write(cookie, call).await?;
+        if let Err(error) = self.write(cookie, call).await {
+            self.table().remove(&cookie);
+            return Err(error);
+        }
         answer.await.unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
     }
 
@@ -205,17 +231,16 @@ impl Link {
         };
         let mut header = Vec::with_capacity(EXTENDED_BYTES);
         if !request.encode(&mut header, self.extended) {
-            self.table().remove(&cookie);
             let reason = "lengths of 4 GiB need a server with extended headers";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
-        let mut writer = self.writer.lock().await;
-        let mut sending = Sending(self, false);
-        writer.write_all(&header).await?;
-        writer.write_all(call.payload).await?;
-        writer.flush().await?;
-        sending.1 = true;
-        Ok(())
+        let writer = self.writer.lock().await;
+        // Much may have happened since the caller looked. Only a goodbye goes to a server that is being left.
+        let retired = call.command != command::DISC && self.is_broken();
+        if writer.torn || retired {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Sending { link: self, writer }.send(&header, call.payload).await
     }
 
     /// Takes no more requests, after the server has said that it ends; those under way may still be answered.
@@ -424,4 +449,50 @@ fn finish(waiting: Waiting) {
 
 fn violation(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the NBD server breaks the protocol: {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::poll;
+
+    use super::*;
+
+    /// Once, whoever waited to send a request sent it behind half of one that was given up: the server took it for the
+    /// rest of that one's payload, and wrote it to the disk.
+    #[tokio::test]
+    async fn nothing_follows_a_request_that_was_given_up_half_sent() {
+        const HELD: usize = 4096;
+        let (near, mut far) = tokio::io::duplex(HELD);
+        let description = ExportDescription {
+            size: 1 << 20,
+            flags: 0,
+            block_sizes: (1, 4096, 1 << 20),
+            style: Style::Simple,
+            allocation: None,
+        };
+        let link = Link::new(Box::new(near), &description);
+        let payload = vec![1; 1 << 20];
+        let write = Call { length: 1 << 20, payload: &payload, ..Call::new(command::WRITE, 0) };
+        let read = Call { length: 4096, ..Call::new(command::READ, 0) };
+
+        let mut given_up = Box::pin(link.call(&write));
+        assert!(poll!(&mut given_up).is_pending());
+        let mut behind = Box::pin(link.call(&read));
+        assert!(poll!(&mut behind).is_pending());
+        let mut goodbye = Box::pin(link.disconnect());
+        assert!(poll!(&mut goodbye).is_pending());
+        drop(given_up);
+
+        let server = tokio::spawn(async move {
+            let mut sent = Vec::new();
+            far.read_to_end(&mut sent).await.map(|_| sent)
+        });
+        assert_eq!(behind.await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        goodbye.await;
+        assert_eq!(link.call(&read).await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        drop(link);
+        let sent = server.await.unwrap().unwrap();
+        assert_eq!(sent.len(), HELD, "more than the first part of the write");
+        assert!(sent[crate::request::COMPACT_BYTES..].iter().all(|byte| *byte == 1));
+    }
 }
