@@ -15,11 +15,12 @@ mod transfers;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::ReadHalf;
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -31,7 +32,7 @@ pub(crate) use output::Pieces;
 use replies::{EXTENTS_MAX, Patience, Replies, Writer};
 
 use crate::chunk::{Answer, HEADER_MAX, Style};
-use crate::consts::Errno;
+use crate::consts::{Errno, command};
 use crate::disk::{BoxFuture, Disk, ZeroFlags};
 use crate::negotiate::{Agreed, Stream};
 use crate::request::{Action, COMPACT_BYTES, EXTENDED_BYTES, Request, Terms, check};
@@ -70,6 +71,7 @@ pub(crate) async fn serve(
         },
         writer: Mutex::new(Writer::new(writer)),
         broken: cancel.child_token(),
+        leaving: AtomicBool::new(false),
     });
     let gone = CancellationToken::new();
     let mut connection = Connection {
@@ -80,6 +82,8 @@ pub(crate) async fn serve(
         replies: Arc::clone(&replies),
         budget: Arc::new(Budget::new(&shared.limits, &shared.bytes)),
         tasks: TaskTracker::new(),
+        drain_timeout: shared.limits.drain_timeout,
+        leaves_by: None,
         changes: gone.child_token(),
         gone,
         stats: Arc::clone(&agreed.export.stats),
@@ -92,7 +96,7 @@ pub(crate) async fn serve(
     if !matches!(ended, Ok(End::Ours)) {
         connection.changes.cancel();
     }
-    connection.drain(shared.limits.drain_timeout).await;
+    connection.drain().await;
     ended.map(drop)
 }
 
@@ -115,6 +119,9 @@ struct Connection {
     replies: Arc<Replies>,
     budget: Arc<Budget>,
     tasks: TaskTracker,
+    drain_timeout: Duration,
+    /// Until when requests are waited for that stand before the goodbye of a client that sends no more.
+    leaves_by: Option<Instant>,
     /// Ends the tasks that had not finished when the time to do so was over.
     gone: CancellationToken,
     /// Ends those that would change the disk: with `gone`, or at once when the client is lost.
@@ -145,7 +152,8 @@ impl Connection {
     }
 
     /// Lets what is under way end, so that a write that was being carried out is.
-    async fn drain(&mut self, within: Duration) {
+    async fn drain(&mut self) {
+        let within = self.drain_timeout;
         self.tasks.close();
         let last = async {
             self.tasks.wait().await;
@@ -269,24 +277,43 @@ impl Connection {
         self.while_here(share).await
     }
 
-    /// Waits for `work`, and reads on a little meanwhile: that is how a client's leaving is noticed.
+    /// Waits for `work`, and reads on a little meanwhile: that is how a client's leaving is noticed. One that has said
+    /// goodbye, behind requests that wait, gets them carried out, within the time to drain.
     ///
     /// # Errors
     ///
-    /// The client has left.
+    /// The client has left without a goodbye, or that time is over.
     async fn while_here<T>(&mut self, work: impl Future<Output = T>) -> io::Result<T> {
         let mut work = pin!(work);
-        loop {
+        let leaves_by = loop {
+            if let Some(leaves_by) = self.leaves_by {
+                break leaves_by;
+            }
             tokio::select! {
                 biased;
                 done = &mut work => return Ok(done),
-                read = self.input.read(&mut self.reader, 1), if self.input.has_room() => {
-                    if read? == 0 {
-                        return Err(io::ErrorKind::UnexpectedEof.into());
+                read = self.input.read(&mut self.reader, 1), if self.input.has_room() => match read {
+                    Ok(1..) => {}
+                    _ if self.ends_with_goodbye() => {
+                        self.replies.leaving.store(true, Ordering::Release);
+                        self.leaves_by = Some(Instant::now() + self.drain_timeout);
                     }
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Err(error) => return Err(error),
                 }
             }
-        }
+        };
+        Ok(tokio::time::timeout_at(leaves_by, work).await?)
+    }
+
+    /// Whether the last thing that has come looks like a goodbye. A payload may end like one; then the end of the
+    /// input is met again where the next request should be, and the client counts as lost after all.
+    fn ends_with_goodbye(&self) -> bool {
+        let rest = self.input.rest();
+        let size = if self.terms.extended { EXTENDED_BYTES } else { COMPACT_BYTES };
+        let Some(start) = rest.len().checked_sub(size) else { return false };
+        let last = Request::parse(&rest[start..], self.terms.extended);
+        matches!(last, Ok(Some(request)) if request.command == command::DISC)
     }
 
     /// Reads until `length` bytes are in the input buffer.

@@ -159,6 +159,62 @@ async fn a_write_that_waits_when_its_client_says_goodbye_is_carried_out_and_answ
     assert_eq!(held.memory.to_vec()[..4], *b"kept");
 }
 
+/// The same, to another place of the disk.
+fn write_to(offset: u64, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = request(1, u32::try_from(payload.len()).unwrap());
+    bytes[16..24].copy_from_slice(&offset.to_be_bytes());
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// Once, the end of what such a client sends was noticed before its goodbye was, and it was taken for lost: what waited
+/// was given up, or half of a long write was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_stands_before_a_goodbye_is_carried_out_however_long_it_waits() {
+    const LONG: usize = 512 << 10;
+    let short = [write_to(0, b"first"), write_to(LONG as u64 - 4, b"last"), request(2, 0)].concat();
+    let several = [write_to(0, b"?????").repeat(4), short.clone()].concat();
+    let mut payload = vec![0; LONG];
+    payload[..5].copy_from_slice(b"first");
+    payload[LONG - 4..].copy_from_slice(b"last");
+    let long = [write_to(0, &payload), request(2, 0)].concat();
+    for stays in [true, false] {
+        for (writes, asked) in [(2, &short), (6, &several), (1, &long)] {
+            let dir = tempfile::tempdir().unwrap();
+            let held = HeldExport::serve(dir.path(), Limits { requests: 1, ..Limits::default() });
+            let mut client = held.connect().await;
+            client.write_all(asked).await.unwrap();
+            held.came(1).await;
+            client.shutdown().await.unwrap();
+            let mut reader = stays.then_some(client);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            assert_eq!(held.export.stats.connections.load(Ordering::SeqCst), 1, "{writes} are given up");
+            held.disk.gate().open.cancel();
+            if let Some(client) = &mut reader {
+                let mut answers = Vec::new();
+                client.read_to_end(&mut answers).await.unwrap();
+                assert_eq!(answers.len(), 16 * writes, "each is answered");
+            }
+            held.left().await;
+            let memory = held.memory.to_vec();
+            assert_eq!((&memory[..5], &memory[LONG - 4..LONG]), (&b"first"[..], &b"last"[..]), "{writes}");
+        }
+    }
+}
+
+/// A disk that hangs must not keep a client's place for ever, however politely that left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_goodbye_behind_requests_that_hang_is_waited_for_no_longer_than_it_takes_to_drain() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { requests: 1, drain_timeout: Duration::from_millis(50), ..Limits::default() };
+    let held = HeldExport::serve(dir.path(), limits);
+    let mut client = held.connect().await;
+    client.write_all(&[write_to(0, b"1"), write_to(0, b"2"), request(2, 0)].concat()).await.unwrap();
+    held.came(1).await;
+    client.shutdown().await.unwrap();
+    held.left().await;
+}
+
 /// It may send again what it has no answer to, on another connection, and then write anew to the same place.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_that_waits_when_its_client_is_lost_never_lands() {

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::ControlFlow;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -33,6 +34,9 @@ pub(super) struct Replies {
     pub(super) writer: Mutex<Writer>,
     /// Ends the connection: a reply could not be sent.
     pub(super) broken: CancellationToken,
+    /// The client has said goodbye and sends no more. Whether it still reads is its own affair: what it asked for is
+    /// carried out.
+    pub(super) leaving: AtomicBool,
 }
 
 /// How long a client may leave a reply unread.
@@ -108,6 +112,13 @@ impl Writer {
 impl Replies {
     /// Sends whole replies.
     pub(super) async fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        match self.send_to_reader(bytes).await {
+            Err(_) if self.leaving.load(Ordering::Acquire) => Ok(()),
+            sent => sent,
+        }
+    }
+
+    async fn send_to_reader(&self, bytes: &[u8]) -> io::Result<()> {
         let mut writer = self.writer.lock().await;
         writer.begin()?;
         writer.put(bytes, &self.patience).await?;
@@ -116,7 +127,7 @@ impl Replies {
 
     /// Waits for what answers a request in a task of its own; a failure to send ends the connection.
     pub(super) async fn answer(&self, sending: impl Future<Output = io::Result<()>>) {
-        if sending.await.is_err() {
+        if sending.await.is_err() && !self.leaving.load(Ordering::Acquire) {
             self.broken.cancel();
         }
     }
