@@ -157,6 +157,24 @@ async fn requests_that_wait_for_ever_hold_up_no_other_servers_clients() {
     tokio::time::timeout(LONG, all).await.unwrap().unwrap();
 }
 
+/// Once, the piece of a long write that waits for the disk took no share of any budget.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_write_waits_for_its_share_as_others_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = held();
+    let limits = Limits { requests: 1, ..Limits::default() };
+    let path = serve(dir.path(), "nbd.sock", Arc::clone(&disk) as SharedDisk, limits);
+    let client = Client::connect(Address::Unix(path), "disk", Policy::default()).await.unwrap();
+    let reader = client.clone();
+    let read = tokio::spawn(async move { reader.read(0, 4096).await });
+    assert!(came(&disk, 1, LONG).await);
+    let write = tokio::spawn(async move { client.write(0, &[7; 2 * PIECE as usize], false).await });
+    assert!(!came(&disk, 2, Duration::from_millis(300)).await, "one request may wait for the disk");
+    disk.gate().open.cancel();
+    tokio::time::timeout(LONG, read).await.unwrap().unwrap().unwrap();
+    tokio::time::timeout(LONG, write).await.unwrap().unwrap().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_of_nothing_serve_a_client_all_the_same() {
     let dir = tempfile::tempdir().unwrap();

@@ -86,6 +86,7 @@ impl Connection {
             {
                 result = now;
             } else if result.is_ok() {
+                let _share = self.share(piece).await?;
                 let (payload, disk) = (self.input.take(piece), Arc::clone(&self.replies.disk));
                 result = self.while_here(guarded(|| disk.write(at, &payload, false))).await?;
                 continue;
