@@ -100,6 +100,13 @@ pub(crate) async fn serve(
     ended.map(drop)
 }
 
+/// What a disk's error is on the wire.
+type ErrnoOf = fn(&io::Error) -> Errno;
+
+fn from_disk(error: &io::Error) -> Errno {
+    Errno::from(error)
+}
+
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -211,16 +218,17 @@ impl Connection {
                 self.stats.written_bytes.fetch_add(length.into(), Ordering::Relaxed);
                 self.write(answer, offset, length as usize, fua).await?;
             }
-            Ok(Action::Flush) => self.later(answer, 0, |disk| disk.flush()).await?,
+            Ok(Action::Flush) => self.later(answer, from_disk, |disk| disk.flush()).await?,
             Ok(Action::Trim { offset, length, fua }) => {
-                self.later(answer, 0, move |disk| disk.trim(offset, length, fua)).await?;
+                self.later(answer, from_disk, move |disk| disk.trim(offset, length, fua)).await?;
             }
             Ok(Action::Zero { offset, length, fua, no_hole, fast }) => {
                 let flags = ZeroFlags { no_hole, fast };
-                self.later(answer, 0, move |disk| disk.zero(offset, length, flags, fua)).await?;
+                let errno: ErrnoOf = if fast { Errno::of_fast_zero } else { from_disk };
+                self.later(answer, errno, move |disk| disk.zero(offset, length, flags, fua)).await?;
             }
             Ok(Action::Cache { offset, length }) => {
-                self.later(answer, 0, move |disk| disk.prefetch(offset, length)).await?;
+                self.later(answer, from_disk, move |disk| disk.prefetch(offset, length)).await?;
             }
             Ok(Action::Status { offset, length, one }) => {
                 // As the disk gives them, and as they are sent.
@@ -245,17 +253,17 @@ impl Connection {
     }
 
     /// Runs what has to wait in a task of its own, which then answers.
-    async fn later<F>(&mut self, answer: Answer, bytes: usize, run: F) -> io::Result<()>
+    async fn later<F>(&mut self, answer: Answer, errno: ErrnoOf, run: F) -> io::Result<()>
     where
         F: for<'a> FnOnce(&'a dyn Disk) -> BoxFuture<'a, io::Result<()>> + Send + 'static,
     {
-        let share = self.share(bytes).await?;
-        self.carry_out(answer, share, run);
+        let share = self.share(0).await?;
+        self.carry_out(answer, share, errno, run);
         Ok(())
     }
 
     /// The same, for what has its share.
-    fn carry_out<F>(&self, answer: Answer, share: Share, run: F)
+    fn carry_out<F>(&self, answer: Answer, share: Share, errno: ErrnoOf, run: F)
     where
         F: for<'a> FnOnce(&'a dyn Disk) -> BoxFuture<'a, io::Result<()>> + Send + 'static,
     {
@@ -264,7 +272,7 @@ impl Connection {
             let mut out = Vec::with_capacity(HEADER_MAX);
             match result {
                 Ok(()) => answer.done(&mut out),
-                Err(error) => answer.error(&mut out, Errno::from(&error), &error.to_string()),
+                Err(error) => answer.error(&mut out, errno(&error), &error.to_string()),
             }
             replies.send(&out).await
         });

@@ -140,8 +140,18 @@ pub enum Errno {
 }
 
 impl From<&std::io::Error> for Errno {
-    /// The nearest number that the specification allows; what it has no word for is `EIO`.
+    /// The nearest number that the specification allows in any reply; what it has no word for is `EIO`.
     fn from(error: &std::io::Error) -> Self {
+        match Self::of_fast_zero(error) {
+            Self::NotSup => Self::Inval,
+            errno => errno,
+        }
+    }
+}
+
+impl Errno {
+    /// The same for a request with [`command_flag::FAST_ZERO`], the only one that may be answered with `ENOTSUP`.
+    pub fn of_fast_zero(error: &std::io::Error) -> Self {
         use rustix::io::Errno as Os;
         match error.raw_os_error().map(Os::from_raw_os_error) {
             Some(Os::PERM | Os::ROFS | Os::ACCESS) => Self::Perm,
@@ -158,5 +168,22 @@ impl From<&std::io::Error> for Errno {
                 _ => Self::Io,
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_fast_zeroes_are_answered_with_enotsup() {
+        for error in [
+            std::io::Error::from(rustix::io::Errno::OPNOTSUPP),
+            std::io::Error::from(std::io::ErrorKind::Unsupported),
+        ] {
+            assert_eq!(Errno::from(&error), Errno::Inval);
+            assert_eq!(Errno::of_fast_zero(&error), Errno::NotSup);
+        }
+        assert_eq!(Errno::of_fast_zero(&rustix::io::Errno::ROFS.into()), Errno::Perm);
     }
 }

@@ -199,7 +199,8 @@ pub fn check(request: &Request, terms: &Terms) -> Result<Action, Errno> {
     }
     let inside = offset.checked_add(length).is_some_and(|end| end <= terms.size);
     if !inside {
-        return Err(if writes { Errno::NoSpc } else { Errno::Inval });
+        let wants_space = matches!(command, command::WRITE | command::WRITE_ZEROES);
+        return Err(if wants_space { Errno::NoSpc } else { Errno::Inval });
     }
     // The last block of a disk may be short.
     let parts = u64::from(features.block_min) - 1;
@@ -277,8 +278,15 @@ mod tests {
     #[test]
     fn ranges_that_leave_the_disk_or_overflow_are_refused() {
         for (offset, length) in [(1 << 20, 1), (0, (1 << 20) + 1), (u64::MAX, 2), (u64::MAX, u64::MAX)] {
-            assert_eq!(check(&request(command::READ, 0, offset, length), &terms()), Err(Errno::Inval));
-            assert_eq!(check(&request(command::WRITE, 0, offset, length), &terms()), Err(Errno::NoSpc));
+            for (command, errno) in [
+                (command::READ, Errno::Inval),
+                (command::TRIM, Errno::Inval),
+                (command::BLOCK_STATUS, Errno::Inval),
+                (command::WRITE, Errno::NoSpc),
+                (command::WRITE_ZEROES, Errno::NoSpc),
+            ] {
+                assert_eq!(check(&request(command, 0, offset, length), &terms()), Err(errno), "{command}");
+            }
         }
     }
 

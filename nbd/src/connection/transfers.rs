@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::guard::{attempt, guarded};
 use super::replies::is_zero;
-use super::{Connection, GATHER_BYTES};
+use super::{Connection, GATHER_BYTES, from_disk};
 use crate::chunk::{Answer, Style};
 use crate::disk::Attempt;
 use crate::limits::PIECE_BYTES;
@@ -69,7 +69,7 @@ impl Connection {
             }
             let share = self.share(length).await?;
             let payload = self.input.take(length);
-            self.carry_out(answer, share, move |disk| {
+            self.carry_out(answer, share, from_disk, move |disk| {
                 Box::pin(async move { disk.write(offset, &payload, fua).await })
             });
             return Ok(());
