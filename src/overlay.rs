@@ -24,6 +24,8 @@ mod write;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
+mod odd_diff_tests;
+#[cfg(test)]
 mod tests;
 
 use std::io;
@@ -33,6 +35,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bootcache_nbd::layers::InlineWrites;
 use bootcache_nbd::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
+use tokio::sync::Semaphore;
 
 use crate::digest::Digest;
 use crate::image_disk::padded::Padded;
@@ -55,6 +58,8 @@ pub const INDEX_FILE: &str = "index";
 pub const DIFF_FILE: &str = "diff";
 /// The name of the file within an overlay's folder that keeps its map while it is open.
 pub const LIVE_FILE: &str = "live";
+/// Threads that change one overlay at once: most of the time they take turns at the diff's own lock.
+const TURNS: usize = 8;
 
 /// Why an overlay cannot be made or opened.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +91,8 @@ struct Inner {
     header: Header,
     dirty: DirtySet,
     locks: RangeLock,
+    /// Who has one may take a thread to wait for a range's lock and change the diff.
+    turns: Arc<Semaphore>,
     inline: InlineWrites,
     /// Count of changes, so that a flush with nothing to do costs nothing.
     written: AtomicU64,
@@ -192,6 +199,7 @@ impl Overlay {
             header,
             dirty,
             locks: RangeLock::default(),
+            turns: Arc::new(Semaphore::new(TURNS)),
             inline: InlineWrites::default(),
             // The first flush syncs the diff whatever comes before it: blocks may have been written over by a process
             // that was killed.

@@ -23,6 +23,7 @@
 //! come between, and then counts as the later of the two: its state stands, and the bytes in the diff are not looked at.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bootcache_nbd::{Attempt, ZeroFlags};
@@ -111,7 +112,7 @@ impl Inner {
 
     /// Writes where waiting is allowed. `self` and `data` are owned by the thread that writes, so a dropped future
     /// leaves the range either written or not yet.
-    pub(super) async fn write(self: &std::sync::Arc<Self>, offset: u64, data: &[u8]) -> io::Result<()> {
+    pub(super) async fn write(self: &Arc<Self>, offset: u64, data: &[u8]) -> io::Result<()> {
         let span = self.span(offset, data.len());
         let mut edges = Box::new(Edges { prefix: ZEROES, suffix: ZEROES });
         let (prefix, suffix) = self.wants_edges(&span);
@@ -122,10 +123,25 @@ impl Inner {
         if suffix {
             base.read(span.end, &mut edges.suffix[..span.suffix]).await?;
         }
-        let (inner, data) = (self.clone(), data.to_vec());
+        let data = data.to_vec();
+        self.locked(span.blocks, move |inner| inner.store(&span, &data, &edges)).await
+    }
+
+    /// Runs `work` under the lock of `blocks`, on a thread that may block. It runs to its end even if the future is dropped.
+    ///
+    /// A turn comes first: threads that wait for the lock are taken from all that this process may have, and what one
+    /// overlay's clients send must not take them all.
+    async fn locked(
+        self: &Arc<Self>,
+        blocks: Extent,
+        work: impl FnOnce(&Self) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let turn = Arc::clone(&self.turns).acquire_owned().await.expect("the semaphore is never closed");
+        let inner = Arc::clone(self);
         blocking(move || {
-            let _guard = inner.locks.lock(span.blocks);
-            inner.store(&span, &data, &edges)
+            let _turn = turn;
+            let _guard = inner.locks.lock(blocks);
+            work(&inner)
         })
         .await
     }
@@ -158,12 +174,7 @@ impl Inner {
     }
 
     /// See [`bootcache_nbd::Disk::zero`].
-    pub(super) async fn zero(
-        self: &std::sync::Arc<Self>,
-        offset: u64,
-        length: u64,
-        flags: ZeroFlags,
-    ) -> io::Result<()> {
+    pub(super) async fn zero(self: &Arc<Self>, offset: u64, length: u64, flags: ZeroFlags) -> io::Result<()> {
         let end = offset + length;
         let whole = whole_blocks(offset, length, self.layer.size);
         if whole.is_empty() {
@@ -173,16 +184,14 @@ impl Inner {
         }
         self.zero_part(offset, whole.offset()).await?;
         self.zero_part((whole.end() * BLOCK_SIZE).min(end), end).await?;
-        let inner = self.clone();
-        blocking(move || {
-            let _guard = inner.locks.lock(whole);
+        self.locked(whole, move |inner| {
             if flags.no_hole { inner.allocate_blocks(whole) } else { inner.zero_blocks(whole) }
         })
         .await
     }
 
     /// Zeroes a part of one block.
-    async fn zero_part(self: &std::sync::Arc<Self>, offset: u64, end: u64) -> io::Result<()> {
+    async fn zero_part(self: &Arc<Self>, offset: u64, end: u64) -> io::Result<()> {
         if offset >= end || self.layer.map.get(BlockIndex::containing(offset).0) == BlockState::Zero {
             return Ok(());
         }
@@ -194,17 +203,12 @@ impl Inner {
     }
 
     /// See [`bootcache_nbd::Disk::trim`]: whole blocks read as zeroes, parts of blocks stay as they are.
-    pub(super) async fn trim(self: &std::sync::Arc<Self>, offset: u64, length: u64) -> io::Result<()> {
+    pub(super) async fn trim(self: &Arc<Self>, offset: u64, length: u64) -> io::Result<()> {
         let whole = whole_blocks(offset, length, self.layer.size);
         if whole.is_empty() {
             return self.check_writable();
         }
-        let inner = self.clone();
-        blocking(move || {
-            let _guard = inner.locks.lock(whole);
-            inner.zero_blocks(whole)
-        })
-        .await
+        self.locked(whole, move |inner| inner.zero_blocks(whole)).await
     }
 
     /// Makes whole blocks zero and gives back the space of those that were data. Under the range's lock.

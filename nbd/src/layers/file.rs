@@ -10,18 +10,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use tokio::sync::Semaphore;
 
 use super::InlineWrites;
 use crate::disk::{
     Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, STATE_HOLE, STATE_ZERO, StatusExtent, ZeroFlags,
 };
 
+/// Threads that wait for one file's lock at once: they take turns there anyway.
+const TURNS: usize = 8;
+
 /// A raw file as a disk.
 ///
 /// What is in the page cache is read inline by `preadv2(RWF_NOWAIT)`; everything else runs on tokio's blocking
 /// threads, by way of a buffer of their own: a thread that outlives its dropped future must not write into the caller's,
 /// and the copy (30 µs for 256 KiB) is small beside the device. Writes go into the page cache inline where they are not
-/// likely to wait ([`InlineWrites`]). After a failed sync
+/// likely to wait ([`InlineWrites`]). What has to wait for the file's own lock takes so many threads and no more, whatever
+/// clients ask for: the process has other files. After a failed sync
 /// every later write and flush fails too: the kernel reports a lost page only once. What is trimmed reads as zeroes, or as
 /// before where the file system cannot punch holes.
 #[derive(Debug, Clone)]
@@ -35,6 +40,10 @@ struct Shared {
     size: u64,
     features: Features,
     inline: InlineWrites,
+    /// Who has one may take a thread for what needs the file's lock, behind a whole-disk trim for instance.
+    turns: Arc<Semaphore>,
+    /// The same for flushes, of which one runs at a time.
+    flushes: Arc<Semaphore>,
     /// One sync at a time: the kernel tells a failure to one of two that run together, and the other must not claim success.
     syncing: Mutex<()>,
     failed: AtomicBool,
@@ -55,8 +64,10 @@ impl FileDisk {
             Features { prefetch: true, fast_zero: true, ..Features::WRITABLE }
         };
         let (inline, syncing) = (InlineWrites::default(), Mutex::default());
+        let (turns, flushes) = (Arc::new(Semaphore::new(TURNS)), Arc::new(Semaphore::new(1)));
         let failed = AtomicBool::new(false);
-        Ok(Self { shared: Arc::new(Shared { file, size, features, inline, syncing, failed }) })
+        let shared = Shared { file, size, features, inline, turns, flushes, syncing, failed };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     fn blocking<T, F>(&self, work: F) -> BoxFuture<'_, io::Result<T>>
@@ -66,6 +77,22 @@ impl FileDisk {
     {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move { tokio::task::spawn_blocking(move || work(&shared)).await? })
+    }
+
+    /// The same, when it is its turn.
+    fn in_turn<'a, T, F>(&'a self, turns: &'a Arc<Semaphore>, work: F) -> BoxFuture<'a, io::Result<T>>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Shared) -> io::Result<T> + Send + 'static,
+    {
+        Box::pin(async move {
+            let turn = Arc::clone(turns).acquire_owned().await.expect("the semaphores are never closed");
+            let run = move |shared: &Shared| {
+                let _turn = turn;
+                work(shared)
+            };
+            self.blocking(run).await
+        })
     }
 }
 
@@ -166,7 +193,7 @@ impl Disk for FileDisk {
 
     fn write<'a>(&'a self, offset: u64, data: &'a [u8], fua: bool) -> BoxFuture<'a, io::Result<()>> {
         let data = data.to_vec();
-        self.blocking(move |shared| {
+        self.in_turn(&self.shared.turns, move |shared| {
             shared.check()?;
             shared.file.write_all_at(&data, offset)?;
             if fua { shared.sync() } else { Ok(()) }
@@ -174,11 +201,11 @@ impl Disk for FileDisk {
     }
 
     fn flush(&self) -> BoxFuture<'_, io::Result<()>> {
-        self.blocking(Shared::sync)
+        self.in_turn(&self.shared.flushes, Shared::sync)
     }
 
     fn trim(&self, offset: u64, length: u64, fua: bool) -> BoxFuture<'_, io::Result<()>> {
-        self.blocking(move |shared| {
+        self.in_turn(&self.shared.turns, move |shared| {
             shared.check()?;
             match shared.punch(offset, length, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE) {
                 // A hint that the file system cannot take is no error.
@@ -192,7 +219,7 @@ impl Disk for FileDisk {
     }
 
     fn zero(&self, offset: u64, length: u64, flags: ZeroFlags, fua: bool) -> BoxFuture<'_, io::Result<()>> {
-        self.blocking(move |shared| {
+        self.in_turn(&self.shared.turns, move |shared| {
             shared.check()?;
             let mode = if flags.no_hole {
                 FallocateFlags::ZERO_RANGE
@@ -220,7 +247,7 @@ impl Disk for FileDisk {
         extents_max: usize,
     ) -> BoxFuture<'_, io::Result<Vec<StatusExtent>>> {
         debug_assert_eq!(context, BASE_ALLOCATION);
-        self.blocking(move |shared| shared.map(offset, length, extents_max))
+        self.in_turn(&self.shared.turns, move |shared| shared.map(offset, length, extents_max))
     }
 
     fn prefetch(&self, offset: u64, length: u64) -> BoxFuture<'_, io::Result<()>> {
@@ -232,6 +259,8 @@ impl Disk for FileDisk {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -243,5 +272,26 @@ mod tests {
         assert!(matches!(disk.try_write(0, b"x"), Attempt::WouldBlock));
         drop(long);
         assert!(matches!(disk.try_write(0, b"x"), Attempt::Ready(Ok(()))));
+    }
+
+    #[test]
+    fn requests_that_wait_for_one_file_leave_threads_for_others() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = FileDisk::new(file, false).unwrap();
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime =
+            runtime.worker_threads(2).max_blocking_threads(TURNS + 2).enable_time().build().unwrap();
+        let alone = disk.shared.syncing.lock().unwrap();
+        let other = runtime.block_on(async {
+            for _ in 0..64 {
+                let disk = disk.clone();
+                tokio::spawn(async move { tokio::join!(disk.flush(), disk.trim(0, 4096, true)) });
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::timeout(Duration::from_secs(5), tokio::task::spawn_blocking(|| ())).await
+        });
+        drop(alone);
+        other.expect("one file has all threads").unwrap();
     }
 }
