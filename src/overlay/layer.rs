@@ -15,6 +15,12 @@ use super::storage::DiffFile;
 use crate::block::{BLOCK_SIZE, Extent};
 use crate::local_cache::{CONTEXT_PRESENT, STATE_PRESENT};
 
+/// One request about status, or hint to read ahead, looks at so many pieces and no more: a whole disk may be in millions,
+/// and those of equal status make but one extent.
+pub(super) const PIECES_MAX: usize = 16 << 10;
+/// After so many of them, others may use the worker thread.
+const PIECES_AT_ONCE: usize = 1024;
+
 /// Map, diff and base of one disk.
 #[derive(Clone)]
 pub(crate) struct Layer {
@@ -88,7 +94,8 @@ impl Layer {
         try_join_all(waiting).await.map(|_| ())
     }
 
-    /// See [`bootcache_nbd::Disk::status`]. What is the layer's own is on this node.
+    /// See [`bootcache_nbd::Disk::status`]. What is the layer's own is on this node. The first part of a range that is in
+    /// very many pieces is answered, even where they make but one extent.
     pub(crate) async fn status(
         &self,
         context: &str,
@@ -101,8 +108,9 @@ impl Layer {
             CONTEXT_PRESENT => (STATE_PRESENT, STATE_PRESENT),
             _ => (0, 0),
         };
-        let mut extents = Merged { extents: Vec::new(), max: extents_max };
-        for piece in self.pieces(offset, length) {
+        let mut extents = Merged { extents: Vec::new(), max: extents_max, looked: 0 };
+        for (count, piece) in self.pieces(offset, length).enumerate() {
+            give_way(count).await;
             match piece.state {
                 BlockState::Data => extents.push(piece.length, data),
                 BlockState::Zero => extents.push(piece.length, zero),
@@ -126,9 +134,10 @@ impl Layer {
         Ok(extents.extents)
     }
 
-    /// See [`bootcache_nbd::Disk::prefetch`].
+    /// See [`bootcache_nbd::Disk::prefetch`]. A hint: what is in very many pieces is read ahead in its first part.
     pub(crate) async fn prefetch(&self, offset: u64, length: u64) -> io::Result<()> {
-        for piece in self.pieces(offset, length) {
+        for (count, piece) in self.pieces(offset, length).take(PIECES_MAX).enumerate() {
+            give_way(count).await;
             match piece.state {
                 BlockState::Zero => {}
                 BlockState::Absent => self.base.prefetch(piece.offset, piece.length).await?,
@@ -142,14 +151,25 @@ impl Layer {
     }
 }
 
-/// Extents joined where their flags are equal; one more than `max` are collected, to see where the last one ends.
+/// Lets other tasks run now and then while pieces are looked at, of which this is number `count`.
+async fn give_way(count: usize) {
+    if count % PIECES_AT_ONCE == PIECES_AT_ONCE - 1 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Extents joined where their flags are equal; one more than `max` are collected, to see where the last one ends, of
+/// so many pieces and no more.
 struct Merged {
     extents: Vec<StatusExtent>,
     max: usize,
+    /// Pieces that came.
+    looked: usize,
 }
 
 impl Merged {
     fn push(&mut self, length: u64, flags: u32) {
+        self.looked += 1;
         match self.extents.last_mut() {
             Some(last) if last.flags == flags => last.length += length,
             _ => self.extents.push(StatusExtent { length, flags }),
@@ -157,7 +177,7 @@ impl Merged {
     }
 
     fn full(&self) -> bool {
-        self.extents.len() > self.max
+        self.extents.len() > self.max || self.looked >= PIECES_MAX
     }
 }
 

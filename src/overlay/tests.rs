@@ -10,6 +10,7 @@ use tokio::runtime::{Builder, Runtime};
 use super::*;
 use crate::block::{BLOCK_BYTES, Extent};
 use crate::image_disk::ImageDisk;
+use crate::local_cache::{CONTEXT_PRESENT, STATE_PRESENT};
 
 /// An image in memory whose reads have to wait now and then.
 pub(super) struct MemoryBase {
@@ -400,4 +401,27 @@ async fn sealing_keeps_only_what_differs_from_the_base() {
     assert_eq!(sealed.runs, [run(2, 1, BlockState::Data), run(6, 2, BlockState::Zero)][..]);
     assert_eq!(sealed.dropped_blocks, 3);
     write(&overlay, 0, &[1], false).await.unwrap(); // the overlay goes on
+}
+
+/// Once, a request about a whole disk of which every second block was trimmed held a worker thread until it had seen all.
+#[tokio::test]
+async fn status_of_very_many_pieces_is_told_part_by_part() {
+    let blocks = layer::PIECES_MAX as u64 * 5 / 2;
+    let size = blocks * 4096;
+    let dir = tempfile::tempdir().unwrap();
+    Overlay::create(dir.path(), ROOT, size).unwrap();
+    let overlay = Overlay::open(dir.path(), MemoryBase::patterned(4096), ROOT).unwrap();
+    for block in 0..blocks {
+        let state = if block % 2 == 0 { BlockState::Data } else { BlockState::Zero };
+        overlay.0.layer.map.set(Extent::new(block, 1), state, |_, _| ());
+    }
+    let (mut at, mut answers) = (0, 0);
+    while at < size {
+        let extents = overlay.status(CONTEXT_PRESENT, at, size - at, 8).await.unwrap();
+        let [StatusExtent { length, flags: STATE_PRESENT }] = extents[..] else { panic!("{extents:?}") };
+        assert!(length <= layer::PIECES_MAX as u64 * 4096, "{length} bytes at {at}");
+        at += length;
+        answers += 1;
+    }
+    assert_eq!((at, answers), (size, 3));
 }
