@@ -70,6 +70,12 @@ pub enum OverlayError {
     /// Its diff is bad.
     #[error("cannot use the diff {path}: {error}")]
     Diff { path: String, error: io::Error },
+    /// Its live map, which may hold more than the index, cannot be used.
+    #[error(
+        "cannot use the live map {path}: {error}; it may tell of writes that were answered and not flushed: without \
+         the file the overlay is what was last flushed"
+    )]
+    Live { path: String, error: io::Error },
     /// Another process has it open.
     #[error("the overlay {0} is in use by another process; stop its VM or its server first")]
     InUse(String),
@@ -151,8 +157,14 @@ impl Overlay {
         let header = log.header();
         let indexed = map_of(header.size, &runs);
         let owner = Owner { header: &header, batch: log.batch(), diff: diff_file.file() };
-        let map = match Live::open(&dir.join(LIVE_FILE), &owner, &indexed) {
+        let live = dir.join(LIVE_FILE);
+        let map = match Live::open(&live, &owner, &indexed) {
             Ok(live) => BlockMap::over(live, header.size),
+            // Going by the index would lose what a killed process had answered. And it would leave the file to the next
+            // process, which would believe it: behind the flushes of this one.
+            Err(error) if !matches!(live.try_exists(), Ok(false)) => {
+                return Err(OverlayError::Live { path: live.display().to_string(), error });
+            }
             Err(error) => {
                 tracing::warn!(overlay = %dir.display(), %error, "no live map: a kill would lose unflushed writes");
                 map_of(header.size, &runs)

@@ -72,27 +72,39 @@ impl Live {
     /// sound, else the ones in `states`.
     ///
     /// # Errors
-    /// Those of the file system, a full one among them.
+    /// Those of the file system, a full one among them. A file that could not be made is not there then; one that stays may
+    /// be that of a process that was killed.
     pub(super) fn open(path: &Path, owner: &Owner<'_>, states: &BlockMap) -> io::Result<Self> {
         let identity = owner.identity()?;
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         let words = states.words().len();
         let length = (HEADER_BYTES + words * WORD_BYTES) as u64;
         let kept = file.metadata()?.len() == length;
+        let map = Self::map(&file, kept, length).inspect_err(|_| {
+            if !kept {
+                // Where that fails the next process finds a file of no worth, and the same error.
+                let _ = std::fs::remove_file(path);
+            }
+        })?;
+        let live = Self { map, words };
+        if !(kept && live.belongs_to(identity, owner) && states.admits(live.states())) {
+            live.fill(identity, owner, states);
+        }
+        Ok(live)
+    }
+
+    /// Maps the file, made anew unless it is to be `kept`.
+    fn map(file: &File, kept: bool, length: u64) -> io::Result<MmapRaw> {
         if !kept {
             file.set_len(0)?;
             file.set_len(length)?;
         }
         // A page without space on the disk would end the process when it is first written to.
-        match fallocate(&file, FallocateFlags::empty(), 0, length) {
+        match fallocate(file, FallocateFlags::empty(), 0, length) {
             Err(Errno::OPNOTSUPP) => {}
             result => result?,
         }
-        let live = Self { map: MmapOptions::new().map_raw(&file)?, words };
-        if !(kept && live.belongs_to(identity, owner) && states.admits(live.states())) {
-            live.fill(identity, owner, states);
-        }
-        Ok(live)
+        MmapOptions::new().map_raw(file)
     }
 
     fn belongs_to(&self, identity: Digest, owner: &Owner<'_>) -> bool {

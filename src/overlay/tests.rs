@@ -425,3 +425,39 @@ async fn status_of_very_many_pieces_is_told_part_by_part() {
     }
     assert_eq!((at, answers), (size, 3));
 }
+
+/// Once, a process that could not open the live map left it for the next, which believed it: blocks that had been flushed
+/// meanwhile read as the base.
+#[tokio::test]
+async fn a_live_map_that_cannot_be_used_is_neither_passed_over_nor_left_to_be_believed() {
+    let (dir, base, overlay) = new_overlay(4 * BLOCK_BYTES).await;
+    write(&overlay, 0, &[1; 4096], true).await.unwrap();
+    write(&overlay, 4096, &[2; 4096], false).await.unwrap();
+    drop(overlay); // as a kill would
+    let (live, aside) = (dir.path().join(LIVE_FILE), dir.path().join("aside"));
+    std::fs::rename(&live, &aside).unwrap();
+    std::fs::create_dir(&live).unwrap();
+    let refused = Overlay::open(dir.path(), base.clone(), ROOT).unwrap_err();
+    assert!(matches!(refused, OverlayError::Live { .. }), "{refused}");
+    std::fs::remove_dir(&live).unwrap();
+    std::fs::rename(&aside, &live).unwrap();
+    let overlay = Overlay::open(dir.path(), base.clone(), ROOT).unwrap();
+    assert_eq!(read(&overlay, 0, 8192).await, [[1; 4096], [2; 4096]].concat(), "what was answered");
+}
+
+#[tokio::test]
+async fn an_overlay_whose_live_map_cannot_be_made_is_open_without_one() {
+    let (dir, base, overlay) = new_overlay(4 * BLOCK_BYTES).await;
+    drop(overlay);
+    let live = dir.path().join(LIVE_FILE);
+    std::fs::remove_file(&live).unwrap();
+    // It can be opened, and has no length.
+    std::os::unix::fs::symlink("/dev/full", &live).unwrap();
+    let overlay = Overlay::open(dir.path(), base.clone(), ROOT).unwrap();
+    write(&overlay, 0, &[1; 4096], true).await.unwrap();
+    assert!(!live.exists(), "nothing is left of it");
+    drop(overlay);
+    let overlay = Overlay::open(dir.path(), base, ROOT).unwrap();
+    assert_eq!(read(&overlay, 0, 4096).await, [1; 4096]);
+    assert!(live.exists());
+}
