@@ -125,7 +125,7 @@ impl DiffFile for VolatileDiff {
         Ok(())
     }
 
-    fn allocate_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+    fn allocate_zeroes(&self, offset: u64, length: u64, _: bool) -> io::Result<()> {
         self.punch(offset, length)
     }
 

@@ -1,16 +1,17 @@
-//! The overlay over a diff that is slow.
+//! The overlay over a diff that is slow, and cannot do all that others can.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::runtime::Builder;
 
-use super::tests::{MemoryBase, ROOT, write};
+use super::tests::{MemoryBase, ROOT, read, runtime, write};
 use super::*;
 
 const SIZE: usize = 8 * 4096;
 
-/// A diff that gives space back when it may.
+/// A diff that gives space back when it may, on a file system that makes zeroes only by writing them.
 #[derive(Debug)]
 struct OddDiff {
     diff: FileDiff,
@@ -35,8 +36,11 @@ impl DiffFile for OddDiff {
         self.diff.punch(offset, length)
     }
 
-    fn allocate_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.diff.allocate_zeroes(offset, length)
+    fn allocate_zeroes(&self, offset: u64, length: u64, fast: bool) -> io::Result<()> {
+        if fast {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        self.diff.allocate_zeroes(offset, length, false)
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -81,4 +85,24 @@ fn trims_that_wait_for_each_other_leave_threads_for_other_overlays() {
     });
     drop(held);
     flushed.expect("one overlay has all threads").unwrap();
+}
+
+#[test]
+fn fast_zeroes_that_would_have_to_be_written_are_refused_before_anything_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let (overlay, _) = odd(dir.path());
+    runtime().block_on(async {
+        write(&overlay, 0, &[1; SIZE], false).await.unwrap();
+        // Parts of two blocks, and a whole one between them.
+        let zero = |no_hole, fast| overlay.zero(100, 8192, ZeroFlags { no_hole, fast }, false);
+        let refused = zero(true, true).await.unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(Errno::OPNOTSUPP.raw_os_error()));
+        assert_eq!(read(&overlay, 0, SIZE).await, [1; SIZE]);
+        for (no_hole, fast) in [(true, false), (false, true)] {
+            write(&overlay, 0, &[1; SIZE], false).await.unwrap();
+            zero(no_hole, fast).await.unwrap();
+            let expected = [&[1; 100][..], &[0; 8192], &[1; SIZE - 8292]].concat();
+            assert_eq!(read(&overlay, 0, SIZE).await, expected, "no hole: {no_hole}, fast: {fast}");
+        }
+    });
 }

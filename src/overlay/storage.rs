@@ -26,8 +26,9 @@ pub trait DiffFile: Send + Sync + std::fmt::Debug + 'static {
     fn write_at(&self, parts: [&[u8]; 3], offset: u64) -> io::Result<()>;
     /// Makes the range read as zeroes and gives its space back. Where that is not supported it does nothing.
     fn punch(&self, offset: u64, length: u64) -> io::Result<()>;
-    /// Makes the range read as zeroes and keeps space for it.
-    fn allocate_zeroes(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// Makes the range read as zeroes and keeps space for it. If `fast`, it fails with `EOPNOTSUPP`, and has done nothing,
+    /// where the zeroes would have to be written.
+    fn allocate_zeroes(&self, offset: u64, length: u64, fast: bool) -> io::Result<()>;
     /// Makes everything written before durable.
     fn sync(&self) -> io::Result<()>;
     /// Starts reading the range into the page cache.
@@ -147,9 +148,9 @@ impl DiffFile for FileDiff {
         }
     }
 
-    fn allocate_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+    fn allocate_zeroes(&self, offset: u64, length: u64, fast: bool) -> io::Result<()> {
         match fallocate(&self.0, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length) {
-            Err(Errno::OPNOTSUPP) => {}
+            Err(Errno::OPNOTSUPP) if !fast => {}
             result => return Ok(result?),
         }
         static ZEROES: [u8; 1 << 16] = [0; 1 << 16];

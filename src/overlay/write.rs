@@ -182,12 +182,13 @@ impl Inner {
             self.zero_part(offset, middle.min(end)).await?;
             return self.zero_part(middle.min(end), end).await;
         }
-        self.zero_part(offset, whole.offset()).await?;
-        self.zero_part((whole.end() * BLOCK_SIZE).min(end), end).await?;
+        // Whole blocks first: a fast request that cannot be fast is refused before anything is done.
         self.locked(whole, move |inner| {
-            if flags.no_hole { inner.allocate_blocks(whole) } else { inner.zero_blocks(whole) }
+            if flags.no_hole { inner.allocate_blocks(whole, flags.fast) } else { inner.zero_blocks(whole) }
         })
-        .await
+        .await?;
+        self.zero_part(offset, whole.offset()).await?;
+        self.zero_part((whole.end() * BLOCK_SIZE).min(end), end).await
     }
 
     /// Zeroes a part of one block.
@@ -228,11 +229,11 @@ impl Inner {
     }
 
     /// Makes whole blocks read as zeroes with space kept for them. Under the range's lock.
-    fn allocate_blocks(&self, blocks: Extent) -> io::Result<()> {
+    fn allocate_blocks(&self, blocks: Extent, fast: bool) -> io::Result<()> {
         self.check_writable()?;
         let length = (blocks.end() * BLOCK_SIZE).min(self.layer.size) - blocks.offset();
         let _long = self.inline.long();
-        self.layer.diff.allocate_zeroes(blocks.offset(), length)?;
+        self.layer.diff.allocate_zeroes(blocks.offset(), length, fast)?;
         self.set(blocks, BlockState::Data);
         Ok(())
     }

@@ -109,7 +109,7 @@ impl DiffFile for Machine {
         Ok(fallocate(&state.diff, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length)?)
     }
 
-    fn allocate_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+    fn allocate_zeroes(&self, offset: u64, length: u64, _: bool) -> io::Result<()> {
         self.punch(offset, length)
     }
 
