@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -25,6 +26,9 @@ use crate::control::{Reply, Request, Status, TransferStatus, WaitStatus};
 use crate::peer::server::ServerCounters;
 use crate::transfer::Kind;
 
+/// How long the pages that are being sent may take when the daemon ends.
+const LAST_PAGES: Duration = Duration::from_secs(1);
+
 type Labels = Vec<(&'static str, String)>;
 type Seconds = Family<Labels, Counter<f64, AtomicU64>>;
 
@@ -36,12 +40,22 @@ pub(super) struct Source {
     pub(super) served: Option<Arc<ServerCounters>>,
 }
 
-/// Serves `/metrics` on `listener` until `cancel`.
+/// Serves `/metrics` on `listener` until `cancel`. Pages under way may take [`LAST_PAGES`] then; who has sent half a
+/// request, or reads no answer, is not waited for.
 pub(super) async fn serve(source: Source, listener: TcpListener, cancel: CancellationToken) {
     let app = Router::new().route("/metrics", get(page)).with_state(source);
-    let stop = async move { cancel.cancelled().await };
-    if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(stop).await {
-        tracing::error!(%error, "metrics are no longer served");
+    let stop = cancel.clone().cancelled_owned();
+    let over = async {
+        cancel.cancelled().await;
+        tokio::time::sleep(LAST_PAGES).await;
+    };
+    tokio::select! {
+        served = axum::serve(listener, app).with_graceful_shutdown(stop).into_future() => {
+            if let Err(error) = served {
+                tracing::error!(%error, "metrics are no longer served");
+            }
+        }
+        () = over => {}
     }
 }
 
@@ -195,7 +209,31 @@ fn seconds(ms: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_sends_half_a_request_does_not_hold_up_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = Arc::new(Node::open(crate::store::Store::open(dir.path()).unwrap()).unwrap());
+        let listener = bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let cancel = CancellationToken::new();
+        let serving = tokio::spawn(serve(Source { node, served: None }, listener, cancel.clone()));
+        let mut half = TcpStream::connect(address).await.unwrap();
+        half.write_all(b"GET ").await.unwrap();
+        // Answered after the other has been accepted.
+        let mut whole = TcpStream::connect(address).await.unwrap();
+        whole.write_all(b"GET /metrics HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        whole.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        cancel.cancel();
+        tokio::time::timeout(Duration::from_secs(10), serving).await.expect("it ends").unwrap();
+        drop(half);
+    }
 
     #[test]
     fn a_page_has_every_counter_by_its_name() {

@@ -199,9 +199,7 @@ impl Node {
     /// Closes every socket and overlay; what guests wrote is durable when it returns.
     pub async fn close(&self) -> Result<(), NodeError> {
         let mut inner = self.inner.lock().await;
-        for (_, socket) in inner.vms.drain() {
-            socket.close().await;
-        }
+        VmSocket::close_all(inner.vms.drain().map(|(_, socket)| socket)).await;
         self.arrivals.stop().await;
         // Each of them, whatever becomes of the others.
         let mut result = Ok(());
