@@ -254,6 +254,24 @@ fn somebody_who_is_not_root_records_and_boots_without_any_setting() {
 }
 
 #[test]
+fn a_qemu_that_cannot_be_written_down_is_ended() {
+    if !support::require(&["qemu-system-x86_64"]) {
+        return;
+    }
+    let store = Store::new();
+    let raw = store.beside("disk.raw");
+    std::fs::write(&raw, support::noise(1, 1 << 20)).unwrap();
+    store.run(["image", "add", "disk", raw.to_str().unwrap()]);
+    let _serve = store.serve([""; 0]);
+    let folder = store.path().join("vms/vm");
+    std::fs::create_dir_all(folder.join("vm.json")).unwrap();
+    let refused = store.refused(["boot", "disk", "--name", "vm", "--qemu", "--no-wait", "--accel", "tcg"]);
+    assert!(refused.contains("cannot write down which process QEMU is"), "{refused}");
+    assert_eq!(process_of(folder.to_str().unwrap(), "serial.log"), None);
+    assert_eq!(store.run(["overlay", "list", "--json"]).trim(), "[]");
+}
+
+#[test]
 fn under_libvirt_s_sandbox_the_tracer_sees_what_the_export_sees() {
     if !support::require(&LIBVIRT) || !support::require_root() {
         return;

@@ -124,7 +124,7 @@ impl Guest {
                 libvirt.launch(xml).await?;
                 None
             }
-            None => Some(start_qemu(plan, &vm, device, &dir, serial)?),
+            None => Some(start_qemu(plan, &vm, device, &dir, serial).await?),
         };
         Ok(Self { name: name.clone(), dir, started, child, condition })
     }
@@ -316,8 +316,8 @@ fn domain_xml(
     Ok(domain.to_xml(plan.store.dir()))
 }
 
-/// Starts a plain QEMU that outlives this process.
-fn start_qemu(
+/// Starts a plain QEMU that outlives this process, and writes down which one it is.
+async fn start_qemu(
     plan: &Plan,
     vm: &VmInfo,
     device: Option<PathBuf>,
@@ -344,11 +344,15 @@ fn start_qemu(
     let mut command = std::process::Command::new(qemu::PROGRAM);
     command.args(machine.arguments()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     command.process_group(0);
-    let child = tokio::process::Command::from(command)
+    let mut child = tokio::process::Command::from(command)
         .spawn()
         .with_context(|| format!("cannot start {}: is it installed?", qemu::PROGRAM))?;
     let pid = child.id().context("QEMU ended at once")?;
-    VmRecord::new(plan.image.clone(), Runner::Qemu { pid }).write(dir)?;
+    if let Err(error) = VmRecord::new(plan.image.clone(), Runner::Qemu { pid }).write(dir) {
+        // Nobody would find it again, and another VM of its name would get its writes.
+        let _ = child.kill().await;
+        return Err(error).context("cannot write down which process QEMU is");
+    }
     Ok(child)
 }
 
