@@ -28,13 +28,16 @@ use super::{AttachError, Device, Entry, Options, Table, Way};
 const LOOK: Duration = Duration::from_millis(200);
 /// How often the kernel is offered a connection by a keeper that does not have its sockets.
 const OFFER: Duration = Duration::from_secs(1);
-/// How long a new keeper may take to see that the old one's device is gone.
+/// How long a keeper may take to see that its device is gone.
 const KEEPER_END: Duration = Duration::from_secs(10);
+/// How long the next keeper of a name waits for the last one, which may be about to end.
+const KEEPER_START: Duration = Duration::from_secs(1);
 /// Logical block size: what the images' partition tables count in.
 const BLOCK_SIZE: u32 = 512;
 
 /// Attaches what `options` say, tells `ready` the entry, and keeps the device connected until it is detached (by whomever)
-/// or `stop` is cancelled. On `stop` the device is detached if nothing uses it.
+/// or `stop` is cancelled. On `stop` the device is detached if nothing uses it; one that was to be taken over from a dead
+/// keeper, and that no server was there for yet, stays as it is.
 ///
 /// # Errors
 ///
@@ -66,15 +69,17 @@ pub async fn keep(
     }
 }
 
-/// Takes the name's lock. Who merely looks whether a name has a keeper holds it for an instant: so more than one look.
+/// Takes the name's lock. Who merely looks whether a name has a keeper holds it for an instant, and a keeper whose device
+/// has just been detached for a little longer: so more than one look.
 async fn become_keeper(table: &Table, name: &str) -> Result<Option<KeeperLock>, AttachError> {
-    for _ in 0..3 {
-        if let Some(lock) = table.lock(name)? {
-            return Ok(Some(lock));
+    let deadline = Instant::now() + KEEPER_START;
+    loop {
+        let lock = table.lock(name)?;
+        if lock.is_some() || Instant::now() >= deadline {
+            return Ok(lock);
         }
         sleep(LOOK / 10).await;
     }
-    Ok(None)
 }
 
 /// Opens the kernel's client; loads its module first if it is there to be loaded.
@@ -143,7 +148,13 @@ impl Keeper<'_> {
         let Some(old) = self.table.get(&self.options.name)?.filter(Entry::is_live) else {
             return self.attach(kernel, stop, ready).await;
         };
-        let spare = self.open_patiently().await?;
+        let Some(spare) = self.open_while(|| old.is_live(), stop).await? else {
+            if old.is_live() {
+                return Ok(());
+            }
+            self.table.remove(&old)?;
+            return Err(AttachError::NotAttached(old.name));
+        };
         let entry = Entry { keeper: std::process::id(), ..old };
         self.table.put(&entry)?;
         ready(&entry);
@@ -210,10 +221,8 @@ impl Keeper<'_> {
             let due = Instant::now() >= offer_at;
             if gone || (due && self.offer(kernel, entry, &spare).await?) {
                 info!(device = %entry.device, "a connection was dead; reconnecting");
-                spare = tokio::select! {
-                    opened = self.open_patiently() => opened?,
-                    () = stop.cancelled() => continue,
-                };
+                let Some(opened) = self.open_while(|| entry.is_live(), stop).await? else { continue };
+                spare = opened;
                 offer_at = Instant::now();
                 continue;
             }
@@ -249,10 +258,7 @@ impl Keeper<'_> {
         stop: &CancellationToken,
     ) -> Result<(), AttachError> {
         for index in dead {
-            let opened = tokio::select! {
-                opened = self.open_patiently() => opened?,
-                () = stop.cancelled() => return Ok(()),
-            };
+            let Some(opened) = self.open_while(|| entry.is_live(), stop).await? else { return Ok(()) };
             self.same_size(entry, &opened)?;
             // The kernel may not have noticed yet that the old one is dead: no room is a reason to try again.
             while entry.is_live() && !stop.is_cancelled() {
@@ -333,6 +339,20 @@ fn is(error: &io::Error, errno: Errno) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_name_whose_keeper_is_about_to_end_gets_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let table = Table::open(folder.path()).unwrap();
+        let last = table.lock("vm").unwrap().unwrap();
+        assert!(become_keeper(&table, "vm").await.unwrap().is_none());
+        let end = async {
+            sleep(KEEPER_START / 4).await;
+            drop(last);
+        };
+        let (next, ()) = tokio::join!(become_keeper(&table, "vm"), end);
+        assert!(next.unwrap().is_some());
+    }
 
     #[test]
     fn a_hang_up_is_seen_without_reading() {
