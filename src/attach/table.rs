@@ -65,6 +65,11 @@ impl Table {
         Ok(Self(folder))
     }
 
+    /// What the kernel has of the store in `store` under `name`, whether somebody keeps it or not. Makes no folder.
+    pub fn live(store: &Path, name: &str) -> Result<Option<Entry>, AttachError> {
+        Ok(Self(store.join(FOLDER)).get(name)?.filter(Entry::is_live))
+    }
+
     /// Everything in it, by device.
     pub fn entries(&self) -> Result<Vec<Entry>, AttachError> {
         let mut entries = Vec::new();
@@ -177,6 +182,18 @@ mod tests {
         table.remove(&entry("vm-2", 1)).unwrap();
         table.remove(&entry("vm-2", 1)).unwrap();
         assert_eq!(table.entries().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_have_is_not_live_and_asking_makes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Table::live(dir.path(), "vm").unwrap(), None);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let table = Table::open(dir.path()).unwrap();
+        table.put(&entry("vm", u32::MAX)).unwrap();
+        assert_eq!(Table::live(dir.path(), "vm").unwrap(), None);
+        fs::write(table.path("vm"), "{").unwrap();
+        assert!(matches!(Table::live(dir.path(), "vm"), Err(AttachError::Table { .. })));
     }
 
     #[test]

@@ -123,5 +123,29 @@ umount /tmp/mnt
 kill $!; wait $! || fail "SIGTERM does not end it well: $(cat /tmp/out)"
 bootcache attached 2>&1 | grep -q 'nothing is attached' || fail "the foreground left something"
 quiet_log "at the end"
+
+step an attached overlay is in use though nobody is connected
+export BOOTCACHE_STORE=/tmp/store3
+daemon() {
+	bootcache serve >/tmp/daemon.said 2>&1 &
+	daemon=$!
+	for try in $(seq 100); do grep -q ready /tmp/daemon.said && return; usleep 100000; done
+	cat /tmp/daemon.said; fail "serve does not start"
+}
+dd if=/dev/urandom of=/tmp/golden.raw bs=64k count=64 2>/dev/null
+bootcache image add golden /tmp/golden.raw >/tmp/out 2>&1 || fail "image add: $(cat /tmp/out)"
+daemon
+bootcache overlay create golden vm || fail "overlay create"
+device=$(bootcache attach vm) || fail "attach to serve"
+kill -9 $(bootcache attached --json | sed -n 's/.*"keeper": \([0-9]*\).*/\1/p') $daemon; wait $daemon
+daemon
+for words in "overlay remove vm" "overlay commit vm more"; do
+	bootcache $words 2>/tmp/out && fail "$words of what is attached"
+	grep -q "attached as $device" /tmp/out || fail "$words says: $(cat /tmp/out)"
+done
+[ "$(bootcache attach vm)" = $device ] || fail "vm is not taken over"
+bootcache detach vm || fail "detach vm"
+bootcache overlay remove vm || fail "overlay remove"
+kill $daemon; wait $daemon
 step done
 echo ATTACH-OK

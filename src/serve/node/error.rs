@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::BASE_DEPTH_MAX;
+use crate::attach::{AttachError, Device};
 use crate::digest::Digest;
 use crate::image::increment::IncrementError;
 use crate::image::tree::SIZE_MAX;
@@ -58,6 +59,17 @@ pub enum NodeError {
     /// Somebody uses the overlay.
     #[error("overlay '{0}' is in use: stop its VM first")]
     InUse(HostName),
+    /// The kernel has the overlay, and may have writes of it that have not come.
+    #[error("overlay '{name}' is attached as {device}: `bootcache detach {name}` first")]
+    Attached {
+        /// The overlay.
+        name: HostName,
+        /// What it is.
+        device: Device,
+    },
+    /// It cannot be told whether the overlay is attached.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// What it was sealed to cannot become an image.
     #[error("cannot commit the overlay: {0}")]
     Commit(IncrementError),

@@ -10,6 +10,7 @@ use bootcache_nbd::SharedDisk;
 use tokio_util::sync::CancellationToken;
 
 use super::{Inner, Node, NodeError, OpenImage, at};
+use crate::attach::Table;
 use crate::block::BLOCK_SIZE;
 use crate::control::OverlayInfo;
 use crate::digest::Digest;
@@ -224,14 +225,20 @@ impl Node {
         published.unwrap_or(Err(IncrementError::Cancelled)).map_err(NodeError::Commit)
     }
 
-    /// Refuses what a client has open, an image is being made of, or a VM has its socket on. The record counts too: a
-    /// guest whose daemon was killed runs on and waits for the next one.
+    /// Refuses what a client has open, an image is being made of, or a VM has its socket on. The records count too: a
+    /// guest whose daemon was killed runs on and waits for the next one, and a `/dev/nbdX` without a keeper is connected
+    /// to nobody and has what was written to it all the same.
     pub(super) fn check_idle(&self, inner: &Inner, name: &HostName) -> Result<(), NodeError> {
         let dir = self.store.vm_dir(name);
-        let connected = inner.overlays.get(name).is_some_and(|open| open.connections() > 0);
         let has_socket =
             inner.vms.contains_key(name) || VmSocket::recorded(&dir).map_err(at(&dir))?.is_some();
-        if connected || has_socket || inner.sealing().contains(name) {
+        if has_socket || inner.sealing().contains(name) {
+            return Err(NodeError::InUse(name.clone()));
+        }
+        if let Some(entry) = Table::live(self.store.dir(), name.as_str())? {
+            return Err(NodeError::Attached { name: name.clone(), device: entry.device });
+        }
+        if inner.overlays.get(name).is_some_and(|open| open.connections() > 0) {
             return Err(NodeError::InUse(name.clone()));
         }
         Ok(())
