@@ -1,7 +1,7 @@
 //! `bootcache attach`, `detach` and `attached`: VMs' disks and images as `/dev/nbdX`.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -18,6 +18,8 @@ use super::Globals;
 
 /// How long requests wait for a server that is gone, unless it is said otherwise.
 const PATIENCE_SECONDS: u64 = 3600;
+/// How much of what a keeper said is looked at for the reason why it ended.
+const SAID_BYTES_MAX: u64 = 64 << 10;
 
 /// Attach a VM's disk or an image to this host as /dev/nbdX
 ///
@@ -133,26 +135,47 @@ fn stay(globals: &Globals, store: &Path, table: &Table, args: &AttachArgs) -> an
 /// Starts a keeper of its own and waits until it has attached the device.
 fn leave(store: &Path, table: &Table, args: &AttachArgs) -> anyhow::Result<Entry> {
     let log_path = store.join("attached").join(format!("{}.log", args.name));
-    let log = File::create(&log_path).with_context(|| format!("cannot write {}", log_path.display()))?;
-    let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
-    command.arg("--store").arg(store).args(["attach", "--foreground", "--keeper", "-v", &args.name]);
+    // Added to: a keeper of that name may run, and write there.
+    let log = File::options().create(true).append(true).open(&log_path);
+    let log = log.with_context(|| format!("cannot write {}", log_path.display()))?;
+    let before = log.metadata()?.len();
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let mut command = keeper_command(&program, store, args)?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    let mut keeper = command.spawn().context("cannot start the process that looks after the device")?;
+    let mut line = String::new();
+    BufReader::new(keeper.stdout.take().expect("it is piped")).read_line(&mut line)?;
+    if line.is_empty() {
+        keeper.wait()?;
+        let said = said_since(&log_path, before).unwrap_or_default();
+        let reason = said.lines().rev().find_map(|line| line.strip_prefix("bootcache: "));
+        bail!("{}", reason.unwrap_or("the process that looks after the device ended; see its log"));
+    }
+    table.get(&args.name)?.context("the device went away at once")
+}
+
+/// The command line of a keeper, which stays: in `/`, so that no mount is held by it, and with paths that hold there.
+fn keeper_command(program: &Path, store: &Path, args: &AttachArgs) -> std::io::Result<Command> {
+    let mut command = Command::new(program);
+    command.arg("--store").arg(std::path::absolute(store)?);
+    command.args(["attach", "--foreground", "--keeper", "-v", &args.name]);
     command.args(args.device.map(|device| device.to_string()));
     command.arg(format!("--connections={}", args.connections)).arg(format!("--patience={}", args.patience));
     command.args(args.ioctl.then_some("--ioctl"));
     if let Some(socket) = &args.socket {
         command.arg("--socket").arg(std::path::absolute(socket)?);
     }
-    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-    let mut keeper = command.spawn().context("cannot start the process that looks after the device")?;
-    let mut line = String::new();
-    BufReader::new(keeper.stdout.take().expect("it is piped")).read_line(&mut line)?;
-    if line.is_empty() {
-        keeper.wait()?;
-        let said = std::fs::read_to_string(&log_path).unwrap_or_default();
-        let reason = said.lines().rev().find_map(|line| line.strip_prefix("bootcache: "));
-        bail!("{}", reason.unwrap_or("the process that looks after the device ended; see its log"));
-    }
-    table.get(&args.name)?.context("the device went away at once")
+    command.current_dir("/");
+    Ok(command)
+}
+
+/// What was added to a log behind its first `before` bytes.
+fn said_since(log: &Path, before: u64) -> std::io::Result<String> {
+    let mut log = File::open(log)?;
+    log.seek(SeekFrom::Start(before))?;
+    let mut said = Vec::new();
+    log.take(SAID_BYTES_MAX).read_to_end(&mut said)?;
+    Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
 /// Attaches a VM's disk through the VM's own socket, for a guest that is about to start.
@@ -218,4 +241,40 @@ pub(crate) fn attached(globals: &Globals) -> anyhow::Result<ExitCode> {
         eprintln!("unattended: nobody would reconnect it; `bootcache attach` the same name again");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_keeper_s_paths_hold_in_its_own_folder() {
+        let args = AttachArgs {
+            name: "vm".into(),
+            device: None,
+            connections: 2,
+            patience: 1,
+            ioctl: false,
+            socket: Some("relative.sock".into()),
+            foreground: false,
+            keeper: false,
+        };
+        let command = keeper_command(Path::new("/bootcache"), Path::new("relative"), &args).unwrap();
+        assert_eq!(command.get_current_dir(), Some(Path::new("/")));
+        let words: Vec<&std::ffi::OsStr> = command.get_args().collect();
+        let here = std::env::current_dir().unwrap();
+        for (option, path) in [("--store", "relative"), ("--socket", "relative.sock")] {
+            let at = words.iter().position(|word| *word == option).unwrap();
+            assert_eq!(words[at + 1], here.join(path), "{option}");
+        }
+    }
+
+    #[test]
+    fn only_what_was_said_since_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("vm.log");
+        std::fs::write(&log, "bootcache: an old reason\nbootcache: a new one\n").unwrap();
+        assert_eq!(said_since(&log, 25).unwrap(), "bootcache: a new one\n");
+        assert_eq!(said_since(&log, 100).unwrap(), "");
+    }
 }
