@@ -65,8 +65,10 @@ pub struct Node {
     nbd_limits: SharedLimits,
     _lock: StoreLock,
     started: Instant,
-    /// One thing is opened or closed at a time, so that nothing is ever opened twice.
+    /// One thing is opened or closed at a time, so that nothing is ever opened twice. Held for moments only.
     inner: Mutex<Inner>,
+    /// Held by whoever waits for the store's own lock of changes.
+    changes: Mutex<()>,
 }
 
 impl std::fmt::Debug for Node {
@@ -95,7 +97,8 @@ impl Node {
         let arrivals = Arrivals::new(store.clone(), Arc::clone(&catalogue), options);
         let started = Instant::now();
         let nbd_limits = Limits::default().into();
-        Ok(Self { store, catalogue, arrivals, nbd_limits, _lock: lock, started, inner: Mutex::default() })
+        let (inner, changes) = (Mutex::default(), Mutex::default());
+        Ok(Self { store, catalogue, arrivals, nbd_limits, _lock: lock, started, inner, changes })
     }
 
     /// The images of this node, as its peer server finds them.

@@ -93,6 +93,7 @@ impl Store {
             self.roots()?.into_iter().filter_map(|root| Some((age(root)?, root))).collect();
         candidates.sort();
         let mut evicted = Vec::new();
+        let mut buried = Vec::new();
         // A base becomes free when the increment on it has gone, so one round may not be enough.
         while stored > limit {
             let Some((position, hold)) = self.first_unused(&candidates)? else { break };
@@ -100,10 +101,12 @@ impl Store {
             for (name, _) in self.names()?.into_iter().filter(|(_, named)| *named == root) {
                 self.remove_name(&name)?;
             }
-            let freed = self.delete_image(root, hold, &change)?;
-            stored = stored.saturating_sub(freed);
-            evicted.push(Evicted { root, freed });
+            let image = self.delete_image(root, hold, &change)?;
+            stored = stored.saturating_sub(image.freed);
+            evicted.push(Evicted { root, freed: image.freed });
+            buried.push(image);
         }
+        drop(change); // others need not wait for the rest
         Ok(evicted)
     }
 

@@ -23,6 +23,15 @@ pub enum Removed {
     NameOnly,
 }
 
+/// An image's content that nobody sees any more. Dropping it takes as long as the file system needs for large files: it is
+/// best done once others may change the store again.
+#[derive(Debug)]
+pub(super) struct Buried {
+    /// Bytes that the file system gets back.
+    pub(super) freed: u64,
+    _grave: Scratch,
+}
+
 /// What is read here of an overlay's `meta`, which the overlay owns.
 #[derive(Deserialize)]
 struct OverlayMeta {
@@ -52,7 +61,9 @@ impl Store {
         let hold = Hold::exclusive(&self.image_dir(root), root)?;
         // The name goes first: a crash in between leaves content without a name, not a name without content.
         self.remove_name(name)?;
-        Ok(Removed::Content { freed: self.delete_image(root, hold, &change)? })
+        let buried = self.delete_image(root, hold, &change)?;
+        drop(change); // others need not wait for the rest
+        Ok(Removed::Content { freed: buried.freed })
     }
 
     pub(super) fn remove_name(&self, name: &ImageName) -> Result<(), StoreError> {
@@ -62,13 +73,14 @@ impl Store {
         atomic::sync_dir(&dir).map_err(at(&dir))
     }
 
-    /// Deletes the content of image `root`, which nobody else holds: out of sight by one rename, then piece by piece.
+    /// Deletes the content of image `root`, which nobody else holds: out of sight by one rename, then piece by piece when
+    /// the result is dropped.
     pub(super) fn delete_image(
         &self,
         root: Digest,
         hold: Hold,
         change: &ChangeLock,
-    ) -> Result<u64, StoreError> {
+    ) -> Result<Buried, StoreError> {
         let dir = self.image_dir(root);
         let freed = super::scratch::stored_bytes(&dir);
         let grave = Scratch::create(&self.tmp(), "removed", change)?;
@@ -76,7 +88,7 @@ impl Store {
         let images = self.dir.join("images");
         atomic::sync_dir(&images).map_err(at(&images))?;
         drop(hold);
-        Ok(freed)
+        Ok(Buried { freed, _grave: grave })
     }
 
     /// Something that builds on image `root`, as a person would call it.
@@ -127,4 +139,29 @@ fn overlay_base(meta: &Path) -> Result<Option<Digest>, StoreError> {
         let what = format!("cannot tell what this overlay builds on ({error}); remove the overlay first");
         StoreError::Damaged { path: meta.to_owned(), what }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_store_can_be_changed_while_a_removed_image_is_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let root = Digest::of(b"x");
+        fs::create_dir(store.image_dir(root)).unwrap();
+        fs::write(store.image_dir(root).join("disk"), [1; 8192]).unwrap();
+        let change = store.change(|_| ()).unwrap();
+        let hold = Hold::exclusive(&store.image_dir(root), root).unwrap();
+        let buried = store.delete_image(root, hold, &change).unwrap();
+        drop(change);
+        assert!(buried.freed >= 8192 && !store.image_dir(root).exists());
+        assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 1, "it is deleted before others may go on");
+        ChangeLock::take(store.dir(), Duration::ZERO, |_| ()).unwrap();
+        drop(buried);
+        assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 0);
+    }
 }

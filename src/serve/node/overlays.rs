@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -24,6 +25,7 @@ use crate::overlay::Overlay;
 use crate::serve::overlay_meta::OverlayMeta;
 use crate::serve::report;
 use crate::serve::vm_socket::VmSocket;
+use crate::store::{Scratch, Store};
 
 /// An overlay that is open, and the image below it.
 pub(super) struct OpenOverlay {
@@ -96,31 +98,48 @@ impl Node {
         if size < least || (size != least && !size.is_multiple_of(BLOCK_SIZE)) || size > SIZE_MAX {
             return Err(NodeError::OverlaySize { size, image: image.clone(), least });
         }
-        let dir = self.store.overlay_dir(name);
-        let mut inner = self.inner.lock().await;
-        self.check_free(name)?;
         // Opened first: an image that cannot be read gets no overlays. The hold keeps it until the overlay is there.
-        let _image = self.open_image(&mut inner, entry.clone(), 0)?;
-        let scratch = self.store.scratch("overlay")?;
-        let made = scratch.join("overlay");
-        Overlay::create(&made, entry.root, size)?;
-        OverlayMeta::new(entry.root).write(&made)?;
-        let change = self.store.change(|_| ())?;
-        self.check_free(name)?; // others may have added an image
-        fs::rename(&made, &dir).map_err(at(&dir))?;
-        crate::store::atomic::sync_dir(&self.store.dir().join("overlays")).map_err(at(&dir))?;
-        drop(change);
-        self.overlay_info(&inner, name)
+        let held = {
+            let mut inner = self.inner.lock().await;
+            check_free(&self.store, name)?;
+            self.open_image(&mut inner, entry.clone(), 0)?
+        };
+        let (store, new) = (self.store.clone(), name.clone());
+        self.changing(move || {
+            let _held = held;
+            let scratch = store.scratch("overlay")?;
+            let (made, dir) = (scratch.join("overlay"), store.overlay_dir(&new));
+            Overlay::create(&made, entry.root, size)?;
+            OverlayMeta::new(entry.root).write(&made)?;
+            let _change = store.change(|_| ())?;
+            check_free(&store, &new)?; // others may have added an image or an overlay
+            fs::rename(&made, &dir).map_err(at(&dir))?;
+            crate::store::atomic::sync_dir(&store.dir().join("overlays")).map_err(at(&dir))
+        })
+        .await?;
+        self.overlay_info(&*self.inner.lock().await, name)
     }
 
-    /// Whether neither an image nor an overlay has the name.
-    pub(super) fn check_free(&self, name: &HostName) -> Result<(), NodeError> {
-        let image = name.as_str().parse::<ImageName>().ok();
-        let image = image.map(|image| self.store.root_of(&image)).transpose()?.flatten();
-        if image.is_some() || self.store.overlay_dir(name).exists() {
-            return Err(NodeError::Taken(name.to_string()));
-        }
-        Ok(())
+    /// Runs what waits for the store's lock of changes: one at a time, since those who wait for it only look now and then.
+    ///
+    /// Dropped, the work goes on to its end.
+    async fn changing<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+    ) -> Result<T, NodeError> {
+        let _one = self.changes.lock().await;
+        self.apart(work).await
+    }
+
+    /// Runs what may take long where it holds up nobody.
+    ///
+    /// Dropped, the work goes on to its end.
+    async fn apart<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+    ) -> Result<T, NodeError> {
+        let done = tokio::task::spawn_blocking(work).await;
+        done.unwrap_or_else(|error| Err(at(self.store.dir())(io::Error::other(error))))
     }
 
     pub(super) async fn overlays(&self) -> Result<Vec<OverlayInfo>, NodeError> {
@@ -179,18 +198,33 @@ impl Node {
     }
 
     pub(super) async fn remove_overlay(&self, name: &HostName) -> Result<(), NodeError> {
-        let mut inner = self.inner.lock().await;
         let dir = self.store.overlay_dir(name);
-        if !dir.exists() {
-            return Err(NodeError::NoOverlay(name.clone()));
-        }
-        self.check_idle(&inner, name)?;
-        if let Some(open) = inner.overlays.remove(name) {
+        let check = |inner: &Inner| match dir.exists() {
+            true => self.check_idle(inner, name),
+            false => Err(NodeError::NoOverlay(name.clone())),
+        };
+        check(&*self.inner.lock().await)?;
+        let grave = self.scratch("removed").await?;
+        // Moved first, so that a crash leaves no half of an overlay, and the next start removes the rest.
+        let open = {
+            let mut inner = self.inner.lock().await;
+            check(&inner)?;
+            fs::rename(&dir, grave.join("overlay")).map_err(at(&dir))?;
+            inner.overlays.remove(name)
+        };
+        if let Some(open) = &open {
             open.closed.cancel();
         }
-        // Moved first, so that a crash leaves no half of an overlay, and the next start removes the rest.
-        let scratch = self.store.scratch("removed")?;
-        fs::rename(&dir, scratch.join("overlay")).map_err(at(&dir))
+        self.apart(move || {
+            drop((open, grave));
+            Ok(())
+        })
+        .await
+    }
+
+    async fn scratch(&self, label: &'static str) -> Result<Scratch, NodeError> {
+        let store = self.store.clone();
+        self.changing(move || Ok(store.scratch(label)?)).await
     }
 
     pub(super) async fn commit_overlay(
@@ -216,7 +250,7 @@ impl Node {
     }
 
     pub(super) async fn seal(&self, overlay: &Overlay, image: &ImageName) -> Result<Digest, NodeError> {
-        let scratch = self.store.scratch("commit")?;
+        let scratch = self.scratch("commit").await?;
         overlay.seal(scratch.path()).await?;
         let (store, image) = (self.store.clone(), image.clone());
         let publish = move || publish_sealed(&store, scratch, &image).map(|entry| entry.root);
@@ -243,4 +277,14 @@ impl Node {
         }
         Ok(())
     }
+}
+
+/// Whether neither an image nor an overlay has the name.
+fn check_free(store: &Store, name: &HostName) -> Result<(), NodeError> {
+    let image = name.as_str().parse::<ImageName>().ok();
+    let image = image.map(|image| store.root_of(&image)).transpose()?.flatten();
+    if image.is_some() || store.overlay_dir(name).exists() {
+        return Err(NodeError::Taken(name.to_string()));
+    }
+    Ok(())
 }

@@ -96,6 +96,37 @@ async fn what_somebody_uses_is_neither_removed_nor_committed() {
 }
 
 #[tokio::test]
+async fn a_change_of_the_store_that_takes_long_holds_up_no_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Arc::new(node(dir.path()));
+    create(&node, "a").await.unwrap();
+    create(&node, "b").await.unwrap();
+    create(&node, "c").await.unwrap();
+    node.export("c").await.unwrap().disk.write(5000, &[1], false).await.unwrap();
+    let change = node.store.change(|_| ()).unwrap();
+    let mut waiting = tokio::task::JoinSet::new();
+    for request in [
+        Request::OverlayCreate { image: "base".parse().unwrap(), name: "d".parse().unwrap(), size: None },
+        Request::OverlayRemove { name: "b".parse().unwrap() },
+        Request::OverlayCommit { name: "c".parse().unwrap(), image: "more".parse().unwrap() },
+    ] {
+        let node = Arc::clone(&node);
+        waiting.spawn(async move { node.handle(request).await });
+    }
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    for name in ["a", "base"] {
+        assert!(node.export(name).await.is_ok(), "{name}");
+    }
+    assert!(waiting.try_join_next().is_none(), "it does not wait for the change");
+    drop(change);
+    for done in waiting.join_all().await {
+        done.unwrap();
+    }
+    assert!(node.export("b").await.is_err());
+    assert!(node.export("d").await.is_ok() && node.export("more").await.is_ok());
+}
+
+#[tokio::test]
 async fn a_vm_s_overlay_is_in_use_while_its_daemon_is_gone() {
     let dir = tempfile::tempdir().unwrap();
     let name: HostName = "a".parse().unwrap();
