@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use bootcache::image::scan::Watch;
+use bootcache::image::verify::{Finding, verify};
 use bootcache::peer::fault::{Fault, Faults};
 use bootcache::transfer::Pin;
 use bootcache::transfer::{Kind, Pulled};
@@ -18,6 +20,12 @@ async fn until(condition: impl Fn() -> bool) {
         assert!(Instant::now() < give_up, "it does not come about");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+}
+
+/// What `image verify` finds wrong with `sample` on `node`.
+fn findings(node: &Node, sample: &Sample) -> Vec<Finding> {
+    let entry = node.store().resolve(&sample.name).expect("the image is here");
+    verify(&node.store(), &entry, &Watch::default()).expect("the whole of it is").findings
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -237,6 +245,10 @@ async fn a_sibling_of_an_image_that_is_here_costs_little_more_than_what_is_its_o
     let part = came.total() as f64 * 100.0 / whole as f64;
     eprintln!("{} of {whole} bytes: {part:.1} %, {:?}", came.total(), engine.progress().bytes);
     assert!(came.total() * 4 <= whole, "{part:.1} % of the image came over the network");
+    // Frames whose blocks were here for the most part were not fetched, and nothing is wrong with the image for that.
+    let boot = bootcache::boot_cache::BootCache::open(&entry.boot_path(), entry.root).unwrap();
+    assert!(boot.present_frames().unwrap().contains(&false), "every frame was fetched");
+    assert_eq!(findings(&node, &sibling), []);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -307,6 +319,7 @@ async fn a_boot_cache_that_nobody_has_any_more_holds_up_nothing_when_other_image
     assert!(done.expect("the rest comes as blocks"));
     assert_eq!(progress.frames_total, 0, "the heads came before the origin was gone");
     assert!(node.read_file_of(&sibling.name) == sibling.disk);
+    assert_eq!(findings(&node, &sibling), []);
 }
 
 #[tokio::test(flavor = "multi_thread")]

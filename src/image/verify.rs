@@ -4,6 +4,7 @@
 //! What cannot be read as what it should be is a [`Finding`], not an error: verification goes on to find the rest.
 
 use std::fmt;
+use std::io;
 use std::sync::Mutex;
 
 use crate::block::{BLOCK_BYTES, BlockIndex};
@@ -144,25 +145,33 @@ fn bad_blocks(tree: &Tree, view: &PageView<'_>) -> (u64, u64) {
     }
 }
 
+/// The boot cache of a pulled image lacks the frames whose blocks came in another way, and is missing when no source had
+/// the one that the manifest names. Neither is damage: the blocks are on the disk.
 fn verify_boot(entry: &ImageEntry, tree: &Tree) -> Option<Finding> {
     let boot = entry.manifest.boot.as_ref()?;
+    let partial = entry.is_pulled();
     let checked = BootCache::open(&entry.boot_path(), entry.root).and_then(|cache| {
         if cache.heads_digest() != boot.heads_digest || cache.file_length() != boot.file_length {
             return Err(BootCacheError::Damaged("it is not the one that the manifest names"));
         }
-        bad_boot_blocks(&cache, tree)
+        bad_boot_blocks(&cache, tree, partial)
     });
     match checked {
         Ok(0) => None,
         Ok(count) => Some(Finding::BootBlocks { count }),
+        Err(BootCacheError::Io(error)) if partial && error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => Some(Finding::File(error.to_string())),
     }
 }
 
-fn bad_boot_blocks(cache: &BootCache, tree: &Tree) -> Result<u64, BootCacheError> {
+/// How many blocks of the boot cache are not those of the image; of a `partial` one those of the frames that are there.
+fn bad_boot_blocks(cache: &BootCache, tree: &Tree, partial: bool) -> Result<u64, BootCacheError> {
     let mut count = 0;
     for index in 0..cache.heads().frames().len() {
-        let bytes = cache.read_frame(index)?;
+        let bytes = match cache.read_frame(index) {
+            Err(BootCacheError::BadFrame(_)) if partial => continue,
+            read => read?,
+        };
         for (extent, data) in decode_frame(cache.heads(), index, &bytes)?.runs() {
             for (i, block) in extent.blocks().enumerate() {
                 let good = match data {

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::digest::Digest;
 
 use super::lock::Hold;
-use super::{Store, StoreError, at, scratch};
+use super::{ImageEntry, Store, StoreError, at, scratch};
 
 /// How often a daemon looks.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -27,6 +27,13 @@ pub struct Evicted {
     pub root: Digest,
     /// Bytes that the file system got back.
     pub freed: u64,
+}
+
+impl ImageEntry {
+    /// Whether it came from a peer, and no person wanted to keep it since.
+    pub fn is_pulled(&self) -> bool {
+        self.dir.join("pulled").exists()
+    }
 }
 
 impl Store {
