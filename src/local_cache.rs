@@ -11,10 +11,14 @@
 //! A sync that fails is told once, and the kernel may have dropped what it could not write. So everything that came
 //! after the last good save is absent again, for guests, peers and the next save alike: it is fetched and written anew.
 //!
+//! A zero block is a hole of the file and is never written. What a crash, a failure or a lie left in the place of an absent
+//! block is remembered ([`remains`]), and made a hole before that block counts as zero.
+//!
 //! Not here: where blocks come from, and whether they are right. Callers of [`LocalCache::insert`] have verified.
 
 mod presence;
 mod reader;
+mod remains;
 mod saved;
 mod waiters;
 
@@ -29,7 +33,6 @@ use std::time::Duration;
 
 use bootcache_nbd::disk::{Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, StatusExtent};
 use roaring::RoaringBitmap;
-use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, ReadWriteFlags};
 use tokio::time::Instant;
 
@@ -41,6 +44,7 @@ use crate::store::atomic::sync_dir;
 
 use presence::Presence;
 pub use reader::{ReadCounters, Reader};
+use remains::Remains;
 use waiters::Waiters;
 
 /// The metadata context of an export that tells which bytes are on this node.
@@ -78,6 +82,7 @@ pub struct LocalCache {
     root: Digest,
     size: u64,
     presence: Presence,
+    remains: Remains,
     waiters: Waiters,
     /// Its owner may be gone: then nothing comes.
     fetch: OnceLock<Weak<dyn Fetch>>,
@@ -125,6 +130,7 @@ impl LocalCache {
             root,
             size,
             presence,
+            remains: Remains::default(),
             waiters: Waiters::default(),
             fetch: OnceLock::new(),
             counters: ReadCounters::default(),
@@ -157,10 +163,11 @@ impl LocalCache {
     ///
     /// With `trust_saved`, the saved bits are believed and only what was written after them is looked at, which is
     /// what a daemon that was killed had not saved yet. Returns how many blocks were won, less those lost.
-    /// `verify` says whether the bytes are right; blocks it cannot judge are left as they are saved.
+    /// `verify` says whether the bytes are right; blocks it cannot judge are left as they are saved. To be called before
+    /// anything is inserted: it also finds what the file has in the place of absent blocks.
     ///
     /// # Errors
-    /// When the file cannot be read.
+    /// When the file cannot be read, or the saved bits not be replaced.
     pub fn recover(
         &mut self,
         trust_saved: bool,
@@ -168,27 +175,30 @@ impl LocalCache {
     ) -> io::Result<i64> {
         let before = self.presence.count().cast_signed();
         let mut block_bytes = [0; BLOCK_BYTES];
+        let mut wrong = Vec::new();
         for extent in data_extents(&self.file, 0..self.size) {
             let extent = extent?;
             for block in Extent::touching(extent.start, extent.end - extent.start).blocks() {
-                if trust_saved && self.presence.has(Extent::new(block, 1)) {
+                let one = Extent::new(block, 1);
+                let here = self.presence.has(one);
+                if trust_saved && here {
                     continue;
                 }
                 let length = usize::try_from(bytes_in_block(block, self.size)).expect("at most a block");
                 let bytes = &mut block_bytes[..length];
                 self.file.read_exact_at(bytes, block * BLOCK_SIZE)?;
-                match verify(block, bytes) {
-                    Some(true) => {
-                        self.presence.set(Extent::new(block, 1));
+                match (verify(block, bytes), here) {
+                    (Some(true), _) => {
+                        self.presence.set(one);
                     }
-                    Some(false) => {
-                        self.presence.forget(block);
-                        self.punch(block)?;
-                    }
-                    None => {}
+                    (Some(false), true) => wrong.push(block),
+                    (None, true) => {}
+                    (_, false) if page::is_zero(bytes) => {}
+                    (_, false) => self.remains.add(one),
                 }
             }
         }
+        self.forget(&wrong)?;
         Ok(self.presence.count().cast_signed() - before)
     }
 
@@ -261,7 +271,7 @@ impl LocalCache {
     /// Zero blocks become present without being written: the file has a hole there. Whether any block was new.
     ///
     /// # Errors
-    /// Of the write; nothing is then marked.
+    /// Of the write, or of making the hole; nothing is then marked.
     pub fn insert(&self, start: u64, data: &[u8]) -> io::Result<bool> {
         let extent = Extent::touching(start * BLOCK_SIZE, data.len() as u64);
         let bytes_of = |run: Extent| {
@@ -277,18 +287,32 @@ impl LocalCache {
                 let same = (at..run.end())
                     .take_while(|block| page::is_zero(bytes_of(Extent::new(*block, 1))) == zero)
                     .count() as u64;
-                if !zero {
-                    self.file.write_all_at(bytes_of(Extent::new(at, same)), at * BLOCK_SIZE)?;
+                let part = Extent::new(at, same);
+                match zero {
+                    true => self.remains.clear(part, &self.file, self.size)?,
+                    false => self.write_run(part, bytes_of(part))?,
                 }
-                at += same;
+                at = part.end();
             }
         }
         Ok(self.mark(extent))
     }
 
-    /// Marks blocks present that are known to be zero. Their place in the file is a hole.
-    pub fn insert_zero(&self, extent: Extent) {
+    fn write_run(&self, extent: Extent, bytes: &[u8]) -> io::Result<()> {
+        // First: who believes that the block is zero then makes no hole of these bytes.
+        self.remains.remove(extent);
+        self.file.write_all_at(bytes, extent.offset()).inspect_err(|_| self.remains.add(extent))
+    }
+
+    /// Marks blocks present that are known to be zero. Their place in the file is a hole, or becomes one.
+    ///
+    /// # Errors
+    /// When the hole cannot be made; nothing is then marked.
+    pub fn insert_zero(&self, extent: Extent) -> io::Result<()> {
+        let _writing = self.writing.read().unwrap_or_else(PoisonError::into_inner);
+        self.remains.clear(extent, &self.file, self.size)?;
         self.mark(extent);
+        Ok(())
     }
 
     fn mark(&self, extent: Extent) -> bool {
@@ -323,8 +347,7 @@ impl LocalCache {
             }
             Err(error) => {
                 let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);
-                let lost = self.presence.snapshot() - &*saved;
-                lost.iter().for_each(|block| self.presence.forget(u64::from(block)));
+                self.take_back(&(self.presence.snapshot() - &*saved));
                 if !path.exists() {
                     // It was removed, which says that all is here, and that is not known to be durable.
                     saved::save(&path, self.root, self.size, &saved)?;
@@ -332,6 +355,12 @@ impl LocalCache {
                 Err(error)
             }
         }
+    }
+
+    /// Makes `blocks` absent, whatever is in their place. Nobody may be writing.
+    fn take_back(&self, blocks: &RoaringBitmap) {
+        blocks.iter().for_each(|block| self.presence.forget(u64::from(block)));
+        self.remains.add_all(blocks);
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -412,28 +441,26 @@ impl LocalCache {
         self.file.read_exact_at(buf, offset)
     }
 
-    /// Takes back that `block` is here: it was found to be wrong. Reads wait for it again, and there is a hole in its place,
-    /// as zero blocks need it. Blocks.
+    /// Takes back that `blocks` are here: they were found to be wrong. Reads wait for them again. Blocks.
     ///
     /// # Errors
-    /// When the hole cannot be made.
-    pub fn forget(&self, block: u64) -> io::Result<()> {
-        let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);
-        self.punch(block)?;
-        self.presence.forget(block);
-        Ok(())
-    }
-
-    fn punch(&self, block: u64) -> io::Result<()> {
-        let (at, length) = (block * BLOCK_SIZE, bytes_in_block(block, self.size));
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(&*self.file, hole, at, length) {
-            Err(Errno::OPNOTSUPP) => {
-                let zeroes = [0; BLOCK_BYTES];
-                self.file.write_all_at(&zeroes[..usize::try_from(length).expect("at most a block")], at)
-            }
-            other => Ok(other?),
+    /// When the saved bits cannot be replaced: after a crash, the blocks would be believed again.
+    pub fn forget(&self, blocks: &[u64]) -> io::Result<()> {
+        let number = |block: &u64| u32::try_from(*block).expect("an image has at most 2^31 blocks");
+        let blocks: RoaringBitmap = blocks.iter().map(number).collect();
+        {
+            let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+            self.take_back(&blocks);
         }
+        // At once: a bit that is still saved would be believed by the next start.
+        let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        if saved.is_disjoint(&blocks) {
+            return Ok(());
+        }
+        let without = &*saved - &blocks;
+        saved::save(&self.dir.join("present"), self.root, self.size, &without)?;
+        *saved = without;
+        Ok(())
     }
 
     /// Waits until the bytes of a read are here, and counts it. What was waited for, and how long.

@@ -189,6 +189,74 @@ fn status_tells_what_is_here_to_the_byte() {
     assert_eq!(runs(0, 8 * BLOCK_SIZE, 1), [(8192, 0)]);
 }
 
+/// A boot block that turned out wrong was taken back in memory, and its place made a hole, while the saved bits still
+/// named it: a daemon that was killed then gave zeroes to guests for ever.
+#[test]
+fn a_block_that_was_taken_back_is_not_believed_after_a_crash() {
+    let (dir, cache) = fresh(8 * BLOCK_SIZE);
+    cache.insert(4, &[9; 3 * BLOCK_BYTES]).unwrap();
+    cache.save().unwrap();
+    cache.forget(&[5]).unwrap();
+    assert_eq!(cache.present(Extent::new(0, 8)), [Extent::new(4, 1), Extent::new(6, 1)]);
+    drop(cache);
+    let cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
+    assert_eq!(cache.present(Extent::new(0, 8)), [Extent::new(4, 1), Extent::new(6, 1)]);
+}
+
+#[test]
+fn what_a_check_of_everything_finds_wrong_is_not_believed_after_a_crash() {
+    let (dir, cache) = fresh(8 * BLOCK_SIZE);
+    cache.insert(0, &image(6 * BLOCK_SIZE)).unwrap();
+    cache.save().unwrap();
+    cache.file.write_all_at(&[9; 10], 5 * BLOCK_SIZE + 5).unwrap();
+    for won in [-1, 0] {
+        let mut cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
+        assert_eq!(cache.recover(false, |index, bytes| Some(bytes == block(index))).unwrap(), won);
+        drop(cache);
+        let cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
+        assert_eq!(cache.absent(Extent::new(0, 6)), [Extent::new(5, 1)]);
+    }
+}
+
+fn read_block(cache: &LocalCache, index: u64) -> Vec<u8> {
+    let mut bytes = vec![0xee; BLOCK_BYTES];
+    cache.read_blocking(index * BLOCK_SIZE, &mut bytes).unwrap();
+    bytes
+}
+
+/// Boot blocks are here before their digests. What of them was not saved stayed in the file, and when the digests then
+/// said that the blocks are zero, that is what guests read.
+#[test]
+fn a_zero_block_reads_as_zeroes_whatever_a_crash_left_in_its_place() {
+    let (dir, cache) = fresh(8 * BLOCK_SIZE);
+    cache.insert(2, &[9; 4 * BLOCK_BYTES]).unwrap();
+    drop(cache);
+    let mut cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
+    assert_eq!(cache.recover(true, |_, _| None).unwrap(), 0);
+    // As a page tells it, and as a block that was fetched.
+    cache.insert_zero(Extent::new(1, 2)).unwrap();
+    cache.insert(3, &[0; BLOCK_BYTES]).unwrap();
+    cache.insert(4, &block(4)).unwrap();
+    cache.insert_zero(Extent::new(4, 1)).unwrap();
+    assert_eq!(cache.present(Extent::new(0, 8)), [Extent::new(1, 4)]);
+    for zero in 1..4 {
+        assert!(read_block(&cache, zero) == [0; BLOCK_BYTES], "{zero}");
+    }
+    assert!(read_block(&cache, 4) == block(4));
+}
+
+#[test]
+fn a_zero_block_reads_as_zeroes_whatever_a_failed_save_took_back() {
+    let (_dir, cache) = fresh(8 * BLOCK_SIZE);
+    cache.insert(2, &[9; BLOCK_BYTES]).unwrap();
+    cache.fail_sync.store(true, std::sync::atomic::Ordering::Relaxed);
+    cache.save().unwrap_err();
+    // Who began to read it before still finds what was there.
+    assert!(read_block(&cache, 2) == [9; BLOCK_BYTES]);
+    cache.insert_zero(Extent::new(2, 1)).unwrap();
+    assert!(read_block(&cache, 2) == [0; BLOCK_BYTES]);
+}
+
 /// Counts what it is asked and does nothing.
 #[derive(Default)]
 struct Asked(Mutex<Vec<Extent>>);
