@@ -158,31 +158,48 @@ pub(super) fn keep_frame_blocks(
     let frames = holding.frames().ok_or(Wrong::Lie("a frame came before the heads"))?;
     let blocks = decode_frame(frames.heads(), index, bytes)?;
     for (extent, data) in blocks.runs() {
-        match data {
-            None => extent
+        keep_run(holding, cache, index, extent, data)?;
+    }
+    Ok(())
+}
+
+/// Keeps `extent` of boot frame `frame`: its `data`, or else zeroes.
+fn keep_run(
+    holding: &Holding,
+    cache: &LocalCache,
+    frame: usize,
+    extent: Extent,
+    data: Option<&[u8]>,
+) -> Result<(), Wrong> {
+    let pages = extent.start / PAGE_BLOCKS..=(extent.end() - 1) / PAGE_BLOCKS;
+    let unknown: Vec<u64> = pages.filter(|page| !holding.tree.knows_page(*page)).collect();
+    match data {
+        None => extent
+            .blocks()
+            .filter(|block| holding.tree.is_zero(*block) != Some(false))
+            .try_for_each(|block| cache.insert_zero(Extent::new(block, 1)))
+            .map_err(Wrong::Local)?,
+        Some(data) => {
+            let length = usize::try_from(bytes_of(holding, extent)).expect("a frame fits memory");
+            let data = &data[..length];
+            // The heads are pinned, but the tree has the last word.
+            let bad = extent
                 .blocks()
-                .filter(|block| holding.tree.is_zero(*block) != Some(false))
-                .try_for_each(|block| cache.insert_zero(Extent::new(block, 1)))
-                .map_err(Wrong::Local)?,
-            Some(data) => {
-                let length = usize::try_from(bytes_of(holding, extent)).expect("a frame fits memory");
-                let data = &data[..length];
-                // The heads are pinned, but the tree has the last word.
-                let bad = extent
-                    .blocks()
-                    .zip(data.chunks(BLOCK_BYTES))
-                    .any(|(block, bytes)| holding.tree.verify(block, bytes) == Verdict::Bad);
-                if bad {
-                    tracing::error!(
-                        image = %holding.root().short(), frame = index,
-                        "the boot cache contradicts the image: record the image again"
-                    );
-                } else {
-                    cache.insert(extent.start, data).map_err(Wrong::Local)?;
-                }
+                .zip(data.chunks(BLOCK_BYTES))
+                .any(|(block, bytes)| holding.tree.verify(block, bytes) == Verdict::Bad);
+            if bad {
+                tracing::error!(
+                    image = %holding.root().short(), frame,
+                    "the boot cache contradicts the image: record the image again"
+                );
+            } else {
+                cache.insert(extent.start, data).map_err(Wrong::Local)?;
             }
         }
     }
+    // A page that came in between was held against what was here before.
+    let came = unknown.into_iter().filter(|page| holding.tree.knows_page(*page));
+    came.for_each(|page| learn_page(holding, cache, page));
     Ok(())
 }
 
@@ -305,6 +322,33 @@ mod tests {
         let error = blocks(&holding, &cache, &many, &[], &asked).unwrap_err();
         assert!(matches!(error, Wrong::Lie(what) if what.contains("more than once")), "{error}");
         assert!(blocks(&holding, &cache, &answer(vec![(0, 2), (1, 255)], false), &[0; 9], &asked).is_err());
+    }
+
+    #[test]
+    fn a_boot_block_that_is_wrong_is_found_out_though_its_page_comes_while_it_is_written() {
+        for round in 0..100 {
+            let (_dir, tree, holding, cache) = nothing_here();
+            let start = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    start.wait();
+                    holding.tree.add_group(0, tree.group_bytes(0)).unwrap();
+                    holding.tree.add_page(0, &tree.page_bytes(0)).unwrap();
+                    learn_page(&holding, &cache, 0);
+                });
+                start.wait();
+                // At another moment in each round.
+                (0..round * 40).for_each(|_| std::hint::spin_loop());
+                keep_run(&holding, &cache, 0, Extent::new(0, 1), Some(&[9; BLOCK_BYTES])).unwrap();
+                keep_run(&holding, &cache, 0, Extent::new(1, 1), None).unwrap();
+            });
+            for block in cache.present(Extent::new(0, 2)).into_iter().flat_map(Extent::blocks) {
+                let mut bytes = [0; BLOCK_BYTES];
+                cache.read_blocking(block * BLOCK_SIZE, &mut bytes).unwrap();
+                assert_eq!(holding.tree.verify(block, &bytes), Verdict::Good, "block {block}, round {round}");
+            }
+            assert!(cache.has(Extent::new(0, 1)), "its page says that it is zero");
+        }
     }
 
     #[test]
