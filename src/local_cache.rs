@@ -323,27 +323,29 @@ impl LocalCache {
         fresh
     }
 
-    /// Makes the bits of what is here durable, after its data. When everything is here the saved bits are removed,
-    /// which is what says so. Blocks; call it every few seconds and before the end. Whether there was anything to do.
+    /// Makes the bits of what is here durable, after its data. Blocks; call it every few seconds and before the end.
+    ///
+    /// When everything is here, and `may_finish`, the saved bits are removed instead. The image counts as complete from
+    /// then on, so whatever else belongs to it has to be durable before. Whether it does.
     ///
     /// # Errors
     /// Of the sync, or of replacing the saved bits. What came after the last good save is then absent again.
-    pub fn save(&self) -> io::Result<bool> {
+    pub fn save(&self, may_finish: bool) -> io::Result<bool> {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.dir.join("present");
         let bitmap = self.presence.snapshot();
-        let complete = bitmap.len() == self.presence.blocks();
-        if bitmap == *saved && !(complete && path.exists()) {
-            return Ok(false);
+        let finish = may_finish && bitmap.len() == self.presence.blocks();
+        if bitmap == *saved && !(finish && path.exists()) {
+            return Ok(finish);
         }
-        let result = self.sync().and_then(|()| match complete {
+        let result = self.sync().and_then(|()| match finish {
             true => std::fs::remove_file(&path).and_then(|()| sync_dir(&self.dir)),
             false => saved::save(&path, self.root, self.size, &bitmap),
         });
         match result {
             Ok(()) => {
                 *saved = bitmap;
-                Ok(true)
+                Ok(finish)
             }
             Err(error) => {
                 let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);

@@ -68,11 +68,11 @@ proptest! {
                     prop_assert!(cache.has(extent));
                 }
                 Step::Save => {
-                    cache.save().unwrap();
+                    cache.save(true).unwrap();
                     durable = std::fs::read(&path).unwrap();
                 }
                 Step::Restart => {
-                    cache.save().unwrap();
+                    cache.save(true).unwrap();
                     durable = std::fs::read(&path).unwrap();
                     cache = LocalCache::open(dir.path(), ROOT, size).unwrap();
                 }
@@ -105,7 +105,7 @@ proptest! {
 fn a_killed_daemon_wins_back_what_it_had_not_saved() {
     let (dir, cache) = fresh(40 * BLOCK_SIZE);
     cache.insert(0, &image(10 * BLOCK_SIZE)).unwrap();
-    cache.save().unwrap();
+    cache.save(true).unwrap();
     cache.insert(20, &(20..25).flat_map(block).collect::<Vec<_>>()).unwrap();
     drop(cache);
     let mut cache = LocalCache::open(dir.path(), ROOT, 40 * BLOCK_SIZE).unwrap();
@@ -138,19 +138,19 @@ fn lose(cache: &LocalCache, extent: Extent) {
 fn after_a_failed_sync_nothing_is_believed_that_came_after_the_last_good_save() {
     let (dir, cache) = fresh(40 * BLOCK_SIZE);
     cache.insert(0, &image(10 * BLOCK_SIZE)).unwrap();
-    cache.save().unwrap();
+    cache.save(true).unwrap();
     cache.insert(20, &(20..30).flat_map(block).collect::<Vec<_>>()).unwrap();
     lose(&cache, Extent::new(20, 10));
-    cache.save().unwrap_err();
+    cache.save(true).unwrap_err();
     assert_eq!(cache.present(Extent::new(0, 40)), [Extent::new(0, 10)]);
     // A sync that succeeds afterwards brings nothing back, neither here nor after a restart.
     cache.insert(35, &block(35)).unwrap();
-    cache.save().unwrap();
+    cache.save(true).unwrap();
     let again = LocalCache::open(dir.path(), ROOT, 40 * BLOCK_SIZE).unwrap();
     assert_eq!(again.present(Extent::new(0, 40)), [Extent::new(0, 10), Extent::new(35, 1)]);
     // What was lost comes again, and is written again.
     cache.insert(20, &(20..30).flat_map(block).collect::<Vec<_>>()).unwrap();
-    cache.save().unwrap();
+    cache.save(true).unwrap();
     let mut bytes = vec![0; 10 * BLOCK_BYTES];
     cache.read_blocking(20 * BLOCK_SIZE, &mut bytes).unwrap();
     assert!(bytes == (20..30).flat_map(block).collect::<Vec<_>>());
@@ -161,7 +161,7 @@ fn an_image_is_not_complete_whose_last_sync_failed() {
     let (dir, cache) = fresh(5 * BLOCK_SIZE);
     cache.insert(0, &image(5 * BLOCK_SIZE)).unwrap();
     lose(&cache, Extent::new(0, 5));
-    cache.save().unwrap_err();
+    cache.save(true).unwrap_err();
     assert!(!cache.is_complete() && dir.path().join("present").exists());
     assert_eq!(cache.absent(Extent::new(0, 5)), [Extent::new(0, 5)]);
 }
@@ -171,10 +171,25 @@ fn a_complete_image_needs_no_bitmap() {
     let (dir, cache) = fresh(5 * BLOCK_SIZE + 77);
     cache.insert(0, &image(5 * BLOCK_SIZE + 77)).unwrap();
     assert!(cache.is_complete() && dir.path().join("present").exists());
-    assert!(cache.save().unwrap());
+    assert!(cache.save(true).unwrap());
     assert!(!dir.path().join("present").exists());
     let cache = LocalCache::open(dir.path(), ROOT, 5 * BLOCK_SIZE + 77).unwrap();
     assert!(cache.is_complete());
+}
+
+/// The digests may come last.
+#[test]
+fn an_image_of_which_every_block_is_here_is_complete_only_when_it_may_be() {
+    let (dir, cache) = fresh(5 * BLOCK_SIZE);
+    cache.insert(0, &image(5 * BLOCK_SIZE)).unwrap();
+    for _ in 0..2 {
+        assert!(!cache.save(false).unwrap());
+        assert!(dir.path().join("present").exists());
+    }
+    let again = LocalCache::open(dir.path(), ROOT, 5 * BLOCK_SIZE).unwrap();
+    assert!(again.is_complete(), "all blocks are saved");
+    assert!(cache.save(true).unwrap() && cache.save(true).unwrap());
+    assert!(!dir.path().join("present").exists());
 }
 
 #[test]
@@ -195,7 +210,7 @@ fn status_tells_what_is_here_to_the_byte() {
 fn a_block_that_was_taken_back_is_not_believed_after_a_crash() {
     let (dir, cache) = fresh(8 * BLOCK_SIZE);
     cache.insert(4, &[9; 3 * BLOCK_BYTES]).unwrap();
-    cache.save().unwrap();
+    cache.save(true).unwrap();
     cache.forget(&[5]).unwrap();
     assert_eq!(cache.present(Extent::new(0, 8)), [Extent::new(4, 1), Extent::new(6, 1)]);
     drop(cache);
@@ -207,7 +222,7 @@ fn a_block_that_was_taken_back_is_not_believed_after_a_crash() {
 fn what_a_check_of_everything_finds_wrong_is_not_believed_after_a_crash() {
     let (dir, cache) = fresh(8 * BLOCK_SIZE);
     cache.insert(0, &image(6 * BLOCK_SIZE)).unwrap();
-    cache.save().unwrap();
+    cache.save(true).unwrap();
     cache.file.write_all_at(&[9; 10], 5 * BLOCK_SIZE + 5).unwrap();
     for won in [-1, 0] {
         let mut cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
@@ -250,7 +265,7 @@ fn a_zero_block_reads_as_zeroes_whatever_a_failed_save_took_back() {
     let (_dir, cache) = fresh(8 * BLOCK_SIZE);
     cache.insert(2, &[9; BLOCK_BYTES]).unwrap();
     cache.fail_sync.store(true, std::sync::atomic::Ordering::Relaxed);
-    cache.save().unwrap_err();
+    cache.save(true).unwrap_err();
     // Who began to read it before still finds what was there.
     assert!(read_block(&cache, 2) == [9; BLOCK_BYTES]);
     cache.insert_zero(Extent::new(2, 1)).unwrap();
@@ -319,7 +334,7 @@ fn bits_that_are_saved_while_others_write_always_have_their_data() {
             });
         }
         for _ in 0..20 {
-            cache.save().unwrap();
+            cache.save(true).unwrap();
             let Ok(saved) = saved::load(&dir.path().join("present"), ROOT, size) else { break };
             for index in saved.iter().map(u64::from) {
                 let mut bytes = [0; BLOCK_BYTES];

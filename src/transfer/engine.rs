@@ -376,35 +376,34 @@ impl Shared {
     async fn save_often(self: &Arc<Self>) {
         loop {
             tokio::time::sleep(SAVE_INTERVAL).await;
-            if !self.save().await {
+            if self.save().await.is_none() {
                 tokio::time::sleep(SAVE_RETRY).await;
             }
         }
     }
 
-    /// Makes what has come durable. Of a failure people are told; what is not durable is fetched again.
-    async fn save(self: &Arc<Self>) -> bool {
+    /// Makes what has come durable; whether that is everything. None when it cannot: people are told, and what is not
+    /// durable is fetched again.
+    async fn save(self: &Arc<Self>) -> Option<bool> {
         let shared = Arc::clone(self);
         let work = move || {
             shared.missed.save();
             let (cache, tree) = (&shared.cache, &shared.holding.tree);
-            match (cache.is_complete(), tree.is_complete()) {
-                // Once the saved bits say that everything is here, the tree has to be whole: it comes first.
-                (true, true) => tree.sync().map_err(std::io::Error::other).and_then(|()| cache.save()),
-                (true, false) => Ok(false),
-                (false, _) => cache.save(),
-            }
+            // Without saved bits the image counts as complete: its tree has to be whole and durable before they go.
+            let whole = cache.is_complete() && tree.is_complete();
+            let synced = if whole { tree.sync().map_err(std::io::Error::other) } else { Ok(()) };
+            synced.and_then(|()| cache.save(whole))
         };
         match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(_)) => true,
+            Ok(Ok(everything)) => Some(everything),
             Ok(Err(error)) => {
                 tracing::error!(
                     image = %self.holding.root().short(), %error,
                     "cannot save what has come: fetching it again; check this disk"
                 );
-                false
+                None
             }
-            Err(_) => false,
+            Err(_) => None,
         }
     }
 
@@ -412,7 +411,7 @@ impl Shared {
     async fn finish(self: &Arc<Self>) -> bool {
         let saved = self.save().await;
         self.holding.changed();
-        saved && self.cache.is_complete()
+        saved == Some(true)
     }
 
     /// Whether sources should compress blocks. The stream's frames are compressed beforehand, so that what it brought a
