@@ -24,6 +24,7 @@ use crate::store::Store;
 use super::counters::{Counters, Kind};
 use super::flight::Flights;
 use super::missed::Missed;
+use super::receive;
 use super::similar::{self, Similar};
 use super::sources::Sources;
 use super::stream::StreamState;
@@ -392,7 +393,12 @@ impl Shared {
             // Without saved bits the image counts as complete: its tree has to be whole and durable before they go.
             let whole = cache.is_complete() && tree.is_complete();
             let synced = if whole { tree.sync().map_err(std::io::Error::other) } else { Ok(()) };
-            synced.and_then(|()| cache.save(whole))
+            let saved = synced.and_then(|()| cache.save(whole));
+            if saved.is_err() {
+                // Zero blocks were taken back with the others, and need not be fetched.
+                receive::learn_all_zeroes(&shared.holding, cache);
+            }
+            saved
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(Ok(everything)) => Some(everything),

@@ -194,9 +194,7 @@ pub fn open(
     });
     let blocks = Blocks::Cache(Arc::clone(&cache));
     let holding = Arc::new(Holding::new(manifest, blocks, KnownTree::Partial(tree), frames));
-    for page in (0..holding.tree.pages()).filter(|page| holding.tree.knows_page(*page)) {
-        receive::learn_zeroes(&holding, &cache, page);
-    }
+    receive::learn_all_zeroes(&holding, &cache);
     // Frames that were kept when their blocks were not yet saved.
     if let Some(frames) = holding.frames() {
         for index in (0..frames.count()).filter(|index| frames.has(*index)) {

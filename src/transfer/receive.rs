@@ -224,8 +224,14 @@ pub(super) fn learn_page(holding: &Holding, cache: &LocalCache, page: u64) {
     learn_zeroes(holding, cache, page);
 }
 
+/// Says of all blocks that are known to be zero that they are here.
+pub(super) fn learn_all_zeroes(holding: &Holding, cache: &LocalCache) {
+    let known = (0..holding.tree.pages()).filter(|page| holding.tree.knows_page(*page));
+    known.for_each(|page| learn_zeroes(holding, cache, page));
+}
+
 /// A page tells which of its blocks are zero.
-pub(super) fn learn_zeroes(holding: &Holding, cache: &LocalCache, page: u64) {
+fn learn_zeroes(holding: &Holding, cache: &LocalCache, page: u64) {
     let start = page * PAGE_BLOCKS;
     let end = (start + PAGE_BLOCKS).min(holding.block_count());
     let mut at = start;
