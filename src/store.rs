@@ -338,19 +338,58 @@ impl Store {
     ) -> Result<ImageEntry, StoreError> {
         let change = self.change(|_| ())?;
         self.check_name(name, root)?;
-        let dir = self.image_dir(root);
         match self.image(root) {
             Ok(entry) if entry.is_complete() => self.forget_pulled(root)?,
             Ok(_) | Err(StoreError::Manifest { .. } | StoreError::Damaged { .. }) => {
-                let hold = Hold::exclusive(&dir, root)?;
-                self.delete_image(root, hold, &change)?;
-                scratch.rename_to(&dir)?;
+                self.replace(root, scratch, &change)?;
             }
-            Err(StoreError::NoSuchRoot(_)) => scratch.rename_to(&dir)?,
+            Err(StoreError::NoSuchRoot(_)) => scratch.rename_to(&self.image_dir(root))?,
             Err(error) => return Err(error),
         }
         self.write_name(name, root)?;
         self.image(root)
+    }
+
+    /// As [`Store::publish`], for an image that is only about to come from a peer: of its disk nothing is in `scratch`.
+    /// Whatever is here of the image already is kept. The hold keeps it from being removed from the first moment on.
+    ///
+    /// # Errors
+    /// [`StoreError::NameTaken`], [`StoreError::Io`]; [`StoreError::InUse`] when the image is damaged, and open.
+    pub fn publish_arriving(
+        &self,
+        scratch: Scratch,
+        root: Digest,
+        name: &ImageName,
+    ) -> Result<(ImageEntry, Hold), StoreError> {
+        let change = self.change(|_| ())?;
+        self.check_name(name, root)?;
+        let is_new = match self.image(root) {
+            Ok(_) => false,
+            Err(StoreError::Manifest { .. } | StoreError::Damaged { .. }) => {
+                self.replace(root, scratch, &change)?;
+                true
+            }
+            Err(StoreError::NoSuchRoot(_)) => {
+                scratch.rename_to(&self.image_dir(root))?;
+                true
+            }
+            Err(error) => return Err(error),
+        };
+        // Images are removed under the change lock only, so that this one is still there.
+        let hold = self.hold(root)?;
+        if is_new {
+            self.mark_pulled(root)?;
+        }
+        self.write_name(name, root)?;
+        Ok((self.image(root)?, hold))
+    }
+
+    /// Puts `scratch` in the place of image `root`, unless that is in use.
+    fn replace(&self, root: Digest, scratch: Scratch, change: &ChangeLock) -> Result<(), StoreError> {
+        let dir = self.image_dir(root);
+        let hold = Hold::exclusive(&dir, root)?;
+        self.delete_image(root, hold, change)?;
+        scratch.rename_to(&dir)
     }
 
     /// Gives image `root`, which is here, the name `name`.

@@ -52,6 +52,52 @@ async fn a_second_name_for_an_image_on_its_way_leaves_those_who_read_it_alone() 
     arrivals.stop().await;
 }
 
+/// An origin on which `sample` has a second name, and that name.
+async fn origin_of_two_names(sample: &Sample) -> (Node, ImageName) {
+    let origin = Node::origin(sample, None).await;
+    let (store, other): (_, ImageName) = (origin.store(), "other".parse().unwrap());
+    store.add_name(&other, store.root_of(&sample.name).unwrap().unwrap()).unwrap();
+    (origin, other)
+}
+
+/// The second pull put its own folder in the place of the first one's, under the first one's engine: the disk that was
+/// complete in the end had nothing but holes.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_names_of_one_image_that_are_pulled_at_once_are_one_transfer() {
+    let sample = Sample::new(2 << 20, 11);
+    let (origin, other) = origin_of_two_names(&sample).await;
+    for round in 0..8 {
+        let node = Node::empty(None).await;
+        let arrivals = arrivals(&node);
+        let (one, two, plan) = (target(&sample.name), target(&other), plan(&[origin.address]));
+        let (first, second) = tokio::join!(arrivals.pull(&one, &plan), arrivals.pull(&two, &plan));
+        let root = first.unwrap();
+        assert_eq!(second.unwrap(), root);
+        assert_eq!(node.store().root_of(&other).unwrap(), Some(root));
+        let engine = arrivals.get(root).unwrap();
+        assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("all of it comes"), "{round}");
+        assert!(node.read_file() == sample.disk, "{round}");
+        arrivals.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_name_whose_image_only_the_source_knows_joins_the_transfer_of_the_first() {
+    let sample = Sample::new(4 << 20, 13);
+    let (origin, other) = origin_of_two_names(&sample).await;
+    let slow = SlowLink::new(origin.address, 1 << 20).await;
+    let node = Node::empty(None).await;
+    let arrivals = arrivals(&node);
+    let root = arrivals.pull(&target(&sample.name), &plan(&[slow.address])).await.unwrap();
+    let engine = arrivals.get(root).unwrap();
+    assert!(!engine.progress().complete);
+    assert_eq!(arrivals.pull(&target(&other), &plan(&[origin.address])).await.unwrap(), root);
+    assert!(Arc::ptr_eq(&engine, &arrivals.get(root).unwrap()), "there are two engines for one image");
+    assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("all of it comes"));
+    arrivals.stop().await;
+    assert!(node.read_file() == sample.disk);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sources_that_are_added_are_asked_again_by_the_daemon_that_goes_on() {
     let sample = Sample::new(4 << 20, 5);

@@ -17,6 +17,12 @@ fn name(text: &str) -> ImageName {
 
 /// Publishes an image that has a manifest and 100 KiB of disk, and no tree.
 fn add(store: &Store, text: &str, content: &str, base: Option<Digest>) -> Digest {
+    let (root, scratch) = make(store, content, base);
+    store.publish(scratch, root, &name(text)).unwrap();
+    root
+}
+
+fn make(store: &Store, content: &str, base: Option<Digest>) -> (Digest, Scratch) {
     let root = Digest::of(content.as_bytes());
     let manifest = Manifest {
         version: MANIFEST_VERSION,
@@ -35,8 +41,7 @@ fn add(store: &Store, text: &str, content: &str, base: Option<Digest>) -> Digest
     if base.is_some() {
         fs::write(scratch.join("index"), b"").unwrap();
     }
-    store.publish(scratch, root, &name(text)).unwrap();
-    root
+    (root, scratch)
 }
 
 fn tmp_entries(store: &Store) -> usize {
@@ -54,6 +59,29 @@ fn a_published_image_is_found_by_its_name_and_its_root() {
     assert_eq!(store.roots().unwrap(), [root]);
     assert_eq!(tmp_entries(&store), 0);
     assert!(matches!(store.resolve(&name("other")), Err(StoreError::NoSuchImage(_))));
+}
+
+#[test]
+fn an_image_that_begins_to_come_twice_keeps_its_first_folder_and_stays_while_it_is_held() {
+    let (_dir, store) = store();
+    let arrive = |text, mark: &[u8]| {
+        let (root, scratch) = make(&store, "x", None);
+        fs::write(scratch.join("present"), mark).unwrap();
+        store.publish_arriving(scratch, root, &name(text)).unwrap()
+    };
+    let (entry, hold) = arrive("a", b"first");
+    assert!(!entry.is_complete());
+    assert_eq!(store.evict(0).unwrap(), []);
+    drop(hold);
+    let (entry, hold) = arrive("b", b"second");
+    assert_eq!(fs::read(entry.present_path()).unwrap(), b"first");
+    assert_eq!(store.names().unwrap(), [(name("a"), entry.root), (name("b"), entry.root)]);
+    assert_eq!(tmp_entries(&store), 0);
+    // One that is all there is not put in its place while it is held.
+    let (root, scratch) = make(&store, "x", None);
+    assert!(matches!(store.publish(scratch, root, &name("c")), Err(StoreError::InUse(_))));
+    drop(hold);
+    assert_eq!(store.evict(0).unwrap().len(), 1);
 }
 
 #[test]

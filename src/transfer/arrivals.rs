@@ -20,7 +20,7 @@ use crate::peer::catalogue::Catalogue;
 use crate::store::{Hold, Store, StoreError, write_atomic};
 
 use super::engine::{Engine, Options};
-use super::pull::{Pin, PullError, Pulled, Target, pull};
+use super::pull::{self, Pin, PullError, Pulled, Target};
 
 const SOURCES: &str = "sources";
 const SOURCES_BYTES_MAX: u64 = 64 << 10;
@@ -59,8 +59,15 @@ pub struct Arrivals {
     catalogue: Arc<Catalogue>,
     options: Options,
     arrivals: Arc<Mutex<ByRoot>>,
-    /// Held by whoever begins to fetch an image, by its root or else its name: two at once would each make its folder.
-    begins: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Held by whoever begins to fetch an image: first by its name, so that its root is asked for once, then by its root,
+    /// so that there is one engine, whatever names it has.
+    begins: Mutex<BTreeMap<Begin, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Begin {
+    Name(ImageName),
+    Root(Digest),
 }
 
 impl std::fmt::Debug for Arrivals {
@@ -87,19 +94,15 @@ impl Arrivals {
     /// [`PullError`].
     pub async fn pull(&self, target: &Target, plan: &Plan) -> Result<Digest, PullError> {
         let io_error = |source| PullError::Io { name: target.name.clone(), source };
-        let known = self.store.root_of(&target.name)?.or(target.root);
-        let begin = {
-            let mut begins = self.begins.lock().unwrap_or_else(PoisonError::into_inner);
-            begins.retain(|_, begin| Arc::strong_count(begin) > 1);
-            let key = known.map_or_else(|| target.name.to_string(), |root| root.to_string());
-            Arc::clone(begins.entry(key).or_default())
-        };
-        let _one = begin.lock().await;
-        if let Some(root) = known
-            && target.root.is_none_or(|wanted| wanted == root)
-            && let Some(engine) = self.get(root)
-            && self.store.image(root).is_ok()
-        {
+        let similar = Some(self.store.clone());
+        let options = Options { fill: plan.fill, fill_rate: plan.fill_rate, similar, ..self.options.clone() };
+        let name = self.begin(Begin::Name(target.name.clone()));
+        let _one_of_name = name.lock().await;
+        let found = pull::find(&self.store, target, &plan.sources, &options).await?;
+        let root = found.root();
+        let image = self.begin(Begin::Root(root));
+        let _one_of_image = image.lock().await;
+        if let Some(engine) = self.current(root) {
             // Perhaps by another name, of which there may be many.
             self.store.add_name(&target.name, root)?;
             plan.sources.iter().for_each(|source| engine.add_source(*source));
@@ -110,17 +113,29 @@ impl Arrivals {
             self.remember(root, plan).await.map_err(io_error)?;
             return Ok(root);
         }
-        let similar = Some(self.store.clone());
-        let options = Options { fill: plan.fill, fill_rate: plan.fill_rate, similar, ..self.options.clone() };
-        match pull(&self.store, target, &plan.sources, options).await? {
-            Pulled::Complete(entry) => Ok(entry.root),
-            Pulled::Coming(engine) => {
-                let root = engine.holding().root();
-                self.remember(root, plan).await.map_err(io_error)?;
-                self.keep(engine)?;
-                Ok(root)
-            }
+        if let Pulled::Coming(engine, hold) =
+            pull::take(&self.store, target, found, &plan.sources, options).await?
+        {
+            self.remember(root, plan).await.map_err(io_error)?;
+            self.keep(engine, hold);
         }
+        Ok(root)
+    }
+
+    fn begin(&self, begin: Begin) -> Arc<tokio::sync::Mutex<()>> {
+        let mut begins = self.begins.lock().unwrap_or_else(PoisonError::into_inner);
+        begins.retain(|_, begin| Arc::strong_count(begin) > 1);
+        Arc::clone(begins.entry(begin).or_default())
+    }
+
+    /// The transfer of image `root`, unless the image was removed since it ended.
+    fn current(&self, root: Digest) -> Option<Arc<Engine>> {
+        let (engine, is_held) = {
+            let arrivals = lock(&self.arrivals);
+            let arrival = arrivals.get(&root)?;
+            (Arc::clone(&arrival.engine), arrival.hold.is_some())
+        };
+        (is_held || self.store.image(root).is_ok()).then_some(engine)
     }
 
     /// Writes down how image `root` is fetched, for the daemon that goes on with it: what was written before, and `plan`.
@@ -141,18 +156,10 @@ impl Arrivals {
         tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
     }
 
-    fn keep(&self, engine: Engine) -> Result<(), PullError> {
-        let root = engine.holding().root();
-        let hold = self.store.hold(root)?;
+    fn keep(&self, engine: Engine, hold: Hold) {
         let engine = Arc::new(engine);
-        {
-            let mut arrivals = lock(&self.arrivals);
-            if arrivals.get(&root).is_some_and(|arrival| arrival.hold.is_some()) {
-                // Guests read through the other one.
-                return Ok(());
-            }
-            arrivals.insert(root, Arrival { engine: Arc::clone(&engine), hold: Some(hold) });
-        }
+        let arrival = Arrival { engine: Arc::clone(&engine), hold: Some(hold) };
+        lock(&self.arrivals).insert(engine.holding().root(), arrival);
         self.catalogue.offer(Arc::clone(engine.holding()));
         tokio::spawn(let_go(
             engine,
@@ -160,7 +167,6 @@ impl Arrivals {
             Arc::clone(&self.catalogue),
             self.store.clone(),
         ));
-        Ok(())
     }
 
     /// Goes on with every image that was on its way when the last daemon ended.

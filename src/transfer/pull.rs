@@ -25,7 +25,7 @@ use crate::name::ImageName;
 use crate::peer::connection::Connection;
 use crate::peer::holding::{Blocks, Frames, Holding, KnownTree};
 use crate::peer::message::{Answer, Ask, Wanted};
-use crate::store::{ImageEntry, Store, StoreError, write_atomic};
+use crate::store::{Hold, ImageEntry, Store, StoreError, write_atomic};
 
 use super::engine::{Engine, Options};
 use super::receive;
@@ -91,8 +91,8 @@ impl Pin {
 pub enum Pulled {
     /// The whole image is here already.
     Complete(Box<ImageEntry>),
-    /// It is on its way.
-    Coming(Engine),
+    /// It is on its way, and stays in the store for as long as the hold lives.
+    Coming(Engine, Hold),
 }
 
 /// Why an image cannot be fetched.
@@ -125,7 +125,27 @@ pub enum PullError {
     },
 }
 
-/// Starts to fetch `target` from `sources` into `store`, or goes on with what is there.
+/// Which image a [`Target`] is.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// One that is in the store, whole or not.
+    Here(Digest),
+    /// One that a source describes: its manifest, and the top of its digest tree, which proves the manifest's size.
+    There(Box<Manifest>, Vec<u8>),
+}
+
+impl Found {
+    /// The image's identity.
+    pub(super) fn root(&self) -> Digest {
+        match self {
+            Self::Here(root) => *root,
+            Self::There(manifest, _) => manifest.root,
+        }
+    }
+}
+
+/// Starts to fetch `target` from `sources` into `store`, or goes on with what is there. Not to be called for one image
+/// twice at once.
 ///
 /// # Errors
 /// [`PullError`]. Sources that are not there yet are waited for some seconds; once begun, a transfer waits for ever.
@@ -135,35 +155,76 @@ pub async fn pull(
     sources: &[SocketAddr],
     options: Options,
 ) -> Result<Pulled, PullError> {
+    let found = find(store, target, sources, &options).await?;
+    take(store, target, found, sources, options).await
+}
+
+/// Finds out which image `target` is.
+pub(super) async fn find(
+    store: &Store,
+    target: &Target,
+    sources: &[SocketAddr],
+    options: &Options,
+) -> Result<Found, PullError> {
+    if let Some(root) = here(store, target)? {
+        return Ok(Found::Here(root));
+    }
+    if sources.is_empty() {
+        return Err(PullError::NoSourceNamed(target.name.clone()));
+    }
+    describe_any(target, sources, options).await
+}
+
+/// The image that `target` is, if it is in the store.
+fn here(store: &Store, target: &Target) -> Result<Option<Digest>, PullError> {
+    let Some(root) = store.root_of(&target.name)?.or(target.root) else { return Ok(None) };
+    match store.image(root) {
+        Ok(_) => {}
+        Err(StoreError::NoSuchRoot(_)) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    if let Some(wanted) = target.root.filter(|wanted| *wanted != root) {
+        store.check_name(&target.name, wanted)?;
+    }
+    Ok(Some(root))
+}
+
+/// Makes the folder of `found`, or takes up the one that is there, and starts to fetch what it lacks.
+pub(super) async fn take(
+    store: &Store,
+    target: &Target,
+    found: Found,
+    sources: &[SocketAddr],
+    options: Options,
+) -> Result<Pulled, PullError> {
     let io_error = |source| PullError::Io { name: target.name.clone(), source };
-    let here = match (store.root_of(&target.name)?, target.root) {
-        (Some(root), _) | (None, Some(root)) => match store.image(root) {
-            Ok(entry) => Some(entry),
-            Err(StoreError::NoSuchRoot(_)) => None,
-            Err(error) => return Err(error.into()),
-        },
-        (None, None) => None,
-    };
-    if let (Some(entry), Some(root)) = (&here, target.root)
-        && entry.root != root
-    {
-        store.check_name(&target.name, root)?;
-    }
-    let entry = match here {
-        Some(entry) => {
-            store.add_name(&target.name, entry.root)?;
-            entry
+    let work = {
+        let (store, target) = (store.clone(), target.clone());
+        move || {
+            let (entry, hold) = match found {
+                Found::Here(root) => {
+                    // First: an image that is in use is not removed.
+                    let hold = store.hold(root)?;
+                    store.add_name(&target.name, root)?;
+                    (store.image(root)?, hold)
+                }
+                Found::There(manifest, top) => make(&store, &target, &manifest, &top)?,
+            };
+            let opened = match entry.is_complete() {
+                true => None,
+                false => Some(open(&entry.dir, entry.manifest.clone(), target.verify)?),
+            };
+            Ok::<_, PullError>((entry, hold, opened))
         }
-        None if sources.is_empty() => return Err(PullError::NoSourceNamed(target.name.clone())),
-        None => begin(store, target, sources, &options).await?,
     };
-    if entry.is_complete() {
-        return Ok(Pulled::Complete(Box::new(entry)));
-    }
-    let (dir, manifest, verify) = (entry.dir.clone(), entry.manifest.clone(), target.verify);
-    let opened = tokio::task::spawn_blocking(move || open(&dir, manifest, verify));
-    let (holding, cache) = opened.await.map_err(io::Error::other).map_err(io_error)??;
-    Ok(Pulled::Coming(Engine::start(holding, cache, &entry.dir, sources, options)))
+    let taken = tokio::task::spawn_blocking(work).await;
+    let (entry, hold, opened) = taken.map_err(io::Error::other).map_err(io_error)??;
+    Ok(match opened {
+        None => Pulled::Complete(Box::new(entry)),
+        Some((holding, cache)) => {
+            Pulled::Coming(Engine::start(holding, cache, &entry.dir, sources, options), hold)
+        }
+    })
 }
 
 /// Opens what has come of an image; verifies what was written after the last save, or everything.
@@ -209,14 +270,12 @@ pub fn open(
     Ok((holding, cache))
 }
 
-/// Makes the image's folder from what the first source that answers describes.
-async fn begin(
-    store: &Store,
+/// The image as the first source that answers describes it.
+async fn describe_any(
     target: &Target,
     sources: &[SocketAddr],
     options: &Options,
-) -> Result<ImageEntry, PullError> {
-    let io_error = |source| PullError::Io { name: target.name.clone(), source };
+) -> Result<Found, PullError> {
     let until = Instant::now() + DESCRIBE_TIMEOUT;
     loop {
         // All but at once: one that is dead or slow keeps nobody waiting, and in the rule the first answers.
@@ -242,9 +301,7 @@ async fn begin(
             }
         }
         if let Some((manifest, top)) = found {
-            let (store, target) = (store.clone(), target.clone());
-            let made = tokio::task::spawn_blocking(move || make(&store, &target, &manifest, &top));
-            return made.await.map_err(io::Error::other).map_err(io_error)?;
+            return Ok(Found::There(Box::new(manifest), top));
         }
         if Instant::now() >= until {
             return Err(PullError::NoSource { name: target.name.clone(), reasons: reasons.join("; ") });
@@ -281,14 +338,17 @@ async fn describe(
     Ok((manifest, top.bulk().to_vec()))
 }
 
-/// Makes the image's folder. Blocks.
-fn make(store: &Store, target: &Target, manifest: &Manifest, top: &[u8]) -> Result<ImageEntry, PullError> {
+/// Makes the image's folder, unless there is one by now. Blocks.
+fn make(
+    store: &Store,
+    target: &Target,
+    manifest: &Manifest,
+    top: &[u8],
+) -> Result<(ImageEntry, Hold), PullError> {
     let io_error = |source| PullError::Io { name: target.name.clone(), source };
     let scratch = store.scratch("pull")?;
     LocalCache::create(scratch.path(), manifest.root, manifest.size).map_err(io_error)?;
     PartialTree::create(&scratch.join("tree"), manifest.root, manifest.size, top)?.sync()?;
     write_atomic(&scratch.join("manifest"), &manifest.to_bytes()).map_err(io_error)?;
-    let entry = store.publish(scratch, manifest.root, &target.name)?;
-    store.mark_pulled(manifest.root)?;
-    Ok(entry)
+    Ok(store.publish_arriving(scratch, manifest.root, &target.name)?)
 }

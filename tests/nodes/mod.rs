@@ -364,7 +364,7 @@ impl Node {
 
     fn offer(&self, pulled: Pulled) -> Engine {
         match pulled {
-            Pulled::Coming(engine) => {
+            Pulled::Coming(engine, _) => {
                 self.catalogue.offer(Arc::clone(engine.holding()));
                 engine
             }
