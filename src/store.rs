@@ -392,11 +392,15 @@ impl Store {
         scratch.rename_to(&dir)
     }
 
-    /// Gives image `root`, which is here, the name `name`.
+    /// Gives image `root`, which is here, the name `name`. Blocks, for as long as another change takes, unless the name
+    /// means this image already.
     ///
     /// # Errors
-    /// [`StoreError::NameTaken`], [`StoreError::NoSuchRoot`], [`StoreError::Io`].
+    /// [`StoreError::NameTaken`], [`StoreError::NoSuchRoot`], [`StoreError::Busy`], [`StoreError::Io`].
     pub fn add_name(&self, name: &ImageName, root: Digest) -> Result<(), StoreError> {
+        if self.root_of(name)? == Some(root) {
+            return self.image(root).map(drop);
+        }
         let _change = self.change(|_| ())?;
         self.check_name(name, root)?;
         self.image(root)?;

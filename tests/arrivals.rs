@@ -6,7 +6,8 @@ mod nodes;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bootcache::name::ImageName;
 use bootcache::transfer::{Arrivals, Options, Plan, Target};
@@ -98,6 +99,49 @@ async fn a_second_name_whose_image_only_the_source_knows_joins_the_transfer_of_t
     assert!(node.read_file() == sample.disk);
 }
 
+/// Names were given on the thread that runs everything else, which waited there for other commands to end.
+#[tokio::test]
+async fn a_name_that_waits_for_a_change_of_the_store_holds_up_nothing_else() {
+    let sample = Sample::new(1 << 20, 17);
+    let origin = Node::origin(&sample, None).await;
+    let slow = SlowLink::new(origin.address, 64 << 10).await;
+    let node = Node::empty(None).await;
+    let arrivals = arrivals(&node);
+    let root = arrivals.pull(&target(&sample.name), &plan(&[slow.address])).await.unwrap();
+
+    let longest_ms = Arc::new(AtomicU64::new(0));
+    let ticker = {
+        let longest_ms = Arc::clone(&longest_ms);
+        tokio::spawn(async move {
+            loop {
+                let began = Instant::now();
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap();
+                longest_ms.fetch_max(took_ms, Ordering::Relaxed);
+            }
+        })
+    };
+    let change = node.store().change(|_| ()).unwrap();
+    let began = Instant::now();
+    arrivals.pull(&target(&sample.name), &plan(&[slow.address])).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1), "a name that is known changes nothing");
+    let began = Instant::now();
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(2));
+        drop(change);
+    });
+    let other: ImageName = "other".parse().unwrap();
+    let by_root = Target { root: Some(root), ..target(&other) };
+    arrivals.pull(&by_root, &plan(&[slow.address])).await.unwrap();
+    assert!(began.elapsed() > Duration::from_millis(1900), "it did not wait for the change");
+    release.join().unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    ticker.abort();
+    let longest_ms = longest_ms.load(Ordering::Relaxed);
+    assert!(longest_ms < 1000, "everything stood still for {longest_ms} ms");
+    arrivals.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sources_that_are_added_are_asked_again_by_the_daemon_that_goes_on() {
     let sample = Sample::new(4 << 20, 5);
@@ -131,9 +175,9 @@ async fn an_image_that_is_all_here_can_be_removed_and_pulled_again() {
         let engine = arrivals.get(root).unwrap();
         assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("all of it comes"), "{round}");
         drop(engine);
-        let until = std::time::Instant::now() + DEADLINE;
+        let until = Instant::now() + DEADLINE;
         while let Err(error) = node.store().remove(&image_name()) {
-            assert!(std::time::Instant::now() < until, "{round}: {error}");
+            assert!(Instant::now() < until, "{round}: {error}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

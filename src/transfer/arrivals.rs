@@ -104,7 +104,9 @@ impl Arrivals {
         let _one_of_image = image.lock().await;
         if let Some(engine) = self.current(root) {
             // Perhaps by another name, of which there may be many.
-            self.store.add_name(&target.name, root)?;
+            let (store, name) = (self.store.clone(), target.name.clone());
+            let named = tokio::task::spawn_blocking(move || store.add_name(&name, root)).await;
+            named.map_err(io::Error::other).map_err(io_error)??;
             plan.sources.iter().for_each(|source| engine.add_source(*source));
             engine.set_fill_rate(plan.fill_rate);
             if plan.fill {
