@@ -251,6 +251,37 @@ async fn a_sibling_of_an_image_that_is_here_costs_little_more_than_what_is_its_o
     assert_eq!(findings(&node, &sibling), []);
 }
 
+/// The files that this process has open and that are in `dir`, removed ones among them.
+fn open_files(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let files = std::fs::read_dir("/proc/self/fd").expect("procfs");
+    let paths = files.flatten().filter_map(|file| std::fs::read_link(file.path()).ok());
+    paths.filter(|path| path.starts_with(dir)).collect()
+}
+
+/// Other images stayed in use for as long as an image was here of which only what boots is wanted.
+#[tokio::test(flavor = "multi_thread")]
+async fn other_images_can_be_removed_while_an_image_is_here_for_its_boot_alone() {
+    let sample = Sample::new(8 << 20, 71);
+    let sibling = sample.sibling();
+    let origin = Node::origin(&sibling, None).await;
+    let node = Node::origin(&sample, None).await;
+    let store = node.store();
+    let engine = node
+        .pull_as(&sibling.name, &[origin.address], |options| {
+            options.fill = false;
+            options.similar = Some(store);
+        })
+        .await;
+    tokio::time::timeout(Duration::from_secs(60), engine.boot_complete()).await.unwrap();
+    let store = node.store();
+    store.remove(&sample.name).unwrap();
+    until(|| open_files(&store.tmp()).is_empty()).await;
+    engine.fill();
+    assert!(tokio::time::timeout(Duration::from_secs(60), engine.done()).await.unwrap());
+    engine.stop().await;
+    assert!(node.read_file_of(&sibling.name) == sibling.disk);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_boot_missed_is_in_the_boot_cache_after_merging() {
     let sample = Sample::new(8 << 20, 41);

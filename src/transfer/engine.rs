@@ -344,7 +344,12 @@ impl Shared {
                 frames.end();
             }
             self.stream.end();
-            self.fill.cancelled().await;
+            if !self.fill.is_cancelled() {
+                // Perhaps for ever: images that are removed meanwhile should not keep their space.
+                self.set_similar(None);
+                self.fill.cancelled().await;
+                similar::index(self).await;
+            }
             fill::run(self).await;
             while !self.finish().await {
                 tokio::time::sleep(SAVE_RETRY).await;

@@ -1,7 +1,8 @@
 //! Blocks that other images on this node have too: found by their digest, and copied instead of fetched.
 //!
 //! The index holds 8 bytes of each digest and where the block is; whatever it says, a block counts only when its bytes
-//! have the digest. It is bounded ([`ENTRIES_MAX`]), built in the background, and given up with the transfer. The base
+//! have the digest. It is bounded ([`ENTRIES_MAX`]), built in the background, and given up with the transfer, or with the
+//! stream when nothing is filled. It keeps no image from being removed; the space of one is free when it is given up. The base
 //! of an increment comes first, and for it the boot stream waits until the index is there: an increment then costs the
 //! network the increment alone. For other images the stream begins at once, and goes over to copying when a probe
 //! shows that it pays.
@@ -16,7 +17,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent, bytes_in_block};
 use crate::digest::Digest;
 use crate::image::page::{PAGE_BLOCKS, block_digest};
 use crate::image::tree::Tree;
-use crate::store::{Hold, Store};
+use crate::store::Store;
 
 use super::engine::Shared;
 use super::fill;
@@ -39,7 +40,6 @@ pub(super) struct Similar {
 struct Image {
     disk: File,
     size: u64,
-    _hold: Hold,
 }
 
 impl std::fmt::Debug for Similar {
@@ -77,7 +77,6 @@ impl Similar {
         if !entry.is_complete() {
             return Ok(());
         }
-        let hold = store.hold(root).map_err(io::Error::other)?;
         let tree = Tree::open(&entry.tree_path(), Some(root)).map_err(io::Error::other)?;
         let disk = File::open(entry.disk_path())?;
         let number = self.images.len() as u64;
@@ -85,7 +84,7 @@ impl Similar {
             |block| tree.block_digest(block).map(|digest| (prefix(digest), number << 48 | block));
         let room = ENTRIES_MAX - self.entries.len();
         self.entries.extend((0..tree.blocks()).filter_map(with_digest).take(room));
-        self.images.push(Image { disk, size: tree.size(), _hold: hold });
+        self.images.push(Image { disk, size: tree.size() });
         Ok(())
     }
 
@@ -140,14 +139,19 @@ pub(super) async fn prepare(shared: &Arc<Shared>) {
     }
 }
 
-/// The pages of the boot set, if other images have most of it.
-async fn probe(shared: &Arc<Shared>) -> Vec<u64> {
-    let Some(store) = shared.options.similar.clone() else { return Vec::new() };
+/// Builds the index, if there is anything to find.
+pub(super) async fn index(shared: &Shared) -> Option<Arc<Similar>> {
+    let store = shared.options.similar.clone()?;
     let (root, base) = (shared.holding.root(), shared.holding.manifest.base);
     let built = tokio::task::spawn_blocking(move || Similar::build(&store, root, base)).await;
-    let Ok(Some(similar)) = built else { return Vec::new() };
-    let similar = Arc::new(similar);
+    let similar = Arc::new(built.ok().flatten()?);
     shared.set_similar(Some(Arc::clone(&similar)));
+    Some(similar)
+}
+
+/// The pages of the boot set, if other images have most of it.
+async fn probe(shared: &Arc<Shared>) -> Vec<u64> {
+    let Some(similar) = index(shared).await else { return Vec::new() };
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
         if shared.stream.has_given_up() {
             return Vec::new();
