@@ -415,17 +415,33 @@ async fn only_the_boot_cache_that_is_pinned_is_taken() {
 async fn a_damaged_boot_frame_at_the_only_source_comes_as_blocks() {
     let sample = Sample::new(16 << 20, 59);
     let origin = Node::origin(&sample, None).await;
-    let entry = origin.store().resolve(&sample.name).unwrap();
-    let mut boot = std::fs::read(entry.boot_path()).unwrap();
-    let last = boot.len() - 1;
-    boot[last] ^= 1;
-    std::fs::write(entry.boot_path(), boot).unwrap();
+    origin.damage_frames(&sample, |frame, frames| frame + 1 == frames);
     let node = Node::empty(None).await;
     let engine = node.pull(&[origin.address], |_| ()).await;
     let done = tokio::time::timeout(Duration::from_secs(60), engine.done()).await;
     engine.stop().await;
     assert!(done.expect("the image becomes complete"));
     assert!(node.read_file() == sample.disk);
+}
+
+/// The second to boot was pointed to the first, which had nothing either, and asked the origin again without end.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_boot_frames_at_an_origin_that_points_to_another_node_come_as_blocks() {
+    let sample = Sample::new(16 << 20, 59);
+    let origin = Node::origin(&sample, None).await;
+    origin.damage_frames(&sample, |_, _| true);
+    let nodes = [Node::empty(None).await, Node::empty(None).await];
+    // It has the blocks, but not all of the image, so that it is not asked before the origin.
+    let first = nodes[0].pull(&[origin.address], |options| options.fill = false).await;
+    let limit = Duration::from_secs(60);
+    tokio::time::timeout(limit, first.boot_complete()).await.expect("the first boots");
+    let second = nodes[1].pull(&[origin.address], |_| ()).await;
+    assert!(tokio::time::timeout(limit, second.done()).await.expect("the second becomes complete"));
+    first.fill();
+    assert!(tokio::time::timeout(limit, first.done()).await.expect("the first becomes complete"));
+    first.stop().await;
+    second.stop().await;
+    assert!(nodes.iter().all(|node| node.read_file() == sample.disk));
 }
 
 #[tokio::test(flavor = "multi_thread")]

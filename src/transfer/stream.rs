@@ -333,7 +333,15 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
                 continue;
             }
             _ => {
-                damaged |= reply.source.state().have.complete;
+                let (key, complete) = {
+                    let state = reply.source.state();
+                    (state.key, state.have.complete)
+                };
+                damaged |= complete;
+                if key == pointed_by {
+                    // It was asked again, and does not have it either.
+                    pointed_by = None;
+                }
                 continue;
             }
         }

@@ -372,6 +372,21 @@ impl Node {
         }
     }
 
+    /// Damages those frames of the boot cache on the disk that `which` names by index and count.
+    pub(crate) fn damage_frames(&self, sample: &Sample, which: impl Fn(usize, usize) -> bool) {
+        let entry = self.store().resolve(&sample.name).unwrap();
+        let open = bootcache::boot_cache::BootCache::open(&entry.boot_path(), entry.root).unwrap();
+        let mut boot = std::fs::read(entry.boot_path()).unwrap();
+        let start = boot.len() - usize::try_from(open.heads().frames_length()).unwrap();
+        let frames = open.heads().frames();
+        for (index, frame) in frames.iter().enumerate() {
+            if frame.length > 0 && which(index, frames.len()) {
+                boot[start + usize::try_from(frame.offset).unwrap()] ^= 1;
+            }
+        }
+        std::fs::write(entry.boot_path(), boot).unwrap();
+    }
+
     /// The disk's file, whole.
     pub(crate) fn read_file(&self) -> Vec<u8> {
         self.read_file_of(&image_name())
