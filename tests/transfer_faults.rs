@@ -130,6 +130,47 @@ async fn every_answer_that_does_not_come_is_got_elsewhere() {
     complete(engine, &node, &sample).await;
 }
 
+/// An answer that came 40 ms late cost its source both connections, and everything that was asked on them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_late_once_keeps_its_connections() {
+    let sample = Sample::new(16 << 20, 31);
+    let nodes =
+        [Node::origin_without_boot(&sample, None).await, Node::origin_without_boot(&sample, None).await];
+    let links =
+        [SlowLink::new(nodes[0].address, 64 << 20).await, SlowLink::new(nodes[1].address, 64 << 20).await];
+    let node = Node::empty(None).await;
+    let engine = node.pull(&links.each_ref().map(|link| link.address), forgiving).await;
+    let mut seed = 7;
+    // Before it is known how long an answer takes, none is late.
+    read_until(&engine, &sample, &mut seed, after(100)).await;
+    let hedges = || engine.counters().hedges.load(Ordering::Relaxed);
+    let connections = || links.each_ref().map(SlowLink::connections);
+    let (before, made) = (hedges(), connections());
+    // Whichever of the two is asked, every other answer or so is late.
+    for link in links.iter().cycle().take(200) {
+        if hedges() >= before + 3 {
+            break;
+        }
+        link.hold(Duration::from_millis(60));
+        read_until(&engine, &sample, &mut seed, after(1)).await;
+        tokio::time::sleep(Duration::from_millis(70)).await;
+    }
+    assert!(hedges() >= before + 3, "no answer was late");
+    // Longer than a connection may stand still.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(connections(), made, "a link was made anew");
+    engine.stop().await;
+}
+
+/// Enough reads after `most`.
+fn after(most: u64) -> impl Fn() -> bool {
+    let count = std::cell::Cell::new(0);
+    move || {
+        count.set(count.get() + 1);
+        count.get() > most
+    }
+}
+
 /// Time from nothing to the end of a boot that reads every block of the boot set in its order and thinks 2 s in all, with
 /// two sources at 100 Mbit/s each, the first of which does `fault` to every fifth answer, if any.
 async fn boot_with(sample: &Sample, fault: Option<Fault>) -> Duration {

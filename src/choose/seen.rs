@@ -24,7 +24,7 @@ const OUTSTANDING_COST: f32 = 0.1;
 const LATENCY_FULL_MS: f32 = 500.0;
 /// What a failure costs, in units of the load score.
 const FAILURE_COST: f32 = 0.5;
-/// The rest after a first failure; it doubles with each further one.
+/// The rest after a first failure; it doubles with each further one after that.
 const REST_MS: u64 = 250;
 const REST_DOUBLINGS_MAX: u32 = 7;
 
@@ -42,11 +42,14 @@ impl Seen {
         self.latency_ms = if first { took_ms } else { self.latency_ms * (1.0 - NEWEST) + took_ms * NEWEST };
     }
 
-    /// A request failed or was given up at `now_ms`: the source rests for 250 ms, doubling to 32 s.
+    /// A request failed or was given up at `now_ms`: the source rests for 250 ms, doubling to 32 s. What fails while it
+    /// rests has the same cause, as when a connection breaks with many requests on it, and counts no more.
     pub fn failed(&mut self, now_ms: u64) {
         self.outstanding = self.outstanding.saturating_sub(1);
-        self.rest(now_ms, REST_MS << self.failures.min(REST_DOUBLINGS_MAX));
-        self.failures += 1;
+        if self.is_ready(now_ms) {
+            self.rest(now_ms, REST_MS << self.failures.min(REST_DOUBLINGS_MAX));
+            self.failures += 1;
+        }
     }
 
     /// The source is not to be chosen for `duration_ms` from `now_ms` on: a ban, or it asked for it.
@@ -83,10 +86,24 @@ mod tests {
         seen.answered(1.0);
         seen.answered(1.0);
         assert!(seen.cost() < bad && seen.failures == 0);
+        let mut now_ms = 10_000;
         for _ in 0..100 {
-            seen.failed(10_000);
+            seen.failed(now_ms);
+            assert!(seen.resting_until_ms <= now_ms + (REST_MS << REST_DOUBLINGS_MAX));
+            now_ms = seen.resting_until_ms;
         }
-        assert!(seen.resting_until_ms <= 10_000 + (REST_MS << REST_DOUBLINGS_MAX));
+    }
+
+    /// A broken connection with eight requests on it cost its source half a minute.
+    #[test]
+    fn what_fails_together_counts_once() {
+        let mut seen = Seen::default();
+        for _ in 0..20 {
+            seen.failed(1000);
+        }
+        assert!(!seen.is_ready(1249) && seen.is_ready(1250));
+        seen.failed(1250);
+        assert!(!seen.is_ready(1749) && seen.is_ready(1750));
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl Answered {
 }
 
 enum Pending {
-    Once(oneshot::Sender<Answered>),
+    Once { sender: oneshot::Sender<Answered>, asked: Instant },
     Watch(watch::Sender<Have>),
 }
 
@@ -173,6 +173,19 @@ impl Connection {
         self.shared.meter.began.elapsed().saturating_sub(last)
     }
 
+    /// For how long calls have waited without anything coming; none while nobody waits for an answer.
+    pub fn stands_still(&self) -> Option<Duration> {
+        let oldest = {
+            let pending = self.shared.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            let asked = pending.values().filter_map(|pending| match pending {
+                Pending::Once { asked, .. } => Some(*asked),
+                Pending::Watch(_) => None,
+            });
+            asked.min()?
+        };
+        Some(oldest.elapsed().min(self.silence()))
+    }
+
     /// Whether it is gone.
     pub fn is_closed(&self) -> bool {
         self.shared.closed.is_cancelled()
@@ -214,7 +227,7 @@ impl Connection {
     /// [`CallError::Closed`] when the connection breaks first.
     pub async fn call(&self, ask: Ask) -> Result<Answered, CallError> {
         let (sender, receiver) = oneshot::channel();
-        let id = self.register(Pending::Once(sender));
+        let id = self.register(Pending::Once { sender, asked: Instant::now() });
         let _cancel = Cancel { connection: self, id };
         self.send(id, ask).await?;
         tokio::select! {
@@ -301,7 +314,7 @@ async fn read_replies(
                 (pending.get(&reply.id), &reply.answer)
             {
                 sender.send_replace(have.clone());
-            } else if let Some(Pending::Once(sender)) = pending.remove(&reply.id) {
+            } else if let Some(Pending::Once { sender, .. }) = pending.remove(&reply.id) {
                 // Whoever asked may have stopped waiting.
                 let _ = sender.send(Answered { answer: reply.answer, payload, bulk_at });
             }

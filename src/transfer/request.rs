@@ -4,7 +4,7 @@
 //! answer wins (at most 5 % extra requests). A source that breaks is replaced at once. An answer that is late and was
 //! passed by those to later requests, or that is late beyond doubt, may be lost: the request is sent again, to another
 //! source or to the same, and what comes first counts. A source that was overtaken is not the first choice for a while,
-//! and a connection of it on which nothing came meanwhile is made anew, so that the rest is not waited for there.
+//! and if its connection then stands still, it is made anew, so that the rest is not waited for there.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -66,12 +66,11 @@ pub(super) struct Terms {
     pub(super) patience: Duration,
 }
 
-/// A source that was asked.
+/// A source that was asked and has not answered.
 struct Asked {
     source: Arc<Source>,
     /// Which of the requests to it this was; see [`Source::note_asked`].
     number: u64,
-    at: Instant,
 }
 
 impl Shared {
@@ -84,17 +83,17 @@ impl Shared {
         pick: &Pick<'_>,
         ask: &Ask,
     ) -> Option<Reply> {
-        type Asking<'a> = BoxFuture<'a, (Arc<Source>, Result<Answered, CallError>)>;
+        type Asking<'a> = BoxFuture<'a, (Arc<Source>, u64, Result<Answered, CallError>)>;
         let mut running: FuturesUnordered<Asking<'_>> = FuturesUnordered::new();
         let mut asked: Vec<Asked> = Vec::new();
         let start = |source: Arc<Source>, asked: &mut Vec<Asked>, tried: &mut Vec<PeerKey>| -> Asking<'_> {
             tried.extend(source.state().key.map(PeerKey));
             let number = source.note_asked(terms.kind);
-            asked.push(Asked { source: Arc::clone(&source), number, at: Instant::now() });
+            asked.push(Asked { source: Arc::clone(&source), number });
             let ask = ask.clone();
             Box::pin(async move {
                 let result = self.ask_one(&source, terms, number, ask).await;
-                (source, result)
+                (source, number, result)
             })
         };
         let mut late = Instant::now();
@@ -102,10 +101,6 @@ impl Shared {
         let mut lost = late;
         loop {
             if running.is_empty() {
-                if !asked.is_empty() {
-                    // Now, or by the caller, who asks anew when there is a source again.
-                    Counters::count(&self.counters.failovers);
-                }
                 let source = pick(tried, Why::Needed)?;
                 let late_after = source.late_after(terms.bytes) + terms.patience;
                 late = Instant::now() + late_after;
@@ -114,20 +109,27 @@ impl Shared {
                 running.push(start(source, &mut asked, tried));
             }
             tokio::select! {
-                Some((source, result)) = running.next() => match result {
+                Some((source, number, result)) = running.next() => match result {
                     Ok(answered) => {
                         let overtaken = asked.iter().filter(|other| !Arc::ptr_eq(&other.source, &source));
                         for other in overtaken.filter(|other| other.source.requests.load(Ordering::Relaxed) > 0) {
                             other.source.demote(self.options.demotion);
                             if terms.patience.is_zero() {
-                                other.source.hang_up(terms.kind, other.at.elapsed());
+                                other.source.hang_up_if_still(terms.kind);
                             }
                         }
                         return Some(Reply { answered, source });
                     }
-                    Err(_) => self.sources.failed(&source),
+                    Err(_) => {
+                        self.sources.failed(&source);
+                        asked.retain(|other| other.number != number || !Arc::ptr_eq(&other.source, &source));
+                        if running.is_empty() {
+                            // Now, or by the caller, who asks anew when there is a source again.
+                            Counters::count(&self.counters.failovers);
+                        }
+                    }
                 },
-                () = tokio::time::sleep_until(late), if asked.len() < 2 => {
+                () = tokio::time::sleep_until(late), if running.len() < 2 => {
                     late = Instant::now() + LATE_AGAIN;
                     let passed = |asked: &Asked| asked.source.has_passed(terms.kind, asked.number);
                     let is_lost = terms.patience.is_zero() && asked.iter().all(passed);

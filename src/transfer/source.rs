@@ -22,6 +22,9 @@ const LATENCY_UNKNOWN: Duration = Duration::from_millis(150);
 const LOST_BEHIND: u64 = 4;
 /// The least time after which an answer counts as late.
 const LATE_MIN: Duration = Duration::from_millis(20);
+/// A connection on which calls wait and nothing comes for so long stands still. Longer than a `HEARTBEAT`, so that one
+/// where frames are waited for that its source does not have yet is not taken for it.
+const STANDS_STILL: Duration = Duration::from_millis(600);
 
 /// The connections to a source that is up. Guests' requests do not queue behind the stream's bytes.
 #[derive(Debug, Clone)]
@@ -160,14 +163,23 @@ impl Source {
         self.order[kind as usize].answered.load(Ordering::Relaxed) >= number + LOST_BEHIND
     }
 
-    /// Makes a connection that stands still anew: what else was asked on it is asked elsewhere at once.
-    pub(super) fn hang_up(&self, kind: Kind, silent_for: Duration) {
+    /// Watches the connection for `kind` until something comes, and makes it anew if it stands still: what else was
+    /// asked on it is asked elsewhere then. One late answer is no reason: both connections end, and all that is asked.
+    pub(super) fn hang_up_if_still(&self, kind: Kind) {
         let Some(link) = self.link() else { return };
-        let connection = link.for_kind(kind);
-        if connection.silence() >= silent_for {
-            tracing::info!(source = %self.address, seconds = silent_for.as_secs_f32(), "a source stands still: connecting anew");
-            connection.close();
-        }
+        let (connection, address) = (link.for_kind(kind).clone(), self.address);
+        let received = connection.bytes_received();
+        tokio::spawn(async move {
+            while connection.bytes_received() == received
+                && let Some(still) = connection.stands_still()
+            {
+                if still >= STANDS_STILL {
+                    tracing::info!(source = %address, seconds = still.as_secs_f32(), "a source stands still: connecting anew");
+                    return connection.close();
+                }
+                tokio::time::sleep(STANDS_STILL - still).await;
+            }
+        });
     }
 
     /// Not to be used before others for `time`: it was slow.

@@ -8,9 +8,9 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bootcache::boot_cache::Builder;
 use bootcache::boot_cache::merge::Touch;
@@ -179,25 +179,30 @@ impl Sample {
     }
 }
 
-/// A link to a server that carries so many bytes a second back, and can be cut.
+/// A link to a server that carries so many bytes a second back, and can be held up and cut.
 pub(crate) struct SlowLink {
     pub(crate) address: SocketAddr,
     cut: CancellationToken,
+    connections: Arc<AtomicU64>,
+    held_until: Arc<Mutex<Instant>>,
 }
 
 impl SlowLink {
     pub(crate) async fn new(to: SocketAddr, bytes_per_second: usize) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let (address, cut) = (listener.local_addr().unwrap(), CancellationToken::new());
+        let (connections, held_until) = (Arc::new(AtomicU64::new(0)), Arc::new(Mutex::new(Instant::now())));
         let stop = cut.clone();
+        let (count, held) = (Arc::clone(&connections), Arc::clone(&held_until));
         tokio::spawn(async move {
             let carry = async {
                 loop {
                     let (near, _) = listener.accept().await.unwrap();
-                    let stop = stop.clone();
+                    count.fetch_add(1, Ordering::Relaxed);
+                    let (stop, held) = (stop.clone(), Arc::clone(&held));
                     tokio::spawn(async move {
                         tokio::select! {
-                            _ = carry(near, to, bytes_per_second) => {}
+                            _ = carry(near, to, bytes_per_second, &held) => {}
                             () = stop.cancelled() => {}
                         }
                     });
@@ -208,7 +213,17 @@ impl SlowLink {
                 () = stop.cancelled() => {}
             }
         });
-        Self { address, cut }
+        Self { address, cut, connections, held_until }
+    }
+
+    /// Connections that were made over it.
+    pub(crate) fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Carries nothing back for `time`.
+    pub(crate) fn hold(&self, time: Duration) {
+        *self.held_until.lock().unwrap() = Instant::now() + time;
     }
 
     /// Cuts it, as when the host at its end loses power: every connection breaks, and none is made again.
@@ -223,7 +238,12 @@ impl Drop for SlowLink {
     }
 }
 
-async fn carry(near: TcpStream, to: SocketAddr, bytes_per_second: usize) -> std::io::Result<()> {
+async fn carry(
+    near: TcpStream,
+    to: SocketAddr,
+    bytes_per_second: usize,
+    held_until: &Mutex<Instant>,
+) -> std::io::Result<()> {
     let far = TcpStream::connect(to).await?;
     near.set_nodelay(true)?;
     far.set_nodelay(true)?;
@@ -237,6 +257,8 @@ async fn carry(near: TcpStream, to: SocketAddr, bytes_per_second: usize) -> std:
             if length == 0 {
                 return Ok::<(), std::io::Error>(());
             }
+            let until = *held_until.lock().unwrap();
+            tokio::time::sleep_until(until.into()).await;
             near_write.write_all(&piece[..length]).await?;
             tokio::time::sleep(Duration::from_secs_f64(length as f64 / bytes_per_second as f64)).await;
         }
