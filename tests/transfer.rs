@@ -331,6 +331,32 @@ async fn a_source_with_another_boot_cache_is_no_liar_and_gives_the_blocks() {
     assert!(node.read_file() == sample.disk);
 }
 
+/// Each took the other for a source that might still get the frames which neither had.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_share_a_boot_cache_which_nobody_has_any_more_do_not_wait_for_each_other() {
+    let sample = Sample::new(16 << 20, 43);
+    let origin = Node::origin(&sample, None).await;
+    let again = Node::origin(&sample.recorded_again(), None).await;
+    let link = SlowLink::new(origin.address, 256 << 10).await;
+    let nodes = [Node::empty(None).await, Node::empty(None).await];
+    let first = nodes[0].pull(&[link.address, nodes[1].address], |_| ()).await;
+    let second = nodes[1].pull(&[link.address, nodes[0].address], |_| ()).await;
+    let engines = [first, second];
+    until(|| engines.iter().all(|engine| engine.progress().frames > 0)).await;
+    link.kill();
+    for engine in &engines {
+        assert!(!engine.progress().boot_complete, "the stream was not cut off");
+        engine.add_source(again.address);
+    }
+    for (engine, node) in engines.iter().zip(&nodes) {
+        let done = tokio::time::timeout(Duration::from_secs(60), engine.done()).await;
+        assert!(done.expect("the rest comes as blocks"));
+        engine.stop().await;
+        assert_eq!(engine.counters().lies.load(Ordering::Relaxed), 0);
+        assert!(node.read_file() == sample.disk);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_boot_cache_that_nobody_has_any_more_holds_up_nothing_when_other_images_are_here_too() {
     let sample = Sample::new(16 << 20, 53);

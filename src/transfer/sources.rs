@@ -144,12 +144,21 @@ impl Sources {
         self.all().iter().any(|source| partial(&source.state()))
     }
 
-    /// Whether there are sources that can be asked, and none of them has the boot cache that is being fetched: the image
-    /// was recorded again, or elsewhere.
-    pub(super) fn only_other_boots(&self) -> bool {
-        let all = self.all();
-        let mut up = all.iter().filter(|source| source.state().link.is_some()).peekable();
-        up.peek().is_some() && up.all(|source| source.state().other_boot)
+    /// How far the furthest source is with the boot cache that is being fetched, when none is known to have frame `frame`
+    /// of it and a source has another: the image was recorded again, or elsewhere, and those who still have the first may
+    /// wait for each other. None while there is hope, or nobody at all.
+    pub(super) fn stuck_at(&self, frame: u32) -> Option<u32> {
+        let (mut others, mut furthest) = (false, 0);
+        for source in self.all() {
+            let state = source.state();
+            match (&state.link, state.other_boot) {
+                (None, _) => {}
+                (Some(_), true) => others = true,
+                (Some(_), false) if state.have.complete || frame < state.have.frames => return None,
+                (Some(_), false) => furthest = furthest.max(state.have.frames),
+            }
+        }
+        others.then_some(furthest)
     }
 
     /// Adds the source at `address`, and keeps it connected; whether it is one of the sources now.
@@ -447,7 +456,8 @@ impl Sources {
         sources.get(&chosen.or_else(rest)?).cloned()
     }
 
-    /// Whom to ask for blocks of `page`, of which those that have boot frame `frame` have them too.
+    /// Whom to ask for blocks of `page`, of which those that have boot frame `frame` of the boot cache that is being fetched
+    /// have them too.
     pub(super) fn for_page(&self, page: u64, frame: Option<usize>, tried: &[PeerKey]) -> Option<Arc<Source>> {
         let mut choice = self.choice();
         let Choice { chooser, draw, seen, .. } = &mut *choice;
@@ -456,7 +466,7 @@ impl Sources {
             true => Has::Complete,
             false => Has::Answer(
                 in_bitmap.is_some_and(|page| state.pages.contains(page))
-                    || frame.is_some_and(|frame| frame < state.have.frames as usize),
+                    || frame.is_some_and(|frame| !state.other_boot && frame < state.have.frames as usize),
             ),
         };
         let (candidates, sources) = self.candidates(seen, has);

@@ -32,7 +32,8 @@ const RELAY_PATIENCE: Duration = Duration::from_millis(600);
 const RELAY_PATIENCE_MAX: Duration = Duration::from_secs(5);
 /// How long a node that the origin points to may take to be reached, before the origin is asked again.
 const REACH_PATIENCE: Duration = Duration::from_secs(1);
-/// For how long nobody but sources with another boot cache may be there before the stream is given up.
+/// For how long nobody may get further with the boot cache, while there are sources with another one, before the stream is
+/// given up.
 const OTHER_BOOT_PATIENCE: Duration = Duration::from_secs(5);
 /// A stream that has brought nothing for so long has stalled; what guests wait for is then fetched by itself.
 const STALLED_MIN: Duration = Duration::from_millis(400);
@@ -110,7 +111,7 @@ impl StreamState {
         self.over.load(Ordering::Acquire)
     }
 
-    /// Whether the boot cache will not come.
+    /// Whether the boot cache, or the rest of it, will not come.
     pub(super) fn has_given_up(&self) -> bool {
         self.given_up.load(Ordering::Acquire)
     }
@@ -136,40 +137,45 @@ fn micros(time: Duration) -> u64 {
 
 /// Brings the heads of the boot cache, if the image has one and somebody can give them.
 pub(super) async fn prepare(shared: &Arc<Shared>) {
-    let mut others = Patience::new(OTHER_BOOT_PATIENCE);
+    let mut stuck = Patience::new(OTHER_BOOT_PATIENCE);
     while shared.holding.manifest.boot.is_some() && shared.holding.frames().is_none() {
-        if others.is_over(shared.sources.only_other_boots()) {
+        if stuck.is_over(shared.sources.stuck_at(0)) {
             return give_up(shared);
         }
         fetch_heads(shared).await;
     }
 }
 
-/// A time for which something must not last.
+/// For how long something may be stuck at one place.
 struct Patience {
     limit: Duration,
-    since: Option<Instant>,
+    stuck: Option<(u32, Instant)>,
 }
 
 impl Patience {
     const fn new(limit: Duration) -> Self {
-        Self { limit, since: None }
+        Self { limit, stuck: None }
     }
 
-    /// Whether it has lasted too long, given whether it `lasts` now.
-    fn is_over(&mut self, lasts: bool) -> bool {
-        match lasts {
-            true => self.since.get_or_insert_with(Instant::now).elapsed() >= self.limit,
-            false => {
-                self.since = None;
-                false
-            }
-        }
+    /// Whether it has been stuck too long, given where it is stuck now, if it is.
+    fn is_over(&mut self, place: Option<u32>) -> bool {
+        let now = Instant::now();
+        self.stuck = match (place, self.stuck) {
+            (Some(place), Some((before, since))) if place == before => Some((before, since)),
+            (place, _) => place.map(|place| (place, now)),
+        };
+        self.stuck.is_some_and(|(_, since)| now.duration_since(since) >= self.limit)
     }
 }
 
+/// Goes on without the boot cache, or the rest of it; who waits here for frames is told so.
 fn give_up(shared: &Shared) {
-    shared.stream.given_up.store(true, Ordering::Release);
+    if shared.stream.given_up.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    if let Some(frames) = shared.holding.frames() {
+        frames.end();
+    }
     tracing::warn!(
         image = %shared.holding.root().short(),
         "the sources have another boot cache of this image: going on without it; remove and pull the image to have theirs"
@@ -190,7 +196,9 @@ pub(super) async fn run(shared: &Arc<Shared>) {
     let mut ahead = 0;
     loop {
         let window = window(shared);
-        while let Some(index) = missing.next_if(|_| running.is_empty() || ahead < window) {
+        while let Some(index) =
+            missing.next_if(|_| !shared.stream.has_given_up() && (running.is_empty() || ahead < window))
+        {
             ahead += lengths[index];
             let length = lengths[index];
             running.push(async move {
@@ -287,10 +295,13 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
     let mut pointed_by = None;
     // A source that has everything has not this frame: its boot cache is damaged.
     let mut damaged = false;
-    let mut others = Patience::new(OTHER_BOOT_PATIENCE);
+    let mut stuck = Patience::new(OTHER_BOOT_PATIENCE);
     loop {
-        if others.is_over(shared.sources.only_other_boots()) {
+        if shared.stream.has_given_up() {
             return;
+        }
+        if stuck.is_over(shared.sources.stuck_at(number)) {
+            return give_up(shared);
         }
         let wait = tried.is_empty() || pointed_to.is_some();
         let pick = |tried: &[PeerKey], why| {
