@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bootcache::peer::fault::{Fault, Faults};
-use bootcache::transfer::{Engine, Options};
+use bootcache::transfer::{Engine, Kind, Options};
 use nodes::{Node, Sample, SlowLink};
 
 /// How many faults of each of the eight kinds.
@@ -159,6 +159,31 @@ async fn a_source_that_is_late_once_keeps_its_connections() {
     // Longer than a connection may stand still.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(connections(), made, "a link was made anew");
+    engine.stop().await;
+}
+
+/// It was asked again at longer and longer intervals, and nobody else who came: after six times not at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_comes_is_asked_at_once_for_what_another_has_lost() {
+    let sample = Sample::new(8 << 20, 37);
+    let faults = Arc::new(Faults::new(&[Fault::Stall], 1, u64::MAX));
+    let stalls = Node::origin_without_boot(&sample, Some(faults)).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[stalls.address], |options| options.fill = false).await;
+    let (disk, offset) = (engine.disk(), sample.unforeseen_block() * 4096);
+    let reader = tokio::spawn(async move {
+        let mut bytes = [0; 4096];
+        disk.read(offset, &mut bytes).await.map(|()| bytes)
+    });
+    let limit = Instant::now() + Duration::from_secs(30);
+    while engine.counters().requests.get(Kind::Demand) < 2 {
+        assert!(Instant::now() < limit, "what is lost is asked for again");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let good = Node::origin_without_boot(&sample, None).await;
+    engine.add_source(good.address);
+    let read = tokio::time::timeout(Duration::from_secs(3), reader).await;
+    assert!(read.expect("who came is asked").unwrap().unwrap()[..] == *sample.bytes(offset, 4096));
     engine.stop().await;
 }
 

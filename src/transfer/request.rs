@@ -30,12 +30,13 @@ const HEDGE_SHARE: u64 = 20;
 /// How often it is looked again whether a late answer may be hedged.
 const LATE_AGAIN: Duration = Duration::from_millis(50);
 
-/// The least time after which an answer counts as lost; each further one is waited for twice as long, so that a link
-/// that is slow beyond belief still brings the first.
+/// The least time after which an answer counts as lost; each further one is waited for twice as long, up to a limit, so
+/// that a link that is slow beyond belief still brings the first.
 const LOST_MIN: Duration = Duration::from_secs(3);
+const LOST_MAX: Duration = Duration::from_secs(10);
 /// By how much later than late an answer is lost.
 const LOST_FACTOR: u32 = 4;
-/// Requests for one thing under way at most.
+/// Requests for one thing under way at most, but to sources that were not asked for it before.
 const AGAIN_MAX: usize = 6;
 
 /// What came of a request.
@@ -99,6 +100,8 @@ impl Shared {
         let mut late = Instant::now();
         let mut lost_after = LOST_MIN;
         let mut lost = late;
+        // When the answer was lost there was nobody else: who comes then is asked at once.
+        let mut alone = false;
         loop {
             if running.is_empty() {
                 let source = pick(tried, Why::Needed)?;
@@ -106,6 +109,7 @@ impl Shared {
                 late = Instant::now() + late_after;
                 lost_after = LOST_MIN.max(late_after * LOST_FACTOR);
                 lost = Instant::now() + lost_after;
+                alone = false;
                 running.push(start(source, &mut asked, tried));
             }
             tokio::select! {
@@ -143,15 +147,25 @@ impl Shared {
                         running.push(start(source, &mut asked, tried));
                     }
                 }
-                () = tokio::time::sleep_until(lost), if running.len() < AGAIN_MAX => {
-                    lost_after *= 2;
+                () = tokio::time::sleep_until(lost) => {
+                    lost_after = (lost_after * 2).min(LOST_MAX.max(lost_after));
                     lost = Instant::now() + lost_after;
                     for Asked { source: silent, .. } in &asked {
                         self.sources.failed(silent);
                         silent.demote(self.options.demotion);
                     }
+                    let other = pick(tried, Why::Needed);
+                    alone = other.is_none();
                     let again = || asked.first().map(|first| Arc::clone(&first.source));
-                    if let Some(source) = pick(tried, Why::Needed).or_else(again) {
+                    let fits = |source: &Arc<Source>| running.len() < AGAIN_MAX || is_new(source, tried);
+                    if let Some(source) = other.or_else(again).filter(fits) {
+                        Counters::count(&self.counters.failovers);
+                        running.push(start(source, &mut asked, tried));
+                    }
+                }
+                () = self.sources.changed(), if alone => {
+                    if let Some(source) = pick(tried, Why::Needed) {
+                        alone = false;
                         Counters::count(&self.counters.failovers);
                         running.push(start(source, &mut asked, tried));
                     }
@@ -207,6 +221,11 @@ impl Shared {
         );
         source.ban(self.options.ban);
     }
+}
+
+/// Whether `source` is not among those that were `tried`.
+fn is_new(source: &Source, tried: &[PeerKey]) -> bool {
+    source.state().key.is_none_or(|key| !tried.contains(&PeerKey(key)))
 }
 
 /// Takes a request off its source's account when it ends, however it ends.
