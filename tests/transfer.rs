@@ -226,6 +226,31 @@ async fn a_partial_peer_is_enough_for_what_it_has_when_the_origin_dies() {
     }
 }
 
+/// Only whole pages are told of: the second node has nearly nothing of this one but the block.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_that_another_guest_has_read_comes_from_its_node_when_the_origin_is_gone() {
+    let sample = Sample::new(16 << 20, 73);
+    let mut origin = Node::origin(&sample, None).await;
+    let nodes = [Node::empty(None).await, Node::empty(None).await];
+    let first = nodes[0].pull(&[origin.address], |options| options.fill = false).await;
+    first.boot_complete().await;
+    let second = nodes[1].pull(&[origin.address], |options| options.fill = false).await;
+    second.boot_complete().await;
+    let offset = sample.unforeseen_block() * 4096;
+    let mut bytes = [0; 4096];
+    second.disk().read(offset, &mut bytes).await.unwrap();
+    first.add_source(nodes[1].address);
+    let up =
+        |node: &Node| first.progress().sources.iter().any(|from| from.up && from.address == node.address);
+    until(|| up(&nodes[1])).await;
+    origin.stop_serving().await;
+    until(|| !up(&origin)).await;
+    let (disk, mut bytes) = (first.disk(), [0; 4096]);
+    let read = tokio::time::timeout(Duration::from_secs(5), disk.read(offset, &mut bytes)).await;
+    read.expect("the second node is asked").unwrap();
+    assert!(bytes[..] == *sample.bytes(offset, 4096));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sibling_of_an_image_that_is_here_costs_little_more_than_what_is_its_own() {
     let sample = Sample::new(64 << 20, 23);

@@ -19,6 +19,7 @@ use super::counters::Kind;
 use super::engine::Shared;
 use super::receive::{self, Wrong};
 use super::request::Terms;
+use super::sources::RETRY;
 
 /// How often what is waited for is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -97,6 +98,8 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
         let _ = tokio::task::spawn_blocking(move || copier.copy_similar(&extents)).await;
     }
     let mut tried = Vec::new();
+    // Nobody is known to have it. Who has parts of its page may: a guest does not wait before they were asked.
+    let mut guesses = false;
     loop {
         let absent: Vec<Extent> =
             extents.iter().flat_map(|extent| shared.cache.absent(*extent)).take(EXTENTS_MAX).collect();
@@ -118,11 +121,23 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             true => shared.holding.frames().and_then(|frames| frames.heads().position(first.start)),
             false => None,
         };
-        let pick = |tried: &[_], _| shared.sources.for_page(page, frame, tried);
+        let pick = |tried: &[_], _| {
+            let known = shared.sources.for_page(page, frame, tried);
+            known.or_else(|| guesses.then(|| shared.sources.guess(tried)).flatten())
+        };
         let terms = Terms { kind, bytes: blocks * 2048, patience: Duration::ZERO };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
+            if kind == Kind::Demand && !guesses {
+                guesses = true;
+            } else {
+                match guesses && !tried.is_empty() {
+                    // Not anew with every word of a source.
+                    true => tokio::time::sleep(RETRY).await,
+                    false => shared.sources.changed().await,
+                }
+                guesses = false;
+            }
             tried.clear();
-            shared.sources.changed().await;
             continue;
         };
         let work = {
@@ -133,7 +148,10 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(Ok(0)) => {}
-            Ok(Ok(_)) => tried.clear(),
+            Ok(Ok(_)) => {
+                tried.clear();
+                guesses = false;
+            }
             Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
             Ok(Err(error @ Wrong::Local(_))) => {
                 tracing::error!(image = %shared.holding.root().short(), %error, "trying again");

@@ -38,6 +38,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Sources found by asking others, beside those that were named.
 const FOUND_MAX: usize = 256;
+/// Sources that are asked in one turn for what nobody is known to have.
+const GUESSES_MAX: usize = 8;
 /// Attempts to reach a source that was only found.
 const FOUND_ATTEMPTS: u32 = 25;
 
@@ -476,6 +478,20 @@ impl Sources {
         let chosen = chooser.choose(need, &offer, draw).map(|index| offer[index].peer);
         let rest = || self.rather_than_nobody(need, &candidates, tried);
         sources.get(&chosen.or_else(rest)?).cloned()
+    }
+
+    /// One of those that do not have everything and were not `tried`, whatever it has told of: pages that are not all there
+    /// are not told of. None after [`GUESSES_MAX`].
+    pub(super) fn guess(&self, tried: &[PeerKey]) -> Option<Arc<Source>> {
+        let mut choice = self.choice();
+        let Choice { draw, seen, .. } = &mut *choice;
+        let (candidates, sources) = self.candidates(seen, |state| Has::Answer(!state.have.complete));
+        let partial = |c: &&Candidate| c.has == Has::Answer(true) && !tried.contains(&c.peer);
+        let untried: Vec<PeerKey> = candidates.values().filter(partial).map(|c| c.peer).collect();
+        if untried.is_empty() || tried.len() >= GUESSES_MAX {
+            return None;
+        }
+        sources.get(&untried[draw.below(untried.len())]).cloned()
     }
 
     /// One that rests after a failure, when nobody else has what is needed.
