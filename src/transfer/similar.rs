@@ -7,6 +7,7 @@
 //! network the increment alone. For other images the stream begins at once, and goes over to copying when a probe
 //! shows that it pays.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -163,12 +164,9 @@ async fn probe(shared: &Arc<Shared>) -> Vec<u64> {
     }
     let Some(frames) = shared.holding.frames() else { return Vec::new() };
     let lacking = frames.heads().extents().into_iter().flat_map(|extent| shared.cache.absent(extent));
-    let mut pages: Vec<u64> = Vec::new();
-    for page in lacking.flat_map(|extent| extent.start / PAGE_BLOCKS..=(extent.end() - 1) / PAGE_BLOCKS) {
-        if !pages.contains(&page) {
-            pages.push(page);
-        }
-    }
+    let mut seen = HashSet::new();
+    let touched = lacking.flat_map(|extent| extent.start / PAGE_BLOCKS..=(extent.end() - 1) / PAGE_BLOCKS);
+    let pages: Vec<u64> = touched.filter(|page| seen.insert(*page)).collect();
     let step = (pages.len() / PROBE_PAGES).max(1);
     let probe: Vec<u64> = pages.iter().copied().step_by(step).collect();
     fill::fetch_pages(shared, &probe).await;
