@@ -219,12 +219,24 @@ pub struct Written {
     pub frames: usize,
 }
 
+/// The boot set has so many frames and runs that its heads would be too large to be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the recording is too long or too scattered for a boot cache: record a shorter boot")]
+pub struct TooScattered;
+
+impl TooScattered {
+    /// Whether `error` is for this reason.
+    pub fn is(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
 impl Builder<'_> {
     /// Writes the file at `path`, which appears only when it is complete and durable; `path` with `.new` appended is
     /// used on the way. `done` hears of every few blocks that are compressed, from any thread.
     ///
     /// # Errors
-    /// Those of `read`, and of writing.
+    /// Those of `read`, and of writing; one with [`TooScattered`] in it.
     pub fn write(
         &self,
         path: &Path,
@@ -234,12 +246,8 @@ impl Builder<'_> {
         let packed = frames::pack(self.touches, self.level, self.threads, read, done)?;
         let (entries, bodies): (Vec<_>, Vec<_>) = packed.into_iter().unzip();
         let end_ms = u32::try_from(self.end_ns / 1_000_000).unwrap_or(u32::MAX);
-        let heads = Heads::encode(self.root, self.size, end_ms, &entries);
-        if heads.len() > HEADS_LENGTH_MAX {
-            return Err(io::Error::other(
-                "the recording is too scattered for a boot cache: record a shorter boot",
-            ));
-        }
+        let heads = Heads::encode(self.root, self.size, end_ms, &entries)
+            .ok_or_else(|| io::Error::other(TooScattered))?;
         let heads_digest = Digest::of(&heads);
         let header = Header { root: self.root, heads_length: heads.len(), heads_digest };
         let mut new_path = path.as_os_str().to_owned();

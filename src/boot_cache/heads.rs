@@ -27,8 +27,8 @@ use super::{BootCacheError, varint};
 use crate::block::{Extent, blocks_for};
 use crate::digest::{DIGEST_BYTES, Digest};
 
-/// Most bytes of heads as they are stored and sent.
-pub const HEADS_LENGTH_MAX: usize = 16 << 20;
+/// Most bytes of heads as they are stored and sent, in one piece.
+pub const HEADS_LENGTH_MAX: usize = 4 << 20;
 /// Most compressed bytes in a frame.
 pub const FRAME_LENGTH_MAX: usize = 256 << 10;
 /// Most blocks with data in a frame (1 MiB).
@@ -184,8 +184,8 @@ impl Heads {
         late.max().unwrap_or(0)
     }
 
-    /// The bytes that [`Heads::parse`] takes.
-    pub(super) fn encode(root: Digest, size: u64, end_ms: u32, frames: &[FrameEntry]) -> Vec<u8> {
+    /// The bytes that [`Heads::parse`] takes; none when they would be too many.
+    pub(super) fn encode(root: Digest, size: u64, end_ms: u32, frames: &[FrameEntry]) -> Option<Vec<u8>> {
         let mut plain = root.0.to_vec();
         varint::put(&mut plain, size);
         varint::put(&mut plain, u64::from(end_ms));
@@ -203,9 +203,10 @@ impl Heads {
                 previous_end = run.extent.end();
             }
         }
-        let length = u32::try_from(plain.len()).expect("a boot set has fewer than 2^26 runs");
+        let length = u32::try_from(plain.len()).ok().filter(|length| *length as usize <= UNPACKED_MAX)?;
         let packed = zstd::bulk::compress(&plain, 19).expect("memory to memory");
-        [length.to_le_bytes().as_slice(), &packed].concat()
+        let bytes = [length.to_le_bytes().as_slice(), &packed].concat();
+        (bytes.len() <= HEADS_LENGTH_MAX).then_some(bytes)
     }
 
     fn decode(mut plain: &[u8]) -> Option<Self> {

@@ -17,8 +17,8 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent, blocks_for};
-use crate::boot_cache::Builder;
 use crate::boot_cache::merge::Touch;
+use crate::boot_cache::{Builder, TooScattered};
 use crate::digest::Digest;
 use crate::name::ImageName;
 use crate::store::{ImageEntry, Scratch, Store, StoreError};
@@ -130,7 +130,7 @@ pub fn import(
     let scratch = store.scratch("import")?;
     let disk = make_disk(&source, &scratch, watch)?;
     let boot = match source.kind {
-        ImageKind::Container => Some(whole_in_order(&scratch, disk.root, source.size, watch)?),
+        ImageKind::Container => whole_in_order(&scratch, disk.root, source.size, watch)?,
         ImageKind::Vm => None,
     };
     let manifest = Manifest {
@@ -289,8 +289,13 @@ fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digest
 }
 
 /// Makes the boot cache of a container's archive: all of it from the first byte to the last, as a hypervisor reads it,
-/// so that it can be loaded while it arrives.
-fn whole_in_order(scratch: &Scratch, root: Digest, size: u64, watch: &Watch) -> Result<Boot, ImportError> {
+/// so that it can be loaded while it arrives. None when it is too large for one: it is loaded all the same.
+fn whole_in_order(
+    scratch: &Scratch,
+    root: Digest,
+    size: u64,
+    watch: &Watch,
+) -> Result<Option<Boot>, ImportError> {
     let (path, boot) = (scratch.join("disk"), scratch.join("boot"));
     let disk = File::open(&path).map_err(|error| target_error(&path, error))?;
     let touches: Vec<Touch> = (0..blocks_for(size)).map(|block| Touch { block, time_ns: 0 }).collect();
@@ -312,13 +317,17 @@ fn whole_in_order(scratch: &Scratch, root: Digest, size: u64, watch: &Watch) -> 
     if watch.is_cancelled() {
         return Err(ImportError::Cancelled);
     }
+    if written.as_ref().is_err_and(TooScattered::is) {
+        tracing::warn!(size, "the archive is too large for a boot cache: added without one");
+        return Ok(None);
+    }
     let written = written.map_err(|error| target_error(&boot, error))?;
-    Ok(Boot {
+    Ok(Some(Boot {
         heads_digest: written.heads_digest,
         heads_length: written.heads_length,
         file_length: written.file_length,
         until: None,
-    })
+    }))
 }
 
 /// Digests a raw disk and makes holes of its zero blocks. Writing it out begins before the pass, beside it.

@@ -17,8 +17,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::block::{BLOCK_SIZE, Extent};
+use crate::boot_cache::{FRAME_LENGTH_MAX, HEADS_LENGTH_MAX};
 use crate::digest::Digest;
 use crate::name::ImageName;
+use crate::wire::frame::BULK_DATA_MAX;
 
 /// The version of this protocol. A connection closes when the two differ.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -34,6 +36,9 @@ pub const PEERS_MAX: usize = 1000;
 pub const NODE_NAME_MAX: usize = 64;
 /// A watched peer says something at least this often; silence for several of these means that it is gone.
 pub const HEARTBEAT: Duration = Duration::from_millis(500);
+
+const _: () =
+    assert!(HEADS_LENGTH_MAX <= BULK_DATA_MAX && FRAME_LENGTH_MAX <= BULK_DATA_MAX, "each goes in one reply");
 
 /// First message on a connection, both ways.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

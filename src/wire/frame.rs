@@ -19,8 +19,10 @@ pub const MAGIC: [u8; 3] = *b"MFD";
 pub const HEADER_BYTES: usize = 8;
 /// Largest payload of a control message.
 pub const CONTROL_PAYLOAD_MAX: usize = 1 << 20;
-/// Largest payload of a bulk frame: 4 MiB of data and its head.
-pub const BULK_PAYLOAD_MAX: usize = (4 << 20) + (64 << 10);
+/// Largest payload of a bulk frame: its data and its head.
+pub const BULK_PAYLOAD_MAX: usize = BULK_DATA_MAX + BULK_HEAD_MAX;
+/// Most data of a bulk frame.
+pub const BULK_DATA_MAX: usize = 4 << 20;
 /// Largest MessagePack head of a bulk frame.
 pub const BULK_HEAD_MAX: usize = 64 << 10;
 

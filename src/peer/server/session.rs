@@ -15,10 +15,10 @@ use tokio::sync::mpsc;
 use crate::digest::Digest;
 use crate::peer::fault::Fate;
 use crate::peer::holding::Holding;
-use crate::peer::message::{Ask, Hello, PROTOCOL_VERSION, Peer, Reply, Request, Wanted};
+use crate::peer::message::{Answer, Ask, Hello, PROTOCOL_VERSION, Peer, Reply, Request, Wanted};
 use crate::peer::transport::Transport;
 use crate::peer::uplink::Promise;
-use crate::wire::frame::{self, FrameType};
+use crate::wire::frame::{self, FrameError, FrameType};
 use crate::wire::io::{WireError, read_frame, write_message};
 
 use super::{Server, answer};
@@ -190,14 +190,14 @@ async fn write_replies(
             next = fill.recv() => next,
         };
         // The senders live as long as this future.
-        let Some(outgoing) = next else { return Ok(()) };
+        let Some(mut outgoing) = next else { return Ok(()) };
         let pieces = match outgoing.fate {
             Fate::Send => (WRITE_PIECE, Duration::ZERO),
             Fate::Slowly(piece, pause) => (piece, pause),
             Fate::Drop => continue,
             Fate::Close => return Ok(()),
         };
-        let head = frame::encode_bulk(FrameType::PEER_REPLY, &outgoing.reply, outgoing.bulk.len())?;
+        let head = head(&mut outgoing)?;
         count(server, outgoing.class, head.len() + outgoing.bulk.len());
         write_piece(&mut writer, &head).await?;
         for piece in outgoing.bulk.chunks(pieces.0) {
@@ -209,6 +209,20 @@ async fn write_replies(
             }
         }
         writer.flush().await?;
+    }
+}
+
+/// The head of `outgoing`. An answer that is longer than a reply may be is refused: the connection would end with it, and
+/// end again whenever it is asked for.
+fn head(outgoing: &mut Outgoing) -> Result<Vec<u8>, FrameError> {
+    match frame::encode_bulk(FrameType::PEER_REPLY, &outgoing.reply, outgoing.bulk.len()) {
+        Err(FrameError::TooLong { length, .. }) => {
+            tracing::error!(length, "an answer to a peer is longer than a reply may be");
+            outgoing.bulk = Vec::new();
+            outgoing.reply.answer = Answer::Refused("the answer is longer than a reply may be".to_owned());
+            frame::encode_bulk(FrameType::PEER_REPLY, &outgoing.reply, 0)
+        }
+        head => head,
     }
 }
 
@@ -228,4 +242,20 @@ fn count(server: &Server, class: Class, bytes: usize) {
     };
     counter.fetch_add(bytes as u64, Ordering::Relaxed);
     counters.requests.fetch_add(1, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_is_too_long_is_refused() {
+        let reply = Reply { id: 7, answer: Answer::Data };
+        let bulk = vec![0; frame::BULK_PAYLOAD_MAX];
+        let mut outgoing = Outgoing { class: Class::Other, reply, bulk, fate: Fate::Send, _promise: None };
+        let bytes = head(&mut outgoing).unwrap();
+        let (reply, _) = frame::decode_bulk::<Reply>(&bytes[frame::HEADER_BYTES..]).unwrap();
+        assert!(reply.id == 7 && matches!(reply.answer, Answer::Refused(_)));
+        assert!(outgoing.bulk.is_empty());
+    }
 }
