@@ -475,6 +475,21 @@ async fn a_damaged_boot_frame_at_the_only_source_comes_as_blocks() {
     assert!(node.read_file() == sample.disk);
 }
 
+/// It told of the boot cache that it could not give, and whoever pulled the image waited for the heads.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_whose_boot_cache_is_damaged_at_the_only_source_comes_without_it() {
+    let sample = Sample::new(8 << 20, 79);
+    let origin = Node::origin(&sample, None).await;
+    let entry = origin.store().resolve(&sample.name).unwrap();
+    std::fs::write(entry.boot_path(), b"rubbish").unwrap();
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[origin.address], |_| ()).await;
+    let done = tokio::time::timeout(Duration::from_secs(60), engine.done()).await;
+    assert!(done.expect("the image becomes complete"));
+    engine.stop().await;
+    assert!(node.read_file() == sample.disk);
+}
+
 /// The second to boot was pointed to the first, which had nothing either, and asked the origin again without end.
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_boot_frames_at_an_origin_that_points_to_another_node_come_as_blocks() {

@@ -377,10 +377,10 @@ impl Holding {
     /// not fetched from a peer. Reads the tree, and the boot cache as far as that has to be.
     ///
     /// # Errors
-    /// When the tree cannot be used. Without a sound boot cache, the rest is served.
+    /// When the tree cannot be used. Without a sound boot cache, the rest is served, as an image that has none.
     pub fn open_complete(
         dir: &Path,
-        manifest: Manifest,
+        mut manifest: Manifest,
         disk: SharedDisk,
         published: bool,
     ) -> Result<Self, TreeError> {
@@ -410,6 +410,10 @@ impl Holding {
                 None
             }
         });
+        if frames.is_none() {
+            // Who is told of one waits for its heads.
+            manifest.boot = None;
+        }
         let holding = Self::new(manifest, Blocks::Disk(disk), KnownTree::Whole(tree), frames);
         Ok(Self { origin: published, ..holding })
     }
