@@ -32,6 +32,8 @@ pub const EXTENTS_MAX: usize = 256;
 pub const PAGES_MAX: usize = 128;
 /// Most peers that an answer names.
 pub const PEERS_MAX: usize = 1000;
+/// Most bytes of [`Have::pages`]; of an image so large and so scattered that its bitmap is longer, none is told.
+pub const PAGES_LENGTH_MAX: usize = 48 << 10;
 /// Longest name of a node.
 pub const NODE_NAME_MAX: usize = 64;
 /// A watched peer says something at least this often; silence for several of these means that it is gone.
@@ -149,7 +151,7 @@ pub struct Reply {
 pub enum Answer {
     /// To [`Ask::Describe`]; the bulk is the manifest.
     Described {
-        /// What the server has.
+        /// What the server has, but for the pages, which are told who watches.
         have: Have,
         /// Others that have the image or are getting it, at most [`PEERS_MAX`].
         peers: Vec<Peer>,
@@ -280,6 +282,18 @@ mod tests {
             Reply { id: 1, answer: Answer::Have(Have { pages: Some(vec![1, 2]), ..Have::default() }) };
         let bytes = frame::encode_bulk(FrameType::PEER_REPLY, &reply, 0).unwrap();
         assert_eq!(frame::decode_bulk::<Reply>(&bytes[8..]).unwrap(), (reply, &[][..]));
+    }
+
+    #[test]
+    fn the_longest_answers_fit_a_reply() {
+        let address = SocketAddr::from(([0xffff; 8], u16::MAX));
+        let peers = vec![Peer { address, key: u64::MAX }; PEERS_MAX];
+        let have = Have { frames: u32::MAX, pages: Some(vec![0xff; PAGES_LENGTH_MAX]), ..Have::default() };
+        let described = Answer::Described { have: Have { pages: None, ..have.clone() }, peers };
+        for answer in [described, Answer::Have(have)] {
+            let reply = Reply { id: u32::MAX, answer };
+            frame::encode_bulk(FrameType::PEER_REPLY, &reply, BULK_DATA_MAX - 1024).unwrap();
+        }
     }
 
     #[test]

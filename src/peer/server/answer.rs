@@ -12,7 +12,9 @@ use crate::choose::{Ledger, PeerKey, Relay, relay};
 use crate::digest::Digest;
 use crate::peer::fault::{self, Fate};
 use crate::peer::holding::Holding;
-use crate::peer::message::{Answer, Ask, HEARTBEAT, Have, Peer, Reply, Request, Wanted, from_wire, to_wire};
+use crate::peer::message::{
+    Answer, Ask, HEARTBEAT, Have, PAGES_LENGTH_MAX, Peer, Reply, Request, Wanted, from_wire, to_wire,
+};
 
 use super::Server;
 use super::session::{Class, Outgoing, Queues, Session};
@@ -104,7 +106,7 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
             if let Some(peer) = session.peer {
                 holding.met(peer);
             }
-            let have = Have { load: server.load(), pages: Some(holding.pages()), ..holding.have() };
+            let have = Have { load: server.load(), ..holding.have() };
             (Answer::Described { have, peers }, holding.manifest.to_bytes())
         }
         Ask::Heads { .. } => {
@@ -232,7 +234,7 @@ async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wan
             let version = Some(holding.version());
             if told != version {
                 told = version;
-                have.pages = Some(holding.pages());
+                have.pages = Some(holding.pages()).filter(|pages| pages.len() <= PAGES_LENGTH_MAX);
             }
         }
         let before = (have.frames, have.complete);
