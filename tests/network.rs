@@ -5,7 +5,10 @@
 mod support;
 
 use std::process::Command;
+use std::sync::Arc;
 
+use bootcache::agent::{HostNetworks, Networks as _};
+use bootcache::hypervisor::docker::Docker;
 use bootcache::network::{NetworkError, NetworkSpec, Networks};
 use support::net::{Net, Rate};
 
@@ -72,6 +75,24 @@ fn a_network_is_made_once_found_again_and_removed_when_nobody_uses_it() {
     remove(&net, "br-lab").unwrap();
     remove(&net, "br-lab").unwrap();
     assert!(!ip(&net, &["-o", "link"]).contains("br-lab"));
+}
+
+#[test]
+fn a_network_of_vms_goes_though_docker_is_away_and_one_of_containers_waits_for_it() {
+    let Some(net) = host() else { return };
+    let (vms, containers) =
+        (spec("vms", "br-vms"), NetworkSpec { containers: true, ..spec("box", "br-box") });
+    on(&net, async |bridges| {
+        bridges.ensure(&containers).await.unwrap();
+        let docker = Docker::new("/nowhere/docker.sock", "node-a".parse().unwrap());
+        let networks = HostNetworks::new(bridges, Some(Arc::new(docker)));
+        networks.ensure(&vms).await.unwrap();
+        networks.remove(&vms).await.unwrap();
+        let error = networks.remove(&containers).await.unwrap_err();
+        assert!(matches!(error, bootcache::agent::ServiceError::Away(_)), "{error}");
+    });
+    let links = ip(&net, &["-o", "link"]);
+    assert!(!links.contains("br-vms") && links.contains("br-box"), "{links}");
 }
 
 #[test]

@@ -2,14 +2,19 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, Weak};
+use std::time::Duration;
 
 use bootcache_nbd::BoxFuture;
 use tokio::sync::Mutex;
+use tracing::debug;
 
 use super::services::{Bytes, ContainerImages, Networks, ServiceError};
 use crate::hypervisor::docker::{Docker, LoadError};
 use crate::network::{self, NetworkError, NetworkSpec};
 use crate::wire::cluster::Needed;
+
+/// How long a network that no container is on waits for Docker when it is removed.
+const DOCKER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The host's bridges, and Docker's networks on them where there is a Docker.
 #[derive(Debug, Clone)]
@@ -36,13 +41,33 @@ impl Networks for HostNetworks {
         })
     }
 
-    fn remove<'a>(&'a self, bridge: &'a str) -> BoxFuture<'a, Result<(), ServiceError>> {
+    fn remove<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), ServiceError>> {
         Box::pin(async move {
             if let Some(docker) = &self.docker {
-                docker.remove_network(bridge).await?;
+                remove_from(docker, network).await?;
             }
-            self.bridges.remove(bridge).await.map_err(refused)
+            self.bridges.remove(&network.bridge).await.map_err(refused)
         })
+    }
+}
+
+/// Removes Docker's network. VMs alone do not wait for a Docker that may never come: another task's containers may have
+/// been on their bridge, so that it is asked all the same.
+async fn remove_from(docker: &Docker, network: &NetworkSpec) -> Result<(), ServiceError> {
+    let removal = docker.remove_network(&network.bridge);
+    if network.containers {
+        return Ok(removal.await?);
+    }
+    let removed = match tokio::time::timeout(DOCKER_PATIENCE, removal).await {
+        Ok(removed) => removed.map_err(ServiceError::from),
+        Err(_) => Err(ServiceError::Away(format!("Docker does not answer within {DOCKER_PATIENCE:?}"))),
+    };
+    match removed {
+        Err(ServiceError::Away(reason)) => {
+            debug!("network {}: {reason}", network.name);
+            Ok(())
+        }
+        other => other,
     }
 }
 

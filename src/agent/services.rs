@@ -101,8 +101,8 @@ pub trait Networks: Send + Sync + 'static {
     /// Makes the network, or leaves it as it is when it is there already.
     fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), ServiceError>>;
 
-    /// Removes the network on `bridge`, if it was made by [`Networks::ensure`].
-    fn remove<'a>(&'a self, bridge: &'a str) -> BoxFuture<'a, Result<(), ServiceError>>;
+    /// Removes the network on the bridge of `network`, if it was made by [`Networks::ensure`].
+    fn remove<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), ServiceError>>;
 }
 
 /// Where container images are loaded.

@@ -81,7 +81,7 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
                 && part.record.part.networks.iter().any(|other| other.bridge == network.bridge)
         });
         if let (false, Some(networks)) = (others, &shared.services.networks) {
-            errors.extend(networks.remove(&network.bridge).await.err().map(|error| error.to_string()));
+            errors.extend(networks.remove(network).await.err().map(|error| error.to_string()));
         }
     }
     match &errors[..] {
