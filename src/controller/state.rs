@@ -4,9 +4,19 @@ use std::collections::BTreeMap;
 
 use crate::wire::cluster::{InstanceStatus, TaskStatus};
 
-/// The state of an instance that was `old`, now that its node says `said`. `was_up` is whether it was ever up: a guest
-/// reports that to the controller, so that its node may still think that it boots.
-pub(crate) const fn advance(old: InstanceStatus, said: InstanceStatus, was_up: bool) -> InstanceStatus {
+/// What the controller itself knows of how far an instance has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// Its node says when it is up, and has not said so yet.
+    Nothing,
+    /// It is to report to the controller, and has not yet.
+    Awaited,
+    /// It was up: it may have reported that, so that its node still thinks that it boots.
+    WasUp,
+}
+
+/// The state of an instance that was `old`, now that its node says `said`.
+pub(crate) fn advance(old: InstanceStatus, said: InstanceStatus, known: Known) -> InstanceStatus {
     match (old, said) {
         // An answer that was under way when the guest reported may even say that it is still being prepared.
         (
@@ -15,7 +25,9 @@ pub(crate) const fn advance(old: InstanceStatus, said: InstanceStatus, was_up: b
             | InstanceStatus::Running
             | InstanceStatus::Lost,
             InstanceStatus::Preparing | InstanceStatus::Booting,
-        ) if was_up => InstanceStatus::Running,
+        ) if known == Known::WasUp => InstanceStatus::Running,
+        // Its node knows no better: what nobody reported was never up.
+        (_, InstanceStatus::Stopped) if known == Known::Awaited => InstanceStatus::Failed,
         // It has not reported in time, which its node does not watch.
         (InstanceStatus::Failed, InstanceStatus::Booting) => InstanceStatus::Failed,
         _ => said,
@@ -42,15 +54,26 @@ mod tests {
     #[test]
     fn a_guest_that_reported_is_up_though_its_node_waits_for_it() {
         use InstanceStatus::{Booting, Failed, Lost, Preparing, Running, Stopped};
-        assert_eq!(advance(Preparing, Booting, false), Booting);
-        assert_eq!(advance(Running, Booting, true), Running);
-        assert_eq!(advance(Running, Preparing, true), Running);
-        assert_eq!(advance(Lost, Booting, true), Running);
-        assert_eq!(advance(Lost, Booting, false), Booting);
-        assert_eq!(advance(Running, Stopped, true), Stopped);
-        assert_eq!(advance(Booting, Failed, false), Failed);
-        assert_eq!(advance(Failed, Booting, false), Failed);
-        assert_eq!(advance(Failed, Preparing, false), Preparing);
+        use Known::{Awaited, Nothing, WasUp};
+        assert_eq!(advance(Preparing, Booting, Awaited), Booting);
+        assert_eq!(advance(Running, Booting, WasUp), Running);
+        assert_eq!(advance(Running, Preparing, WasUp), Running);
+        assert_eq!(advance(Lost, Booting, WasUp), Running);
+        assert_eq!(advance(Lost, Booting, Awaited), Booting);
+        assert_eq!(advance(Running, Stopped, WasUp), Stopped);
+        assert_eq!(advance(Booting, Failed, Nothing), Failed);
+        assert_eq!(advance(Failed, Booting, Awaited), Failed);
+        assert_eq!(advance(Failed, Preparing, Nothing), Preparing);
+    }
+
+    #[test]
+    fn a_guest_that_ends_before_it_reports_was_never_up() {
+        use InstanceStatus::{Booting, Failed, Lost, Preparing, Stopped};
+        for old in [Preparing, Booting, Lost, Failed] {
+            assert_eq!(advance(old, Stopped, Known::Awaited), Failed);
+            assert_eq!(advance(old, Stopped, Known::Nothing), Stopped);
+            assert_eq!(advance(old, Stopped, Known::WasUp), Stopped);
+        }
     }
 
     #[test]

@@ -176,6 +176,47 @@ async fn guests_report_that_they_are_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_ends_before_it_reports_has_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(1, "report")).await.unwrap();
+    let mut brief = plan(1, "report");
+    brief.groups[0].time_limit = 1;
+    controller.deploy("r2", brief).await.unwrap();
+    controller.deploy("r3", plan(1, "started")).await.unwrap();
+    eventually("one boots, one is too late, one runs", async || {
+        let rows = instances(&controller).await;
+        let status: Vec<_> = rows.iter().map(|row| row.status).collect();
+        status == [InstanceStatus::Booting, InstanceStatus::Failed, InstanceStatus::Running]
+    })
+    .await;
+    for task in 1..=3 {
+        assert!(members[0].hypervisor.end(&format!("lab-{task}-g-1").parse().unwrap()));
+    }
+    eventually("that the last has ended is told", async || {
+        count(&controller, InstanceStatus::Stopped).await == 1
+    })
+    .await;
+    eventually("the first has failed", async || count(&controller, InstanceStatus::Failed).await == 2).await;
+    // Rounds in which the node says of all three that they have ended.
+    let address = nodes(&controller).await[0].address.parse().unwrap();
+    eventually("the node knows it of all", async || {
+        let limit = Duration::from_secs(5);
+        let state = controller.shared.nodes.call(address, &crate::wire::cluster::AskNode {}, limit).await;
+        state.unwrap().instances.iter().all(|instance| instance.status == InstanceStatus::Stopped)
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let rows = instances(&controller).await;
+    let reason = |index: usize| rows[index].reason.as_deref().unwrap_or_default();
+    assert!(reason(0).starts_with("it ended before it reported"), "{}", reason(0));
+    assert!(reason(1).starts_with("it did not report within 1 s"), "{}", reason(1));
+    let status: Vec<_> = tasks(&controller).await.iter().map(|task| task.status).collect();
+    assert_eq!(status, [TaskStatus::Failed, TaskStatus::Failed, TaskStatus::Running]);
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_launch_that_is_refused_fails_alone_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, members) = cluster(dir.path(), &["n1"]).await;

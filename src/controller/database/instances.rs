@@ -4,9 +4,12 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::hosts::kind_of_word;
 use super::{DatabaseError, Page, Result, number, parsed, tasks, unsigned};
-use crate::controller::state::advance;
+use crate::controller::state::{Known, advance};
 use crate::name::HostName;
 use crate::wire::cluster::{InstanceRow, InstanceState, InstanceStatus, shortened};
+
+/// Why an instance has failed that ended before it reported.
+const NEVER_UP: &str = "it ended before it reported that it was up: look at its serial log on its node";
 
 /// The state that is kept as `word`.
 pub(super) fn status_of_word(word: &str) -> Result<InstanceStatus> {
@@ -26,19 +29,28 @@ pub(crate) fn update(
 ) -> Result<Vec<i64>> {
     let mut changed = Vec::new();
     for said in instances {
-        let known: Option<(i64, String, Option<i64>)> = tx
+        let found: Option<(i64, String, Option<i64>, bool)> = tx
             .prepare_cached(
-                "SELECT inst_id, inst_status, up FROM instance WHERE name = ?1 AND host_id = ?2 AND task_id = ?3",
+                "SELECT inst_id, inst_status, up, time_limit IS NOT NULL FROM instance
+                 WHERE name = ?1 AND host_id = ?2 AND task_id = ?3",
             )?
             .query_row(params![said.name.as_str(), host_id, said.task], |row| {
-                Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
             })
             .optional()?;
-        let Some((inst_id, word, up)) = known else { continue };
+        let Some((inst_id, word, up, reports)) = found else { continue };
+        let known = match up {
+            Some(_) => Known::WasUp,
+            None if reports => Known::Awaited,
+            None => Known::Nothing,
+        };
         let old = status_of_word(&word)?;
-        let new = advance(old, said.status, up.is_some());
+        let new = advance(old, said.status, known);
         let up = up.or_else(|| (new == InstanceStatus::Running).then(|| number(now)));
-        let reason = said.reason.clone().map(shortened);
+        // One that had failed before it ended keeps the reason of that.
+        let never_up = (new, said.status) == (InstanceStatus::Failed, InstanceStatus::Stopped)
+            && old != InstanceStatus::Failed;
+        let reason = said.reason.clone().map(shortened).or_else(|| never_up.then(|| NEVER_UP.to_owned()));
         tx.prepare_cached(
             "UPDATE instance SET inst_status = ?2, up = ?4, cpu = ?5, memory = ?6, received = ?7, sent = ?8,
                  reason = CASE WHEN ?2 = 'failed' THEN coalesce(?3, reason) ELSE ?3 END,
