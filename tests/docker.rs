@@ -282,6 +282,50 @@ async fn an_image_loads_from_what_docker_saved_and_the_host_s_own_names_stay() {
     assert!(!engine.has_image(&Docker::reference(&"broken".parse().unwrap(), root)).await.unwrap());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn archives_with_the_same_name_in_them_that_load_at_once_stay_what_they_are() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up(folder.path(), &net, 0);
+    let address = host.docker();
+    let engine = Docker::new(&address, "node-a".parse().unwrap());
+    let root_fs = folder.path().join("box.tar");
+    container::root_fs(&root_fs, 1 << 20);
+    let saved = ["one", "two"].map(|name| {
+        let archive = folder.path().join(format!("{name}.tar"));
+        let label = format!("LABEL what={name}");
+        docker(&address, &["import", "-c", &label, root_fs.to_str().unwrap(), "app:latest"]);
+        docker(&address, &["save", "-o", archive.to_str().unwrap(), "app:latest"]);
+        docker(&address, &["rmi", "app:latest"]);
+        archive
+    });
+    for round in 0..8 {
+        let loaded = tokio::join!(load(&engine, "one", &saved[0]), load(&engine, "two", &saved[1]));
+        let labels = [loaded.0, loaded.1].map(|image| {
+            let label = docker(&address, &["inspect", "-f", "{{.Config.Labels.what}}", &image]);
+            docker(&address, &["rmi", &image]);
+            label
+        });
+        assert_eq!(labels, ["one", "two"], "round {round}");
+        assert_eq!(docker(&address, &["images", "-q"]), "", "round {round}");
+    }
+
+    // Given up early, while the engine unpacks, and late: the name in the archive is nowhere left.
+    let bytes = std::fs::read(&saved[0]).unwrap();
+    let (name, root) = ("one".parse().unwrap(), Digest::of(&bytes));
+    for patience_ms in [5, 50, 150, 300] {
+        let (patience, body) = (Duration::from_millis(patience_ms), std::io::Cursor::new(bytes.clone()));
+        let given_up = tokio::time::timeout(patience, engine.load(&name, root, body)).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let names = docker(&address, &["images", "--format", "{{.Repository}}"]);
+        assert!(!names.contains("app"), "{names}: {given_up:?} after {patience_ms} ms");
+        engine.remove_image(&Docker::reference(&name, root)).await.unwrap();
+    }
+}
+
 /// Writes the root file system `archive` as an image in an OCI layout; with `manifest`, in the way of `docker save` too.
 fn oci_layout(folder: &Path, archive: &Path, manifest: bool) -> PathBuf {
     let layout = folder.join(format!("layout-{manifest}"));

@@ -2,9 +2,10 @@
 //!
 //! A container has the instance's name and the label `bootcache.node=NODE`: one without the label is somebody else's
 //! and is never touched. Its first card is made with it, the others before it starts. Images come by `images`
-//! ([`Docker::load`]) and never from a registry; networks of the engine on the node's bridges by `networks`.
+//! and `saved` ([`Docker::load`]) and never from a registry; networks of the engine on the node's bridges by `networks`.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bollard::ClientVersion;
@@ -27,6 +28,7 @@ use crate::name::HostName;
 
 mod images;
 mod networks;
+mod saved;
 
 pub use images::LoadError;
 
@@ -39,19 +41,22 @@ const LABEL: &str = "bootcache.node";
 /// The first version of the API in which each card has an address of its own; before, the container has one.
 const MAC_OF_CARD: ClientVersion = ClientVersion { major_version: 1, minor_version: 44 };
 
-/// A Docker engine, and the containers, images and networks in it that belong to one node.
-#[derive(Debug)]
+/// A Docker engine, and the containers, images and networks in it that belong to one node. Clones are the same one.
+#[derive(Debug, Clone)]
 pub struct Docker {
     address: String,
     node: HostName,
     client: OnceCell<bollard::Docker>,
-    cpu: CpuUse,
+    cpu: Arc<CpuUse>,
+    /// Held while an archive's own names are in the engine: see `saved`.
+    naming: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Docker {
     /// The engine at `address`, such as [`DEFAULT_SOCKET`], for the node of that name. Nothing is connected yet.
     pub fn new(address: impl Into<String>, node: HostName) -> Self {
-        Self { address: address.into(), node, client: OnceCell::new(), cpu: CpuUse::default() }
+        let (cpu, naming) = (Arc::default(), Arc::default());
+        Self { address: address.into(), node, client: OnceCell::new(), cpu, naming }
     }
 
     /// A client of the API; survives restarts of the engine, since each call is a connection of its own.

@@ -3,19 +3,17 @@
 //! An archive is what `docker save` or an OCI tool wrote, or a root file system; `crate::image::archive` tells which by
 //! its first entry. Names inside an archive are not taken over: a `busybox:latest` that the host has stays what it is.
 
-use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bollard::query_parameters::{
-    CreateImageOptions, ImportImageOptions, ListImagesOptions, RemoveImageOptions, TagImageOptions,
-};
+use bollard::query_parameters::{CreateImageOptions, RemoveImageOptions};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
+use super::saved::Saved;
 use super::{Docker, status};
 use crate::digest::Digest;
 use crate::hypervisor::HypervisorError;
@@ -88,20 +86,16 @@ impl Docker {
 
         // The client's own deadline is one for the whole request, however slowly the image comes: here it is on progress.
         let client = self.client().await?.clone().with_timeout(Duration::from_secs(7 * 24 * 3600));
-        let moved = Arc::new(AtomicU64::new(0));
-        let body = pieces(std::io::Cursor::new(head).chain(bytes), Arc::clone(&moved));
-        let work = async {
-            match kind {
-                ArchiveKind::RootFs => self.import(&client, &reference, body).await,
-                ArchiveKind::Saved => self.load_saved(&client, name, &reference, body).await,
+        let source = Arc::<Source>::default();
+        let body = pieces(std::io::Cursor::new(head).chain(bytes), Arc::clone(&source));
+        match kind {
+            ArchiveKind::RootFs => source.moving(name, self.import(&client, &reference, body)).await?,
+            ArchiveKind::Saved => {
+                let (name, reference) = (name.clone(), reference.clone());
+                Saved { name, reference, body, source }.load(self, &client).await?;
             }
-        };
-        tokio::select! {
-            result = work => result.map(|()| reference),
-            () = stalled(&moved) => Err(HypervisorError::TimedOut(format!(
-                "image {name}: nothing of it came or was unpacked for {STALL:?}"
-            )).into()),
         }
+        Ok(reference)
     }
 
     /// A root file system.
@@ -122,92 +116,61 @@ impl Docker {
         let told: Result<Vec<_>, _> = told.try_collect().await;
         told.map(drop).map_err(|error| self.failed(&format!("import {reference}"), error).into())
     }
-
-    /// What `docker save` or an OCI tool wrote.
-    async fn load_saved(
-        &self,
-        client: &bollard::Docker,
-        name: &ImageName,
-        reference: &str,
-        body: impl Stream<Item = std::io::Result<bytes::Bytes>> + Send + 'static,
-    ) -> Result<(), LoadError> {
-        let before = self.tags().await?;
-        let told = client.import_image_stream(ImportImageOptions::default(), body, None);
-        let told: Vec<_> =
-            told.try_collect().await.map_err(|error| self.failed(&format!("load {reference}"), error))?;
-        let lines = told.iter().filter_map(|line| line.stream.as_deref());
-        let loaded: Vec<String> = lines.flat_map(str::lines).filter_map(loaded_image).collect();
-        let result = match loaded.as_slice() {
-            [] => {
-                Err(LoadError::Archive { name: name.clone(), reason: "there is no image in it".to_owned() })
-            }
-            // One image may have several names.
-            [first, ..] => self.tag(first, reference).await.map_err(LoadError::from),
-        };
-        for other in loaded.iter().filter(|other| !other.starts_with("sha256:")) {
-            match before.get(other) {
-                Some(id) => self.tag(id, other).await?,
-                None => self.remove_image(other).await?,
-            }
-        }
-        result
-    }
-
-    /// The images that the engine's names mean.
-    async fn tags(&self) -> Result<HashMap<String, String>, HypervisorError> {
-        let images = self.client().await?.list_images(None::<ListImagesOptions>).await;
-        let images = images.map_err(|error| self.failed("list images", error))?;
-        let tags = images.into_iter().flat_map(|image| {
-            let id = image.id;
-            image.repo_tags.into_iter().map(move |tag| (tag, id.clone()))
-        });
-        Ok(tags.collect())
-    }
-
-    async fn tag(&self, image: &str, reference: &str) -> Result<(), HypervisorError> {
-        let (repo, tag) = split(reference);
-        let options = TagImageOptions { repo: Some(repo), tag: Some(tag) };
-        let tagged = self.client().await?.tag_image(image, Some(options)).await;
-        tagged.map_err(|error| self.failed(&format!("name {image} {reference}"), error))
-    }
-}
-
-/// The image in a line such as `Loaded image: busybox:latest` or `Loaded image ID: sha256:…`.
-fn loaded_image(line: &str) -> Option<String> {
-    let (_, image) = line.strip_prefix("Loaded image")?.split_once(": ")?;
-    Some(image.trim().to_owned())
 }
 
 /// A reference's repository and tag.
-fn split(reference: &str) -> (String, String) {
+pub(super) fn split(reference: &str) -> (String, String) {
     let (repo, tag) = reference.rsplit_once(':').unwrap_or((reference, "latest"));
     (repo.to_owned(), tag.to_owned())
 }
 
-/// Resolves when `moved` has not changed for [`STALL`].
-async fn stalled(moved: &AtomicU64) {
-    let mut before = moved.load(Ordering::Relaxed);
-    loop {
-        tokio::time::sleep(STALL).await;
-        let now = moved.load(Ordering::Relaxed);
-        if now == before {
-            return;
+/// Where an archive's bytes come from, as the engine is given them.
+#[derive(Debug, Default)]
+pub(super) struct Source {
+    /// Bytes that came.
+    moved: AtomicU64,
+}
+
+impl Source {
+    /// Does `work` while bytes come, and for [`STALL`] after the last.
+    pub(super) async fn moving<T>(
+        &self,
+        name: &ImageName,
+        work: impl Future<Output = Result<T, LoadError>>,
+    ) -> Result<T, LoadError> {
+        tokio::select! {
+            result = work => result,
+            () = self.stalled() => Err(HypervisorError::TimedOut(format!(
+                "image {name}: nothing of it came or was unpacked for {STALL:?}"
+            )).into()),
         }
-        before = now;
+    }
+
+    /// Resolves when nothing has come for [`STALL`].
+    async fn stalled(&self) {
+        let mut before = self.moved.load(Ordering::Relaxed);
+        loop {
+            tokio::time::sleep(STALL).await;
+            let now = self.moved.load(Ordering::Relaxed);
+            if now == before {
+                return;
+            }
+            before = now;
+        }
     }
 }
 
 /// What `bytes` gives, in pieces, counted.
 fn pieces(
     bytes: impl AsyncRead + Send + Unpin + 'static,
-    moved: Arc<AtomicU64>,
+    source: Arc<Source>,
 ) -> impl Stream<Item = std::io::Result<bytes::Bytes>> + Send + 'static {
-    Pieces { bytes, moved, buffer: vec![0; PIECE] }.fuse()
+    Pieces { bytes, source, buffer: vec![0; PIECE] }.fuse()
 }
 
 struct Pieces<R> {
     bytes: R,
-    moved: Arc<AtomicU64>,
+    source: Arc<Source>,
     buffer: Vec<u8>,
 }
 
@@ -223,7 +186,7 @@ impl<R: AsyncRead + Unpin> Stream for Pieces<R> {
             Poll::Ready(Ok(())) if buffer.filled().is_empty() => Poll::Ready(None),
             Poll::Ready(Ok(())) => {
                 let piece = bytes::Bytes::copy_from_slice(buffer.filled());
-                this.moved.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                this.source.moved.fetch_add(piece.len() as u64, Ordering::Relaxed);
                 Poll::Ready(Some(Ok(piece)))
             }
         }
@@ -241,12 +204,5 @@ mod tests {
         let tag = &root.to_string()[..12];
         assert_eq!(reference("busy"), format!("bootcache/busy:{tag}"));
         assert_eq!(reference("a-.b__c-"), format!("bootcache/a-b-c:{tag}"));
-    }
-
-    #[test]
-    fn the_name_of_what_was_loaded_is_found_in_what_the_engine_says() {
-        assert_eq!(loaded_image("Loaded image: a/b:1").as_deref(), Some("a/b:1"));
-        assert_eq!(loaded_image("Loaded image ID: sha256:00").as_deref(), Some("sha256:00"));
-        assert_eq!(loaded_image("something else: x"), None);
     }
 }
