@@ -30,6 +30,7 @@ mod data_plane;
 mod facts;
 mod health;
 mod host;
+mod image_bytes;
 mod instance;
 mod journal;
 mod output;

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bootcache::agent::{Agent, MemoryDataPlane, Options, Services};
+use bootcache::agent::{self, Agent, ContainerImages, DockerImages, MemoryDataPlane, Options, Services};
 use bootcache::digest::Digest;
 use bootcache::hypervisor::docker::Docker;
 use bootcache::hypervisor::{Hypervisor, HypervisorError, InstanceType, Launch, Nic, Root, Running};
@@ -22,6 +22,7 @@ use bootcache::peer::transport::Security;
 use bootcache::tls::Role;
 use bootcache::wire::cluster::{AskNode, InstanceOrder, InstanceStatus, Needed, Part, RunPart, UpWhen};
 use bootcache::wire::link::Link;
+use bootcache_nbd::BoxFuture;
 use serde_json::{Value, json};
 use support::container;
 use support::host::Host;
@@ -280,6 +281,37 @@ async fn an_image_loads_from_what_docker_saved_and_the_host_s_own_names_stay() {
     let root = Digest::of(b"broken");
     engine.load(&"broken".parse().unwrap(), root, broken).await.unwrap_err();
     assert!(!engine.has_image(&Docker::reference(&"broken".parse().unwrap(), root)).await.unwrap());
+
+    // And neither does one whose bytes stop coming, of either kind: it is tried again.
+    let images = DockerImages::new(Arc::new(engine.clone()));
+    let root_fs = std::fs::read(&root_fs).unwrap();
+    for (bytes, root) in [(bytes, Digest::of(b"saved")), (root_fs, Digest::of(b"root fs"))] {
+        for length in [100, bytes.len() / 2] {
+            let (name, sources) = ("cut".parse().unwrap(), Vec::new());
+            let needed = Needed { name, root, boot: None, size: bytes.len() as u64, sources };
+            let part = std::io::Cursor::new(bytes[..length].to_vec());
+            let part = tokio::io::AsyncReadExt::chain(part, Broken);
+            let source: BoxFuture<'_, _> = Box::pin(async { Ok(Box::new(part) as agent::Bytes) });
+            let error = images.ensure(&needed, Box::new(|| source)).await.unwrap_err();
+            let expected =
+                agent::ServiceError::Away("image cut came in part: the other side has gone".into());
+            assert_eq!(error, expected, "after {length} bytes");
+            assert!(!engine.has_image(&Docker::reference(&needed.name, root)).await.unwrap());
+        }
+    }
+}
+
+/// What a stream comes to whose other side has gone.
+struct Broken;
+
+impl tokio::io::AsyncRead for Broken {
+    fn poll_read(
+        self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+        _: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::task::Poll::Ready(Err(std::io::Error::other("the other side has gone")))
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bootcache_nbd::BoxFuture;
 use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
 use tokio::sync::OnceCell;
 
+use super::image_bytes::ImageBytes;
 use super::services::{Bytes, DataPlane, OpenDisk, ServiceError};
 use crate::control::{Client, ControlError, ImageStatus, Owner, Reply, Request};
 use crate::hypervisor::domain::DomainDisk;
@@ -19,9 +21,8 @@ use crate::transfer::Pin;
 use crate::vm::serial_path;
 use crate::wire::cluster::{ImageHere, Needed};
 
-/// Bytes of an image that are asked for at once, and how many such requests are under way.
-const READ_BYTES: u32 = 256 << 10;
-const READS_AHEAD: usize = 8;
+/// How long a read of an image waits for a daemon that is started again.
+const RECONNECT: Duration = Duration::from_secs(30);
 
 /// The data plane of a store.
 #[derive(Debug, Clone)]
@@ -155,41 +156,13 @@ impl DataPlane for Serve {
     fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, ServiceError>> {
         Box::pin(async move {
             let address = Address::Unix(self.store.dir().join(NBD_SOCKET));
-            let client = NbdClient::connect(address, image.name.as_str(), Policy::default()).await.map_err(
-                |error| ServiceError::Away(format!("image {} cannot be read: {error}", image.name)),
-            )?;
-            Ok(Box::new(stream(Arc::new(client), image.size)) as Bytes)
+            let policy = Policy { reconnect: RECONNECT, ..Policy::default() };
+            let client = NbdClient::connect(address, image.name.as_str(), policy).await.map_err(|error| {
+                ServiceError::Away(format!("image {} cannot be read: {error}", image.name))
+            })?;
+            Ok(Box::new(ImageBytes::new(client, image.size)) as Bytes)
         })
     }
-}
-
-/// The first `size` bytes of an export in order, some requests ahead of whoever reads them.
-fn stream(client: Arc<NbdClient>, size: u64) -> tokio::io::DuplexStream {
-    use futures_util::StreamExt;
-    use tokio::io::AsyncWriteExt;
-    let (reader, mut writer) = tokio::io::duplex(READ_BYTES as usize);
-    tokio::spawn(async move {
-        let starts = (0..size).step_by(READ_BYTES as usize);
-        let client = &client;
-        let mut pieces = futures_util::stream::iter(starts)
-            .map(|start| async move {
-                let length =
-                    u32::try_from((size - start).min(u64::from(READ_BYTES))).expect("at most READ_BYTES");
-                client.read(start, length).await
-            })
-            .buffered(READS_AHEAD);
-        while let Some(piece) = pieces.next().await {
-            let sent = match piece {
-                Ok(bytes) => writer.write_all(&bytes).await,
-                Err(error) => Err(std::io::Error::other(error.to_string())),
-            };
-            // Cut short, which whoever reads takes for a damaged archive; or nobody reads any more.
-            if sent.is_err() {
-                return;
-            }
-        }
-    });
-    reader
 }
 
 fn here(image: ImageStatus) -> ImageHere {

@@ -120,6 +120,7 @@ impl ContainerImages for DockerImages {
                 let bytes = bytes().await?;
                 self.docker.load(&image.name, image.root, bytes).await.map_err(|error| match error {
                     LoadError::Engine(error) => error.into(),
+                    cut @ LoadError::Cut { .. } => ServiceError::Away(cut.to_string()),
                     archive @ LoadError::Archive { .. } => ServiceError::Refused(archive.to_string()),
                 })?;
             }

@@ -92,7 +92,7 @@ pub trait DataPlane: Send + Sync + 'static {
     /// Closes and removes the disk of a VM. What is not there is no error.
     fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>>;
 
-    /// The bytes of an image that is here or on its way, from the first to the last.
+    /// The bytes of an image that is here or on its way, from the first to the last: what cuts them short is an error.
     fn read<'a>(&'a self, image: &'a Needed) -> BoxFuture<'a, Result<Bytes, ServiceError>>;
 }
 

@@ -4,8 +4,8 @@
 //! its first entry. Names inside an archive are not taken over: a `busybox:latest` that the host has stays what it is.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -34,6 +34,14 @@ pub enum LoadError {
         /// The image.
         name: ImageName,
         /// What is wrong with its bytes.
+        reason: String,
+    },
+    /// Its bytes stopped coming; trying again may help.
+    #[error("image {name} came in part: {reason}")]
+    Cut {
+        /// The image.
+        name: ImageName,
+        /// Why no more came.
         reason: String,
     },
     /// The engine did not do it.
@@ -80,22 +88,27 @@ impl Docker {
         }
         let archive = |reason: String| LoadError::Archive { name: name.clone(), reason };
         let mut head = Vec::new();
+        let cut = |reason: String| LoadError::Cut { name: name.clone(), reason };
         let read = (&mut bytes).take(HEAD_BYTES as u64).read_to_end(&mut head).await;
-        read.map_err(|error| archive(format!("cannot be read: {error}")))?;
+        read.map_err(|error| cut(error.to_string()))?;
         let kind = ArchiveKind::of_head(&head).map_err(|error| archive(error.to_string()))?;
 
         // The client's own deadline is one for the whole request, however slowly the image comes: here it is on progress.
         let client = self.client().await?.clone().with_timeout(Duration::from_secs(7 * 24 * 3600));
         let source = Arc::<Source>::default();
         let body = pieces(std::io::Cursor::new(head).chain(bytes), Arc::clone(&source));
-        match kind {
-            ArchiveKind::RootFs => source.moving(name, self.import(&client, &reference, body)).await?,
+        let loaded = match kind {
+            ArchiveKind::RootFs => source.moving(name, self.import(&client, &reference, body)).await,
             ArchiveKind::Saved => {
-                let (name, reference) = (name.clone(), reference.clone());
-                Saved { name, reference, body, source }.load(self, &client).await?;
+                let (name, reference, source) = (name.clone(), reference.clone(), Arc::clone(&source));
+                Saved { name, reference, body, source }.load(self, &client).await
             }
+        };
+        match (loaded, source.cut.get()) {
+            // The engine says as much of an archive that breaks off as of one that is damaged.
+            (Err(_), Some(reason)) => Err(cut(reason.clone())),
+            (loaded, _) => loaded.map(|()| reference),
         }
-        Ok(reference)
     }
 
     /// A root file system.
@@ -129,6 +142,8 @@ pub(super) fn split(reference: &str) -> (String, String) {
 pub(super) struct Source {
     /// Bytes that came.
     moved: AtomicU64,
+    /// Why no more came, when there should have been more.
+    cut: OnceLock<String>,
 }
 
 impl Source {
@@ -182,7 +197,11 @@ impl<R: AsyncRead + Unpin> Stream for Pieces<R> {
         let mut buffer = ReadBuf::new(&mut this.buffer);
         match Pin::new(&mut this.bytes).poll_read(context, &mut buffer) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(Err(error)) => Poll::Ready(Some(Err(error))),
+            // The engine must not take it for the end: the request breaks off.
+            Poll::Ready(Err(error)) => {
+                this.source.cut.get_or_init(|| error.to_string());
+                Poll::Ready(Some(Err(error)))
+            }
             Poll::Ready(Ok(())) if buffer.filled().is_empty() => Poll::Ready(None),
             Poll::Ready(Ok(())) => {
                 let piece = bytes::Bytes::copy_from_slice(buffer.filled());
