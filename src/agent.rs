@@ -33,6 +33,7 @@ mod host;
 mod image_bytes;
 mod instance;
 mod journal;
+mod name_lock;
 mod output;
 mod parts;
 mod registrar;
@@ -42,6 +43,7 @@ mod services;
 pub use data_plane::Serve;
 pub use host::{DockerImages, HostNetworks};
 pub use journal::JournalError;
+pub use name_lock::NameLock;
 pub use services::{Bytes, ContainerImages, DataPlane, MemoryDataPlane, Networks, OpenDisk, ServiceError};
 
 /// How an agent is to run.
@@ -103,6 +105,11 @@ pub enum AgentError {
     /// Another agent has the folder.
     #[error("another agent runs on {0}: end it, or give this one a store of its own")]
     Locked(PathBuf),
+    /// Another agent has the node's name.
+    #[error(
+        "another agent of node '{0}' runs on this host: end it, or give this one a name of its own with --name"
+    )]
+    NameTaken(HostName),
     /// The folder or one of its files cannot be used.
     #[error("{}: {source}", path.display())]
     Io {
@@ -157,7 +164,8 @@ struct Shared {
 }
 
 impl Agent {
-    /// Takes the folder, goes on with what was ordered before, and listens for orders.
+    /// Takes the folder, goes on with what was ordered before, and listens for orders. What its hypervisors have of this
+    /// node's name and no task knows is ended: whoever shares them with other programs holds a [`NameLock`].
     ///
     /// # Errors
     /// [`AgentError`]; nothing is left running then.

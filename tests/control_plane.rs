@@ -595,6 +595,22 @@ fn mistakes_are_one_clear_line() {
 }
 
 #[test]
+fn a_second_agent_of_a_name_does_not_start_on_a_host() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let name = format!("second-{}", std::process::id());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    let name_of = name.parse().expect("a name");
+    let held = runtime.block_on(bootcache::agent::NameLock::take(&name_of)).expect("it is new");
+    let mut second = bootcache(dir.path());
+    // An address that no host has: without the other it does not start either.
+    second.args(["agent", "--name", &name, "--plain", "--listen", "192.0.2.1:1"]);
+    let line = refused(second.args(["--no-vms", "--docker", "/nowhere/docker.sock"]));
+    assert!(line.contains("another agent of node 'second-") && line.lines().count() == 1, "{line}");
+    assert!(!dir.path().join(bootcache::serve::CONTROL_SOCKET).exists(), "it has started a daemon");
+    drop(held);
+}
+
+#[test]
 fn a_database_that_another_program_holds_is_one_clear_line() {
     let dir = tempfile::tempdir().expect("a folder");
     let (controller, _) = controller(dir.path(), &[]);

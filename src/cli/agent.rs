@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bootcache::agent::{Agent, DockerImages, HostNetworks, Options, Serve, Services};
+use bootcache::agent::{Agent, DockerImages, HostNetworks, NameLock, Options, Serve, Services};
 use bootcache::controller::SOCKET;
 use bootcache::controller::client::Target;
 use bootcache::hypervisor::Hypervisor;
@@ -67,6 +67,10 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         let name = match args.name {
             Some(name) => name,
             None => host_name()?,
+        };
+        let _alone = match (args.no_vms, args.no_containers) {
+            (true, true) => None,
+            _ => Some(NameLock::take(&name).await?),
         };
         let security = args.security.load(&dir)?;
         let mut ending = super::signals::Ending::listen()?;
