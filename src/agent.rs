@@ -238,3 +238,6 @@ fn lock(dir: &Path) -> Result<std::fs::File, AgentError> {
         Err(error) => Err(at(error.into())),
     }
 }
+
+#[cfg(test)]
+mod tests;

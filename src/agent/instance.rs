@@ -65,12 +65,14 @@ pub(super) async fn run(job: Job, step: Step) {
 }
 
 impl Job {
-    /// Writes down that the instance has come to `step`, and has the controller told.
-    async fn come_to(&self, step: Step) -> Result<(), String> {
-        let result = parts::set_step(&self.shared, self.task, &self.order.name, step).await;
+    /// Writes down that the instance has come to `step`, and has the controller told. What runs goes on when that cannot
+    /// be written: the next step writes all of it, and after a kill the one before is taken again.
+    async fn come_to(&self, step: Step) {
+        if let Err(error) = parts::set_step(&self.shared, self.task, &self.order.name, step).await {
+            warn!("{}: {error}", self.order.name);
+        }
         // Whoever listened may have ended: the agent is ending then.
         let _ = self.shared.changes.send(self.order.name.clone());
-        result.map_err(|error| error.to_string())
     }
 
     /// Runs `work` to its end, even when the instance is given up meanwhile.
@@ -87,9 +89,7 @@ impl Job {
         if let Err(error) = parts::remove(&self.shared, &self.order.name, self.order.kind).await {
             warn!("what is left of it stays until its task ends: {error}");
         }
-        if let Err(error) = self.come_to(Step::Failed(reason)).await {
-            warn!("{}: {error}", self.order.name);
-        }
+        self.come_to(Step::Failed(reason)).await;
     }
 
     fn hypervisor(&self) -> Result<&Arc<dyn Hypervisor>, String> {
@@ -113,7 +113,8 @@ impl Job {
             tokio::time::sleep(START_PAUSE).await;
         }
         self.shared.parts.set_live(self.task, &self.order.name, None, None);
-        self.come_to(Step::Launched).await
+        self.come_to(Step::Launched).await;
+        Ok(())
     }
 
     /// Makes ready what the instance needs, and launches it.
@@ -198,7 +199,8 @@ impl Job {
         }
         let up_ms = u64::try_from(ordered.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.shared.parts.set_up(self.task, &self.order.name, up_ms);
-        self.come_to(Step::Up).await
+        self.come_to(Step::Up).await;
+        Ok(())
     }
 
     /// Waits until the instance has written what matches `pattern`.
@@ -223,9 +225,7 @@ impl Job {
     async fn watch(&self) {
         self.ended().await;
         info!("{}: has ended", self.order.name);
-        if let Err(error) = self.come_to(Step::Stopped).await {
-            warn!("{}: {error}", self.order.name);
-        }
+        self.come_to(Step::Stopped).await;
     }
 
     /// Returns when the instance has ended; notes what its hypervisor says of it until then.

@@ -1,0 +1,119 @@
+//! An agent that is given its orders by hand, with instances in memory.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::*;
+use crate::digest::Digest;
+use crate::hypervisor::InstanceType;
+use crate::hypervisor::memory::MemoryHypervisor;
+use crate::image::manifest::ImageKind;
+use crate::name::ImageName;
+use crate::tls::Role;
+use crate::wire::cluster::{
+    AskNode, Body, InstanceOrder, InstanceStatus, Needed, NodeState, Part, RunPart, UpWhen,
+};
+use crate::wire::link::Link;
+
+fn image() -> ImageName {
+    "debian".parse().unwrap()
+}
+
+/// One instance of the task, which has its name.
+fn part(task: i64) -> Part {
+    let root = Digest::of(b"debian");
+    let needed = Needed { name: image(), root, boot: None, size: 1 << 30, sources: Vec::new() };
+    let order = InstanceOrder {
+        name: format!("vm-{task}").parse().unwrap(),
+        kind: InstanceType::Vm,
+        image: image(),
+        cpus: 1,
+        memory_mib: 16,
+        disk_bytes: None,
+        nics: Vec::new(),
+        env: BTreeMap::new(),
+        command: Vec::new(),
+        privileged: false,
+        template: None,
+        common: None,
+        up_when: UpWhen::Started,
+        time_limit_s: 60,
+    };
+    Part {
+        networks: Vec::new(),
+        images: vec![needed],
+        common: Vec::new(),
+        instances: vec![order],
+        report: None,
+    }
+}
+
+/// An agent, and its controller's end of a connection.
+struct Ordered {
+    agent: Agent,
+    link: Link,
+    dir: tempfile::TempDir,
+}
+
+impl Ordered {
+    async fn start(hypervisor: Arc<MemoryHypervisor>, networks: Option<Arc<dyn Networks>>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let services = Services {
+            data_plane: Arc::new(MemoryDataPlane::with_image(image(), ImageKind::Vm, 1 << 30)),
+            hypervisors: vec![hypervisor],
+            networks,
+            container_images: None,
+        };
+        let agent = Agent::start(Options::new("n1".parse().unwrap(), dir.path()), services).await.unwrap();
+        let stream = Security::default().connect_to(agent.address(), Role::Node).await.unwrap();
+        Self { agent, link: Link::new(stream), dir }
+    }
+
+    async fn call<B: Body>(&mut self, body: B) -> B::Answer {
+        self.link.call(&body, Duration::from_secs(10)).await.unwrap()
+    }
+
+    async fn run(&mut self, task: i64, part: Part) {
+        assert!(self.call(RunPart { cluster: "lab".to_owned(), task, part }).await.new);
+    }
+
+    async fn until(&mut self, what: &str, condition: impl Fn(&NodeState) -> bool) {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            let state = self.call(AskNode {}).await;
+            if condition(&state) {
+                return;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "did not come true: {what}: {state:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn has(state: &NodeState, status: InstanceStatus) -> bool {
+    state.instances.iter().all(|instance| instance.status == status) && !state.instances.is_empty()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_started_runs_on_though_that_cannot_be_written_down() {
+    // As a disk that is full: the journal's folder is away from the moment of the launch.
+    let tasks: Arc<std::sync::OnceLock<PathBuf>> = Arc::default();
+    let folder = Arc::clone(&tasks);
+    let hypervisor = MemoryHypervisor::new(InstanceType::Vm).observed_by(move |_| {
+        let tasks = folder.get().unwrap();
+        std::fs::rename(tasks, tasks.with_extension("away")).unwrap();
+    });
+    let hypervisor = Arc::new(hypervisor);
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    let tasks = tasks.get_or_init(|| node.dir.path().join("tasks")).clone();
+    node.run(1, part(1)).await;
+    node.until("it runs", |state| has(state, InstanceStatus::Running)).await;
+    assert_eq!(hypervisor.running(), 1);
+
+    std::fs::rename(tasks.with_extension("away"), &tasks).unwrap();
+    assert!(hypervisor.end(&"vm-1".parse().unwrap()));
+    node.until("it has ended", |state| has(state, InstanceStatus::Stopped)).await;
+    let written = std::fs::read_to_string(tasks.join("1.json")).unwrap();
+    assert!(written.contains(r#""vm-1":"stopped""#), "{written}");
+    node.agent.stop().await;
+}
