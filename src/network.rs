@@ -174,7 +174,7 @@ impl Networks {
         for link in ours {
             links.delete(link).await?;
         }
-        Ok(())
+        self.remove_half_made(&links, bridge).await
     }
 
     /// The bridges of this node's networks: those that [`Networks::ensure`] made, also in an earlier process.
@@ -193,25 +193,26 @@ impl Networks {
     /// Makes a marked bridge. It has another name until it is marked: a device of its final name without a mark is
     /// somebody else's, even after this process was killed at any moment.
     async fn create(&self, links: &Links, spec: &NetworkSpec) -> Result<Link, NetworkError> {
-        let (half_made, digest) = self.half_made(links, spec).await?;
+        self.remove_half_made(links, &spec.bridge).await?;
+        let (half_made, digest) = self.half_made(&spec.bridge);
         // An address of its own (locally administered), or the bridge would change it with every port that comes.
         let [a, b, c, d, e, ..] = *digest.as_bytes();
         links.create_bridge(&half_made, [0x02, a, b, c, d, e]).await?;
         self.finish(links, spec, &half_made, &spec.bridge).await
     }
 
-    /// The name of what is being made for a network, of which nothing is left now.
-    async fn half_made(
-        &self,
-        links: &Links,
-        spec: &NetworkSpec,
-    ) -> Result<(String, blake3::Hash), NetworkError> {
-        let digest = blake3::hash(self.mark(&spec.bridge).as_bytes());
-        let name = format!("bcnew{}", &digest.to_hex()[..8]);
-        if let Some(left) = links.find(&name).await? {
-            links.delete(&left).await?;
+    /// The name of what is being made for the network on `bridge`, and what it comes of.
+    fn half_made(&self, bridge: &str) -> (String, blake3::Hash) {
+        let digest = blake3::hash(self.mark(bridge).as_bytes());
+        (format!("bcnew{}", &digest.to_hex()[..8]), digest)
+    }
+
+    /// Removes what a process has left that was killed before it had marked it.
+    async fn remove_half_made(&self, links: &Links, bridge: &str) -> Result<(), NetworkError> {
+        match links.find(&self.half_made(bridge).0).await? {
+            Some(left) => links.delete(&left).await,
+            None => Ok(()),
         }
-        Ok((name, digest))
     }
 
     /// Marks what was made and gives it its final name.
@@ -277,7 +278,8 @@ impl Networks {
             }
             None => {}
         }
-        let (half_made, _) = self.half_made(links, spec).await?;
+        self.remove_half_made(links, &spec.bridge).await?;
+        let (half_made, _) = self.half_made(&spec.bridge);
         if !links.create_vlan(&half_made, &card, vlan).await? {
             return Err(refused(
                 "this kernel has no VLANs (CONFIG_VLAN_8021Q, module 8021q): leave vlan out, or give each network a \

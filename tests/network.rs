@@ -165,7 +165,7 @@ fn a_vlan_shares_a_card_with_the_host_where_the_kernel_has_vlans() {
 }
 
 #[test]
-fn what_an_earlier_process_left_half_made_is_made_anew() {
+fn what_an_earlier_process_left_half_made_is_made_anew_or_goes() {
     let Some(net) = host() else { return };
     // Its name until it is marked, as a process that was killed in between leaves it.
     let digest = blake3::hash(b"bootcache:node-a:br-lab").to_hex();
@@ -173,6 +173,11 @@ fn what_an_earlier_process_left_half_made_is_made_anew() {
     ensure(&net, &spec("lab", "br-lab")).unwrap();
     remove(&net, "br-lab").unwrap();
     assert!(!ip(&net, &["-o", "link"]).contains("bridge"));
+    assert_eq!(ip(&net, &["-o", "link"]).lines().count(), 2, "lo and eth0");
+
+    // Or it is removed with a network that was never made.
+    ip(&net, &["link", "add", &format!("bcnew{}", &digest[..8]), "type", "bridge"]);
+    remove(&net, "br-lab").unwrap();
     assert_eq!(ip(&net, &["-o", "link"]).lines().count(), 2, "lo and eth0");
 }
 

@@ -60,6 +60,8 @@ struct Running {
     live: BTreeMap<HostName, Live>,
     /// Why it cannot be ended yet.
     trouble: Option<String>,
+    /// Its instances have gone, and it needs its networks no longer.
+    left_networks: bool,
     /// Ends the work on its instances.
     cancel: CancellationToken,
     tasks: TaskTracker,
@@ -354,7 +356,10 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
             });
         }
     }
-    inner.parts.insert(task, Running { record, live: BTreeMap::new(), trouble: None, cancel, tasks });
+    inner.parts.insert(
+        task,
+        Running { record, live: BTreeMap::new(), trouble: None, left_networks: false, cancel, tasks },
+    );
 }
 
 /// What is said of instances of a kind that this agent was told not to run.

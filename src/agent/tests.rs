@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use bootcache_nbd::BoxFuture;
+
 use super::*;
 use crate::digest::Digest;
 use crate::hypervisor::InstanceType;
 use crate::hypervisor::memory::MemoryHypervisor;
 use crate::image::manifest::ImageKind;
 use crate::name::ImageName;
+use crate::network::NetworkSpec;
 use crate::tls::Role;
 use crate::wire::cluster::{
-    AskNode, Body, InstanceOrder, InstanceStatus, Needed, NodeState, Part, RunPart, UpWhen,
+    AskNode, Body, EndPart, InstanceOrder, InstanceStatus, Needed, NodeState, Part, RunPart, UpWhen,
 };
 use crate::wire::link::Link;
 
@@ -115,5 +118,62 @@ async fn what_has_started_runs_on_though_that_cannot_be_written_down() {
     node.until("it has ended", |state| has(state, InstanceStatus::Stopped)).await;
     let written = std::fs::read_to_string(tasks.join("1.json")).unwrap();
     assert!(written.contains(r#""vm-1":"stopped""#), "{written}");
+    node.agent.stop().await;
+}
+
+/// The bridges that were made and not removed.
+#[derive(Debug, Default)]
+struct Bridges(std::sync::Mutex<std::collections::BTreeSet<String>>);
+
+impl Networks for Bridges {
+    fn ensure<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), ServiceError>> {
+        self.0.lock().unwrap().insert(network.bridge.clone());
+        Box::pin(async { Ok(()) })
+    }
+
+    fn remove<'a>(&'a self, network: &'a NetworkSpec) -> BoxFuture<'a, Result<(), ServiceError>> {
+        self.0.lock().unwrap().remove(&network.bridge);
+        Box::pin(async { Ok(()) })
+    }
+}
+
+fn on_a_bridge(part: Part) -> Part {
+    let network = NetworkSpec {
+        name: "lan".parse().unwrap(),
+        bridge: "br-lab".to_owned(),
+        subnet: ("10.1.0.0".parse().unwrap(), 24),
+        gateway: None,
+        node_address: None,
+        uplink: None,
+        vlan: None,
+        mtu: None,
+        containers: false,
+    };
+    Part { networks: vec![network], ..part }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bridge_stays_for_those_that_use_it_and_goes_with_the_last_of_many_that_end_at_once() {
+    let (hypervisor, bridges) =
+        (Arc::new(MemoryHypervisor::new(InstanceType::Vm)), Arc::<Bridges>::default());
+    let there = || !bridges.0.lock().unwrap().is_empty();
+    // Each removal takes longer than the order for the next one.
+    hypervisor.slow_down(Duration::from_millis(20));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), Some(Arc::clone(&bridges) as _)).await;
+    for round in 0..20 {
+        let tasks = (1..=3).map(|number| 3 * round + number);
+        for task in tasks.clone() {
+            node.run(task, on_a_bridge(part(task))).await;
+        }
+        node.until("they run", |state| has(state, InstanceStatus::Running)).await;
+        node.call(EndPart { cluster: "lab".to_owned(), task: 3 * round + 1 }).await;
+        node.until("the first has ended", |state| state.tasks.len() == 2).await;
+        assert!(there(), "two use it");
+        for task in tasks.skip(1) {
+            node.call(EndPart { cluster: "lab".to_owned(), task }).await;
+        }
+        node.until("all have ended", |state| state.tasks.is_empty()).await;
+        assert!(!there(), "it was left in round {round}");
+    }
     node.agent.stop().await;
 }

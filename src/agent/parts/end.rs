@@ -74,10 +74,17 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
     for order in &record.part.instances {
         errors.extend(remove(shared, &order.name, order.kind).await.err());
     }
+    if errors.is_empty()
+        && let Some(part) = shared.parts.inner().parts.get_mut(&record.task)
+    {
+        part.left_networks = true;
+    }
     for network in &record.part.networks {
         let _alone = shared.parts.networks().await;
+        // Of parts that end together, the last to come here removes it.
         let others = shared.parts.inner().parts.values().any(|part| {
             part.record.task != record.task
+                && !part.left_networks
                 && part.record.part.networks.iter().any(|other| other.bridge == network.bridge)
         });
         if let (false, Some(networks)) = (others, &shared.services.networks) {
