@@ -23,6 +23,8 @@ use crate::wire::cluster::{InstanceOrder, Needed, UpWhen, shortened};
 const WATCH: Duration = Duration::from_secs(2);
 /// How long what an instance has written is still read after it has ended.
 const LAST_LOOK: Duration = Duration::from_secs(2);
+/// How long a try to start an instance waits for what an earlier agent left to be ended.
+const SWEPT_PATIENCE: Duration = Duration::from_secs(2);
 /// Pause between two tries to start an instance.
 const START_PAUSE: Duration = Duration::from_secs(2);
 
@@ -46,10 +48,7 @@ pub(super) struct Job {
 pub(super) async fn run(job: Job, step: Step) {
     let ordered = Instant::now();
     let result = match step {
-        Step::Preparing => {
-            parts::swept(&job.shared, job.order.kind).await;
-            job.start().await
-        }
+        Step::Preparing => job.start().await,
         Step::Launched | Step::Up => Ok(()),
         Step::Stopped | Step::Failed(_) => return,
     };
@@ -122,6 +121,8 @@ impl Job {
         let ordered = Instant::now();
         let refused = |reason: &str| ServiceError::Refused(reason.to_owned());
         let hypervisor = self.hypervisor().map_err(ServiceError::Refused)?;
+        let swept = tokio::time::timeout(SWEPT_PATIENCE, parts::swept(&self.shared, self.order.kind)).await;
+        swept.map_err(|_| ServiceError::Away("its hypervisor is away, or hangs".to_owned()))?;
         let image =
             self.image.as_ref().ok_or_else(|| refused("the order does not say where its image is"))?;
         let data_plane = &self.shared.services.data_plane;

@@ -322,6 +322,40 @@ async fn an_agent_that_starts_while_its_hypervisor_is_away_keeps_instances_and_d
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_to_start_waits_for_its_hypervisor_after_a_restart_too_and_no_longer_than_its_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    members[0].data_plane.set_away(true);
+    controller.deploy("r1", plan(1, "started")).await.unwrap();
+    let mut brief = plan(1, "started");
+    brief.groups[0].time_limit = 5;
+    controller.deploy("r2", brief).await.unwrap();
+    eventually("the node has both", async || {
+        instances(&controller).await.iter().all(|instance| instance.reason.is_some())
+    })
+    .await;
+    members[0].stop_agent().await;
+    members[0].hypervisor.set_away(true);
+    members[0].data_plane.set_away(false);
+    members[0].start_agent(controller.addresses()[0]).await;
+    let why = "its hypervisor is away";
+    eventually("why they wait is said", async || {
+        let rows = instances(&controller).await;
+        rows.iter().all(|row| row.reason.as_ref().is_some_and(|reason| reason.starts_with(why)))
+    })
+    .await;
+    eventually("the second has waited long enough", async || {
+        let rows = instances(&controller).await;
+        rows.iter().map(|row| row.status).eq([InstanceStatus::Preparing, InstanceStatus::Failed])
+    })
+    .await;
+    members[0].hypervisor.set_away(false);
+    eventually("the first runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    assert_eq!(instances(&controller).await[0].reason, None);
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_data_plane_that_does_not_answer_for_a_while_takes_no_image_from_the_cluster() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, members) = cluster(dir.path(), &["n1"]).await;
