@@ -20,6 +20,8 @@ struct TestNode {
     dir: tempfile::TempDir,
     hypervisor: Arc<MemoryHypervisor>,
     data_plane: Arc<MemoryDataPlane>,
+    /// Its agent is to run VMs.
+    runs_vms: bool,
     agent: Option<Agent>,
 }
 
@@ -31,6 +33,7 @@ impl TestNode {
             dir: tempfile::tempdir().unwrap(),
             hypervisor: Arc::new(MemoryHypervisor::new(InstanceType::Vm)),
             data_plane: Arc::new(MemoryDataPlane::with_image(image, ImageKind::Vm, 1 << 30)),
+            runs_vms: true,
             agent: None,
         };
         node.start_agent(controller).await;
@@ -38,9 +41,10 @@ impl TestNode {
     }
 
     async fn start_agent(&mut self, controller: SocketAddr) {
+        let hypervisor = Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>;
         let services = Services {
             data_plane: Arc::clone(&self.data_plane) as _,
-            hypervisors: vec![Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>],
+            hypervisors: if self.runs_vms { vec![hypervisor] } else { Vec::new() },
             networks: None,
             container_images: None,
         };
@@ -573,6 +577,42 @@ async fn instances_of_no_task_are_ended_when_the_agent_starts() {
     std::fs::remove_file(members[0].dir.path().join("tasks/1.json")).unwrap();
     members[0].start_agent(address).await;
     eventually("nothing is left", async || members[0].instances().await.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_part_that_its_node_refuses_is_ordered_once_and_stays_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    let count_orders = "CREATE TABLE given (task); CREATE TRIGGER giving AFTER UPDATE OF accepted ON part
+        WHEN new.accepted = 1 BEGIN INSERT INTO given VALUES (new.task_id); END";
+    let count = move |tx: &database::Tx<'_>| Ok(tx.execute_batch(count_orders)?);
+    controller.shared.database.run::<_, DatabaseError, _>(count).await.unwrap();
+    let given = async || {
+        let count = |tx: &database::Tx<'_>| {
+            Ok(tx.query_row("SELECT count(*) FROM given", [], |row| row.get::<_, i64>(0))?)
+        };
+        controller.shared.database.run::<_, DatabaseError, _>(count).await.unwrap()
+    };
+    members[0].stop_agent().await;
+    controller.deploy("r1", plan(2, "started")).await.unwrap();
+    members[0].runs_vms = false;
+    members[0].start_agent(controller.addresses()[0]).await;
+    let all = async |status: InstanceStatus| {
+        instances(&controller).await.iter().all(|instance| instance.status == status)
+    };
+    eventually("it is refused", async || all(InstanceStatus::Failed).await).await;
+    // Ten rounds.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(given().await, 1);
+    members[0].stop_agent().await;
+    members[0].runs_vms = true;
+    members[0].start_agent(controller.addresses()[0]).await;
+    eventually("it runs VMs", async || !nodes(&controller).await[0].kinds.is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!((given().await, members[0].hypervisor.launches()), (1, 0), "what has failed has revived");
+    assert!(all(InstanceStatus::Failed).await);
+    assert_eq!(tasks(&controller).await[0].status, TaskStatus::Failed);
+    controller.stop().await;
 }
 
 /// What a guest says when it is up, and what it is answered.

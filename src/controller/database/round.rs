@@ -108,10 +108,12 @@ fn parts(tx: &Transaction<'_>, node: &Heard, has: &[i64], outcome: &mut RoundOut
     let should =
         statement.query_map([host_id], |row| row.get::<_, i64>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
     for task in should.iter().filter(|task| !has.contains(task) && node.accepted.contains(task)) {
-        // It has forgotten it: the order is given again.
+        // It has forgotten it: the order is given again. Not when all of it has failed, as a part that was refused has.
         let asked_again = tx
             .prepare_cached(
-                "UPDATE part SET accepted = 0 WHERE task_id = ?1 AND host_id = ?2 AND accepted = 1",
+                "UPDATE part SET accepted = 0 WHERE task_id = ?1 AND host_id = ?2 AND accepted = 1 AND EXISTS
+                 (SELECT 1 FROM instance WHERE instance.task_id = ?1 AND instance.host_id = ?2
+                  AND inst_status <> 'failed')",
             )?
             .execute(params![task, host_id])?;
         if asked_again > 0 {
