@@ -540,6 +540,38 @@ fn an_agent_with_its_certificate_comes_online_and_cannot_be_another_node() {
 }
 
 #[test]
+fn another_node_s_certificate_does_not_pass_at_a_node_s_address() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let ca = |arguments: &[&str]| {
+        support::run(bootcache(dir.path()).args(["ca", "--ca-dir", &path("ca")]).args(arguments));
+    };
+    ca(&["init"]);
+    for (name, role) in [("control", "controller"), ("n1", "node"), ("n2", "node"), ("alice", "user")] {
+        ca(&["issue", name, "--role", role, "--out", &path(&format!("tls-{name}"))]);
+    }
+    let (_controller, address) = controller(dir.path(), &["--tls-dir", &path("tls-control")]);
+    let target = address.to_string();
+    let online = || {
+        let rows = json(dir.path(), &["nodes", "--controller", &target, "--tls-dir", &path("tls-alice")]);
+        rows[0]["online"] == true
+    };
+    let listen = format!("127.0.0.1:{}", support::free_port());
+    let node =
+        DataNode::start_with(dir.path(), "n1", address, &["--tls-dir", &path("tls-n1"), "--listen", &listen]);
+    eventually("the node is online", online);
+    drop(node);
+    let other = dir.path().join("other");
+    fs::create_dir(&other).expect("a folder");
+    let other =
+        DataNode::start_with(&other, "n1", address, &["--tls-dir", &path("tls-n2"), "--listen", &listen]);
+    other.agent.wait_for("your certificate is not that of node 'n1'", SOON);
+    eventually("the node is offline", || !online());
+    std::thread::sleep(Duration::from_secs(1)); // some rounds
+    assert!(!online(), "the other passes for it");
+}
+
+#[test]
 fn only_members_speak_and_only_in_their_role() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = |name: &str| dir.path().join(name);

@@ -99,7 +99,7 @@ async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), Dat
                 }
             }
             let order = RunPart { cluster, task, part: *part };
-            match shared.nodes.call(host.address, &order, ORDER_TIMEOUT).await {
+            match shared.nodes.call(host.place(), &order, ORDER_TIMEOUT).await {
                 Ok(answer) => {
                     shared.database.run(move |tx| database::accepted(tx, task, host_id, answer.new)).await
                 }
@@ -122,7 +122,7 @@ async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), Dat
             }
         }
         OrderKind::End => {
-            match shared.nodes.call(host.address, &EndPart { cluster, task }, ORDER_TIMEOUT).await {
+            match shared.nodes.call(host.place(), &EndPart { cluster, task }, ORDER_TIMEOUT).await {
                 Ok(ended) if ended.gone => {
                     shared.database.run(move |tx| database::gone(tx, task, host_id)).await
                 }
@@ -162,7 +162,7 @@ pub(super) async fn fetch(
     let Some(image) = needed else { return Ok(()) };
     let image = image.map_err(failed)?;
     let order = Fetch { cluster: shared.cluster.clone(), image, boot_only };
-    shared.nodes.call(host.address, &order, ORDER_TIMEOUT).await.map(drop)
+    shared.nodes.call(host.place(), &order, ORDER_TIMEOUT).await.map(drop)
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! The controller's connections to agents: one each, opened when needed, one request at a time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::name::HostName;
 use crate::peer::transport::Security;
-use crate::tls::Role;
 use crate::wire::cluster::Body;
 use crate::wire::link::{CallError, Link};
 
@@ -16,7 +16,8 @@ type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
 #[derive(Debug)]
 pub(super) struct Nodes {
     security: Security,
-    links: Mutex<HashMap<SocketAddr, Slot>>,
+    /// By address and name: what is connected to has shown a certificate of that name.
+    links: Mutex<HashMap<(SocketAddr, HostName), Slot>>,
 }
 
 impl Nodes {
@@ -24,15 +25,18 @@ impl Nodes {
         Self { security, links: Mutex::default() }
     }
 
-    /// Asks the agent at `address`, and opens a connection if there is none, or if the one there was has ended.
+    /// Asks the agent of node `name` at `address`, and opens a connection if there is none, or if the one there was has
+    /// ended.
     pub(super) async fn call<B: Body>(
         &self,
-        address: SocketAddr,
+        (address, name): (SocketAddr, &HostName),
         body: &B,
         limit: Duration,
     ) -> Result<B::Answer, CallError> {
-        let slot =
-            Arc::clone(self.links.lock().unwrap_or_else(PoisonError::into_inner).entry(address).or_default());
+        let slot = {
+            let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(links.entry((address, name.clone())).or_default())
+        };
         let work = async {
             let mut slot = slot.lock().await;
             // Taken out, so that a connection on which something went wrong, or was given up, is never used again.
@@ -47,7 +51,7 @@ impl Nodes {
                     }
                 }
             }
-            let mut link = Link::new(self.security.connect_to(address, Role::Node).await?);
+            let mut link = Link::new(self.security.connect_to_node(address, name).await?);
             let result = link.call(body, limit).await;
             if matches!(result, Ok(_) | Err(CallError::Refused(_))) {
                 *slot = Some(link);
@@ -58,10 +62,10 @@ impl Nodes {
     }
 
     /// Forgets the connections to all but these.
-    pub(super) fn keep(&self, addresses: &[SocketAddr]) {
+    pub(super) fn keep(&self, nodes: &HashSet<(SocketAddr, HostName)>) {
         self.links
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .retain(|address, slot| addresses.contains(address) || Arc::strong_count(slot) > 1);
+            .retain(|node, slot| nodes.contains(node) || Arc::strong_count(slot) > 1);
     }
 }

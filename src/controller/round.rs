@@ -77,7 +77,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
 async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
     let read = |tx: &database::Tx<'_>| Ok((database::all_hosts(tx)?, database::accepted_parts(tx)?));
     let (hosts, accepted) = shared.database.run::<_, DatabaseError, _>(read).await?;
-    shared.nodes.keep(&hosts.iter().map(|host| host.address).collect::<Vec<_>>());
+    shared.nodes.keep(&hosts.iter().map(|host| (host.address, host.name.clone())).collect());
     let mut heard: Vec<Heard> = futures_util::stream::iter(hosts.clone())
         .map(|host| {
             let parts = accepted.iter().filter(|(host_id, _)| *host_id == host.id);
@@ -112,7 +112,7 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
         let Some(host) = hosts.iter().find(|host| host.id == host_id) else { continue };
         info!("node '{}' still has a part of task {task}, which has ended: it is told to end it", host.name);
         let order = EndPart { cluster: shared.cluster.clone(), task };
-        if let Err(error) = shared.nodes.call(host.address, &order, ANSWER_TIMEOUT).await {
+        if let Err(error) = shared.nodes.call(host.place(), &order, ANSWER_TIMEOUT).await {
             warn!("node '{}' did not end its part of task {task}: {error}", host.name);
         }
     }
@@ -121,7 +121,7 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
 }
 
 async fn ask(shared: &Shared, host: Host, accepted: Vec<i64>) -> Heard {
-    let answer = shared.nodes.call(host.address, &AskNode {}, ANSWER_TIMEOUT).await;
+    let answer = shared.nodes.call(host.place(), &AskNode {}, ANSWER_TIMEOUT).await;
     let at = Instant::now();
     let silent = Heard { host_id: host.id, at, accepted: Vec::new(), other: None, peer: None, state: None };
     match answer {

@@ -191,7 +191,7 @@ async fn register(
     if let Some(other) = other
         && shared
             .nodes
-            .call(other.address, &AskNode {}, REACH_TIMEOUT)
+            .call(other.place(), &AskNode {}, REACH_TIMEOUT)
             .await
             .is_ok_and(|s| s.node == body.node)
     {
@@ -201,7 +201,7 @@ async fn register(
         );
         return Err(Fault::new(FaultCode::Invalid, message));
     }
-    match shared.nodes.call(address, &AskNode {}, REACH_TIMEOUT).await {
+    match shared.nodes.call((address, &body.node), &AskNode {}, REACH_TIMEOUT).await {
         Ok(state) if state.node != body.node => Err(unreachable(format!("node '{}' is there", state.node))),
         Ok(state) if state.cluster.as_ref().is_some_and(|cluster| *cluster != shared.cluster) => {
             let message = format!("node '{}' belongs to another cluster", body.node);

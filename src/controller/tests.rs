@@ -112,6 +112,10 @@ fn plan(count: u32, until: &str) -> Plan {
     crate::plan::read::parse(&text).unwrap()
 }
 
+fn n1() -> HostName {
+    "n1".parse().unwrap()
+}
+
 /// A controller with nodes that are online and have registered their images.
 async fn cluster(dir: &Path, names: &[&str]) -> (Controller, Vec<TestNode>) {
     cluster_of(options(dir), names).await
@@ -206,7 +210,8 @@ async fn a_guest_that_ends_before_it_reports_has_failed() {
     let address = nodes(&controller).await[0].address.parse().unwrap();
     eventually("the node knows it of all", async || {
         let limit = Duration::from_secs(5);
-        let state = controller.shared.nodes.call(address, &crate::wire::cluster::AskNode {}, limit).await;
+        let state =
+            controller.shared.nodes.call((address, &n1()), &crate::wire::cluster::AskNode {}, limit).await;
         state.unwrap().instances.iter().all(|instance| instance.status == InstanceStatus::Stopped)
     })
     .await;
@@ -483,8 +488,11 @@ async fn an_answer_older_than_an_order_or_a_change_takes_nothing_back() {
     eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
     let shared = &controller.shared;
     let address = nodes(&controller).await[0].address.parse().unwrap();
-    let mut state =
-        shared.nodes.call(address, &crate::wire::cluster::AskNode {}, Duration::from_secs(5)).await.unwrap();
+    let mut state = shared
+        .nodes
+        .call((address, &n1()), &crate::wire::cluster::AskNode {}, Duration::from_secs(5))
+        .await
+        .unwrap();
     state.instances[0].status = InstanceStatus::Stopped;
     state.tasks.clear();
     let answer = |accepted: Vec<i64>| database::Heard {
@@ -683,18 +691,18 @@ async fn orders_that_come_twice_late_or_for_another_cluster_change_nothing() {
     let end = EndPart { cluster: shared.cluster.clone(), task };
 
     let other = RunPart { cluster: "another".into(), ..run.clone() };
-    let error = shared.nodes.call(address, &other, limit).await.unwrap_err().to_string();
+    let error = shared.nodes.call((address, &n1()), &other, limit).await.unwrap_err().to_string();
     assert!(error.contains("another cluster"), "{error}");
     for _ in 0..3 {
-        assert!(!shared.nodes.call(address, &run, limit).await.unwrap().new);
+        assert!(!shared.nodes.call((address, &n1()), &run, limit).await.unwrap().new);
     }
     assert_eq!((members[0].hypervisor.launches(), members[0].instances().await.len()), (2, 2));
 
     controller.end(task).await.unwrap();
     // While it is being ended, and when nothing is left of it.
-    let _refused_or_old = shared.nodes.call(address, &run, limit).await;
+    let _refused_or_old = shared.nodes.call((address, &n1()), &run, limit).await;
     eventually("the task has gone", async || tasks(&controller).await.is_empty()).await;
-    let late = shared.nodes.call(address, &run, limit).await.unwrap_err().to_string();
+    let late = shared.nodes.call((address, &n1()), &run, limit).await.unwrap_err().to_string();
     assert!(late.contains("has ended on this node"), "{late}");
     assert_eq!(
         controller.deploy("r1", plan(2, "started")).await.unwrap(),
@@ -706,9 +714,9 @@ async fn orders_that_come_twice_late_or_for_another_cluster_change_nothing() {
     members[0].stop_agent().await;
     members[0].start_agent(controller.addresses()[0]).await;
     let address = members[0].agent.as_ref().unwrap().address();
-    let late = shared.nodes.call(address, &run, limit).await.unwrap_err().to_string();
+    let late = shared.nodes.call((address, &n1()), &run, limit).await.unwrap_err().to_string();
     assert!(late.contains("has ended on this node"), "{late}");
-    assert!(shared.nodes.call(address, &end, limit).await.unwrap().gone);
+    assert!(shared.nodes.call((address, &n1()), &end, limit).await.unwrap().gone);
     assert_eq!((members[0].hypervisor.launches(), members[0].instances().await.len()), (2, 0));
     controller.stop().await;
 }

@@ -71,12 +71,38 @@ impl Security {
     /// # Errors
     /// As those of [`Security::connect`].
     pub async fn connect_to(&self, address: SocketAddr, role: Role) -> io::Result<Box<dyn Transport>> {
+        self.connect_to_any(address, role, None).await
+    }
+
+    /// Connects to the node called `name` at `address`. Over plain TCP whoever is there passes for it.
+    ///
+    /// # Errors
+    /// As those of [`Security::connect`], and [`io::ErrorKind::PermissionDenied`] when it is another member.
+    pub async fn connect_to_node(
+        &self,
+        address: SocketAddr,
+        name: &HostName,
+    ) -> io::Result<Box<dyn Transport>> {
+        self.connect_to_any(address, Role::Node, Some(name)).await
+    }
+
+    async fn connect_to_any(
+        &self,
+        address: SocketAddr,
+        role: Role,
+        name: Option<&HostName>,
+    ) -> io::Result<Box<dyn Transport>> {
         self.check(address).map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
         let stream = within(CONNECT_TIMEOUT, TcpStream::connect(address)).await?;
         prepare(&stream)?;
-        match &self.identity {
+        let Some(identity) = &self.identity else { return Ok(Box::new(stream)) };
+        let stream = within(HANDSHAKE_TIMEOUT, identity.connect(stream, role)).await?;
+        match name.filter(|name| !has_name(stream.get_ref().1.peer_certificates(), name)) {
             None => Ok(Box::new(stream)),
-            Some(identity) => Ok(Box::new(within(HANDSHAKE_TIMEOUT, identity.connect(stream, role)).await?)),
+            Some(name) => Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!("the certificate at {address} is not that of node '{name}'"),
+            )),
         }
     }
 
@@ -151,6 +177,7 @@ async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tls;
 
     #[test]
     fn plain_tcp_leaves_the_host_only_when_told_so() {
@@ -161,5 +188,30 @@ mod tests {
         assert!(security.check("[::ffff:10.0.0.1]:1".parse().unwrap()).is_err());
         let told = Security { plain: true, ..Security::default() };
         assert!(told.check("10.0.0.1:1".parse().unwrap()).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_asked_for_by_name_is_no_other() {
+        let ca = tempfile::tempdir().unwrap();
+        tls::init_ca(ca.path()).unwrap();
+        let member = |name: &str, role| {
+            let out = tempfile::tempdir().unwrap();
+            tls::issue(ca.path(), &name.parse().unwrap(), role, &[], out.path()).unwrap();
+            Security { identity: Some(Identity::load(out.path()).unwrap()), plain: false }
+        };
+        let (node, controller) = (member("n2", Role::Node), member("control", Role::Controller));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let accepting = tokio::spawn(async move {
+            for _ in 0..2 {
+                let (stream, _) = listener.accept().await.unwrap();
+                let _ = node.accept(stream).await;
+            }
+        });
+        controller.connect_to_node(address, &"n2".parse().unwrap()).await.map(drop).unwrap();
+        let other = controller.connect_to_node(address, &"n1".parse().unwrap()).await.map(drop).unwrap_err();
+        assert_eq!(other.kind(), io::ErrorKind::PermissionDenied);
+        assert!(other.to_string().contains("is not that of node 'n1'"), "{other}");
+        accepting.await.unwrap();
     }
 }

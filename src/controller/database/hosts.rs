@@ -20,6 +20,13 @@ pub(crate) struct Host {
     pub(crate) online: bool,
 }
 
+impl Host {
+    /// Where it is, and who is to be there.
+    pub(crate) const fn place(&self) -> (SocketAddr, &HostName) {
+        (self.address, &self.name)
+    }
+}
+
 fn kinds_to_text(kinds: &[InstanceType]) -> String {
     let mut words: Vec<String> = kinds.iter().map(ToString::to_string).collect();
     words.sort_unstable();
