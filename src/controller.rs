@@ -35,7 +35,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
@@ -167,7 +167,7 @@ struct Shared {
     told: round::Told,
     notices: round::Notices,
     /// When this controller began to ask.
-    started_ms: u64,
+    started: Instant,
     /// The cluster's identity.
     cluster: String,
     /// Where guests report.
@@ -246,7 +246,7 @@ impl Controller {
             nodes: nodes::Nodes::new(options.security.clone()),
             told: round::Told::default(),
             notices: round::Notices::default(),
-            started_ms: seed,
+            started: Instant::now(),
             options,
             database,
             cluster,

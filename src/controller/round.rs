@@ -87,13 +87,14 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
         .buffer_unordered(AT_ONCE)
         .collect()
         .await;
-    let silence = u64::try_from(shared.options.silence.as_millis()).unwrap_or(u64::MAX);
+    let silence = shared.options.silence;
     let others: Vec<String> = heard.iter().filter_map(|node| node.other.clone()).collect();
     let owner = Arc::clone(shared);
     let write = move |tx: &database::Tx<'_>| {
         owner.told.leave_out(&mut heard);
         // Nobody can have answered while there was no controller.
-        database::write_round(tx, &heard, now_ms(), silence, owner.started_ms)
+        let judged = (owner.started.elapsed() >= silence).then_some(silence);
+        database::write_round(tx, &heard, now_ms(), judged)
     };
     let outcome = shared.database.run(write).await?;
     for node in &outcome.lost {

@@ -218,7 +218,7 @@ async fn register(
                     let accepted = parts.map(|(_, task)| task).collect();
                     let heard =
                         database::Heard { host_id, at, accepted, other: None, peer, state: Some(state) };
-                    database::write_round(tx, &[heard], now_ms(), 0, 0)?;
+                    database::write_round(tx, &[heard], now_ms(), None)?;
                     Ok(host_id)
                 })
                 .await?;

@@ -504,7 +504,7 @@ async fn an_answer_older_than_an_order_or_a_change_takes_nothing_back() {
         state: Some(state.clone()),
     };
     // What is written is looked at in the same piece of work: the heartbeat goes on meanwhile.
-    let after = async |heard: database::Heard, told: bool, silence: u64, started: u64| {
+    let after = async |heard: database::Heard, told: bool, silence: Option<Duration>| {
         let owner = Arc::clone(shared);
         let work = move |tx: &database::Tx<'_>| {
             if told {
@@ -512,21 +512,65 @@ async fn an_answer_older_than_an_order_or_a_change_takes_nothing_back() {
             }
             let mut heard = [heard];
             owner.told.leave_out(&mut heard);
-            database::write_round(tx, &heard, now_ms() + silence, silence, started)?;
+            let later = silence.map_or(0, |_| 1000);
+            database::write_round(tx, &heard, now_ms() + later, silence)?;
             let rows = database::instance_rows(tx, None, None, database::Page::whole())?;
             Ok(rows[0].status)
         };
         shared.database.run::<_, DatabaseError, _>(work).await.unwrap()
     };
-    assert_eq!(after(answer(vec![]), true, 0, 0).await, InstanceStatus::Running, "it was told since");
-    assert_eq!(after(answer(vec![]), false, 0, 0).await, InstanceStatus::Stopped);
+    assert_eq!(after(answer(vec![]), true, None).await, InstanceStatus::Running, "it was told since");
+    assert_eq!(after(answer(vec![]), false, None).await, InstanceStatus::Stopped);
     eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
-    assert_eq!(after(answer(vec![task]), true, 0, 0).await, InstanceStatus::Lost, "it was forgotten");
+    assert_eq!(after(answer(vec![task]), true, None).await, InstanceStatus::Lost, "it was forgotten");
     eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
     // A node that is silent since before this controller started is waited for.
     let silent = || database::Heard { state: None, ..answer(Vec::new()) };
-    assert_eq!(after(silent(), false, 1000, now_ms() + 500).await, InstanceStatus::Running);
-    assert_eq!(after(silent(), false, 1000, 0).await, InstanceStatus::Lost);
+    assert_eq!(after(silent(), false, None).await, InstanceStatus::Running);
+    assert_eq!(after(silent(), false, Some(Duration::from_secs(1))).await, InstanceStatus::Lost);
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_is_set_back_holds_up_no_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    controller.deploy("r1", plan(1, "started")).await.unwrap();
+    controller.deploy("r2", plan(1, "report")).await.unwrap();
+    let both = async |status: [InstanceStatus; 2]| {
+        instances(&controller).await.iter().map(|row| row.status).eq(status)
+    };
+    eventually("one runs, one boots", async || {
+        both([InstanceStatus::Running, InstanceStatus::Booting]).await
+    })
+    .await;
+    let silent = || database::Heard {
+        host_id: 1,
+        at: std::time::Instant::now(),
+        accepted: Vec::new(),
+        other: None,
+        peer: None,
+        state: None,
+    };
+    let limit_ms = 600_000; // of a group that does not say another
+    // In one piece of work: the heartbeat goes on meanwhile, by the host's clock.
+    let work = move |tx: &database::Tx<'_>| {
+        let status = || -> Result<Vec<_>, DatabaseError> {
+            let rows = database::instance_rows(tx, None, None, database::Page::whole())?;
+            Ok(rows.iter().map(|row| row.status).collect())
+        };
+        let earlier = now_ms() - 3_600_000;
+        database::write_round(tx, &[], earlier, None)?;
+        let at_first = status()?;
+        database::write_round(tx, &[], earlier + limit_ms + 1, None)?;
+        let past_its_limit = status()?;
+        database::write_round(tx, &[silent()], earlier + limit_ms, Some(Duration::from_secs(1)))?;
+        Ok([at_first, past_its_limit, status()?])
+    };
+    let found = controller.shared.database.run::<_, DatabaseError, _>(work).await.unwrap();
+    let [running, booting] = [InstanceStatus::Running, InstanceStatus::Booting];
+    let [failed, lost] = [InstanceStatus::Failed, InstanceStatus::Lost];
+    assert_eq!(found, [[running, booting], [running, failed], [lost, failed]]);
     controller.stop().await;
 }
 

@@ -1,6 +1,6 @@
 //! A heartbeat round: what all nodes have answered, written down in one transaction.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Transaction, params};
 
@@ -36,25 +36,34 @@ pub(crate) struct RoundOutcome {
     pub(crate) strangers: Vec<(HostName, ImageName)>,
 }
 
-/// Writes a round down. A node that was silent longer than `silence_ms`, and since `started` at most, is offline, and its
-/// instances are lost.
+/// Writes a round down. A node that was silent longer than `silence` is offline, and its instances are lost; without, none
+/// is yet.
 pub(crate) fn write(
     tx: &Transaction<'_>,
     heard: &[Heard],
     now: u64,
-    silence_ms: u64,
-    started: u64,
+    silence: Option<Duration>,
 ) -> Result<RoundOutcome> {
+    set_clocks_back(tx, now)?;
     let mut outcome = RoundOutcome::default();
     for node in heard {
-        match &node.state {
-            Some(state) => present(tx, node, state, now, &mut outcome)?,
-            None if now.saturating_sub(started) < silence_ms => {}
-            None => silent(tx, node.host_id, now, silence_ms, &mut outcome)?,
+        match (&node.state, silence) {
+            (Some(state), _) => present(tx, node, state, now, &mut outcome)?,
+            (None, Some(silence)) => silent(tx, node.host_id, now, silence, &mut outcome)?,
+            (None, None) => {}
         }
     }
     instances::expire(tx, now)?;
     Ok(outcome)
+}
+
+/// What was written down at a time that has still to come, since the host's clock was set back, counts from now on.
+fn set_clocks_back(tx: &Transaction<'_>, now: u64) -> Result<()> {
+    for (table, column) in [("host", "last_seen"), ("instance", "began")] {
+        let sql = format!("UPDATE {table} SET {column} = ?1 WHERE {column} > ?1");
+        tx.prepare_cached(&sql)?.execute([number(now)])?;
+    }
+    Ok(())
 }
 
 fn present(
@@ -128,13 +137,14 @@ fn silent(
     tx: &Transaction<'_>,
     host_id: i64,
     now: u64,
-    silence_ms: u64,
+    silence: Duration,
     outcome: &mut RoundOutcome,
 ) -> Result<()> {
     let mut statement = tx.prepare_cached(
         "UPDATE host SET status = 'offline' WHERE host_id = ?1 AND status = 'online' AND last_seen <= ?2 RETURNING name",
     )?;
-    let before = number(now.saturating_sub(silence_ms));
+    let silence = u64::try_from(silence.as_millis()).unwrap_or(u64::MAX);
+    let before = number(now.saturating_sub(silence));
     let names = statement
         .query_map(params![host_id, before], |row| row.get::<_, String>(0))?
         .collect::<rusqlite::Result<Vec<_>>>()?;
