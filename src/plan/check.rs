@@ -195,7 +195,7 @@ fn interface_names(network: &Network, place: &mut Place<'_>) {
     if cards.into_iter().any(|card| !sound(card)) {
         place.key("uplink").wrong(format!("the name of a network card has {DEVICE_RULE}"));
     }
-    if network.vlan.is_some() && network.uplink.is_none() && network.bridge.is_none() {
+    if network.vlan.is_some() && network.uplink.is_none() {
         place.key("vlan").wrong("a VLAN is one of an uplink: say which card, with uplink");
     }
 }
@@ -316,8 +316,14 @@ fn addresses(plan: &Plan, group: &Group, card: &Card, place: &mut Place<'_>, tak
             };
             return place.key("address").wrong(format!("{which} is not an address of {}", network.subnet));
         };
-        if Some(address) == network.gateway && group.total() > 1 {
-            return place.key("address").wrong(format!("{address} is the gateway's"));
+        if Some(address) == network.gateway {
+            if group.kind == InstanceType::Container {
+                let message = "Docker keeps it to itself, so that the router is a VM";
+                return place.key("address").wrong(format!("{address} is the gateway's: {message}"));
+            }
+            if group.total() > 1 {
+                return place.key("address").wrong(format!("{address} is the gateway's"));
+            }
         }
         if !taken.insert(address) {
             return place.key("address").wrong(format!("{address} is another instance's too"));
@@ -399,7 +405,7 @@ mod tests {
     #[test]
     fn every_mistake_is_told_with_its_place() {
         type Change = fn(&mut Plan);
-        let cases: [(&str, Change); 24] = [
+        let cases: [(&str, Change); 26] = [
             ("groups: a plan has 1 to 256 groups", |p| p.groups.clear()),
             ("groups: a plan has at most 10000 instances", |p| p.groups[0].count = Some(1_000_000_000)),
             ("groups[0].count: 0 instances", |p| p.groups[0].count = Some(0)),
@@ -427,6 +433,14 @@ mod tests {
             ("networks.lan.vlan: a VLAN is a number", |p| {
                 network(p).vlan = Some(4095);
                 network(p).bridge = Some("br0".into());
+            }),
+            ("networks.lan.vlan: a VLAN is one of an uplink", |p| {
+                (network(p).vlan, network(p).bridge) = (Some(12), Some("br0".into()));
+            }),
+            ("groups[1].networks[0].address: 10.0.0.30 is the gateway's: Docker keeps it", |p| {
+                network(p).gateway = Some("10.0.0.30".parse().unwrap());
+                p.groups[1].nodes = None;
+                p.groups[1].networks[0].address = network(p).gateway;
             }),
             ("networks.lan.bridge: the name of a bridge", |p| network(p).bridge = Some("a/b".into())),
             ("networks.lan.bridge: the name of a bridge", |p| network(p).bridge = Some("-br".into())),
