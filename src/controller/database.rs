@@ -29,7 +29,7 @@ pub(super) use instances::{reported, rows as instance_rows, update as update_ins
 pub(super) use round::{Heard, write as write_round};
 pub(super) use tasks::{
     NewTask, Order, OrderKind, accepted, accepted_parts, create as create_task, end as end_task, gone,
-    of_request as task_of_request, orders, refused, rows as task_rows, waits,
+    of_request as task_of_request, orders, promised_mib, refused, rows as task_rows, waits,
 };
 
 /// A transaction, to those who only pass it on.

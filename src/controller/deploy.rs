@@ -13,7 +13,7 @@ use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
 use crate::plan::check::{Mistake, Step, check, check_templates};
 use crate::plan::expand::{Context, expand};
-use crate::plan::place::{NodeFacts, place};
+use crate::plan::place::{NodeFacts, counted_mib, place};
 use crate::plan::{Group, Plan, UntilUp};
 use crate::wire::cluster::{Found, INSTANCES_MAX, Needed, NodeRow, Part, Prefetch, Query, RunPart};
 use crate::wire::frame::CONTROL_PAYLOAD_MAX;
@@ -99,9 +99,11 @@ pub(super) async fn deploy(shared: &Arc<Shared>, request: &str, plan: Plan) -> R
                 return Ok(task);
             }
             let nodes = database::node_rows(tx, now_ms(), None, Page::whole())?;
+            let promised = database::promised_mib(tx)?;
             let images = images(tx, &plan)?;
+            let facts: Vec<_> = nodes.iter().map(|node| facts(&owner, node, &promised)).collect();
             let new = NewTask { request: &request, plan: &plan, now: now_ms() };
-            database::create_task(tx, &new, |task| parts(&owner, &plan, &nodes, &images, task))
+            database::create_task(tx, &new, |task| parts(&owner, &plan, &facts, &nodes, &images, task))
         })
         .await?;
     shared.orders.notify_one();
@@ -161,27 +163,33 @@ fn images(tx: &database::Tx<'_>, plan: &Plan) -> Result<HashMap<ImageName, Neede
     if mistakes.is_empty() { Ok(images) } else { Err(DeployError::Plan(mistakes)) }
 }
 
+/// What placement is to know of a node, where instances of these kinds have been promised so many MiB of memory. What was
+/// promised may not be in use yet.
+fn facts(shared: &Shared, node: &NodeRow, promised: &[(i64, InstanceType, u64)]) -> NodeFacts {
+    let promised = promised.iter().filter(|(host_id, ..)| *host_id == node.host_id);
+    let promised: u64 = promised.map(|(_, kind, mib)| counted_mib(*kind, *mib)).sum();
+    let memory_mib = node.memory_bytes >> 20;
+    NodeFacts {
+        name: node.name.clone(),
+        online: node.online,
+        kinds: node.kinds.clone(),
+        cpus: node.cpus,
+        memory_mib,
+        free_mib: (node.memory_free >> 20).min(memory_mib.saturating_sub(promised)),
+        score: shared.score(&node.load),
+    }
+}
+
 /// What each host is to run, by its number.
 fn parts(
     shared: &Shared,
     plan: &Plan,
+    facts: &[NodeFacts],
     nodes: &[NodeRow],
     images: &HashMap<ImageName, Needed>,
     task: i64,
 ) -> Result<BTreeMap<i64, Part>, DeployError> {
-    let facts: Vec<_> = nodes
-        .iter()
-        .map(|node| NodeFacts {
-            name: node.name.clone(),
-            online: node.online,
-            kinds: node.kinds.clone(),
-            cpus: node.cpus,
-            memory_mib: node.memory_bytes >> 20,
-            free_mib: node.memory_free >> 20,
-            score: shared.score(&node.load),
-        })
-        .collect();
-    let placed = place(plan, &facts).map_err(DeployError::Plan)?;
+    let placed = place(plan, facts).map_err(DeployError::Plan)?;
     let names: Vec<_> = nodes.iter().map(|node| node.name.clone()).collect();
     let context = Context { cluster: &shared.cluster, task, report: shared.report };
     let parts = expand(plan, &placed, &names, images, context).map_err(DeployError::Plan)?;

@@ -827,6 +827,26 @@ async fn plans_that_cannot_be_are_refused_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_is_promised_is_not_promised_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, members) = cluster(dir.path(), &["n1"]).await;
+    let small = |tx: &database::Tx<'_>| Ok(tx.execute("UPDATE host SET memory = 100 << 20", []).map(drop)?);
+    controller.shared.database.run::<_, DatabaseError, _>(small).await.unwrap();
+    let mut plan = plan(1, "started");
+    plan.groups[0].memory.0 = 60;
+    // Neither is in use at any time: what runs is in this process.
+    let task = controller.deploy("r1", plan.clone()).await.unwrap();
+    let refused = controller.deploy("r2", plan.clone()).await.unwrap_err().to_string();
+    assert!(refused.contains("no node has 60 MiB of memory free"), "{refused}");
+    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    assert!(controller.deploy("r3", plan.clone()).await.is_err());
+    assert!(members[0].hypervisor.end(&format!("lab-{task}-g-1").parse().unwrap()));
+    eventually("it has ended", async || count(&controller, InstanceStatus::Stopped).await == 1).await;
+    controller.deploy("r4", plan).await.unwrap();
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn images_are_brought_ahead_to_nodes_that_are_there() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, _members) = cluster(dir.path(), &["n1"]).await;

@@ -120,9 +120,14 @@ fn can_run(node: &NodeFacts, group: &Group) -> Result<(), String> {
 }
 
 fn need_mib(group: &Group) -> u64 {
-    match group.kind {
-        InstanceType::Vm => u64::from(group.memory.0),
-        InstanceType::Container => u64::from(group.memory.0) / CONTAINER_SHARE,
+    counted_mib(group.kind, u64::from(group.memory.0))
+}
+
+/// The MiB of memory that instances of `kind` are counted with that may have `memory_mib`.
+pub const fn counted_mib(kind: InstanceType, memory_mib: u64) -> u64 {
+    match kind {
+        InstanceType::Vm => memory_mib,
+        InstanceType::Container => memory_mib / CONTAINER_SHARE,
     }
 }
 

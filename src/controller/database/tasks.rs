@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
+use super::hosts::kind_of_word;
 use super::{DatabaseError, Page, Result, instances, number, parsed, unsigned};
 use crate::controller::state::task_status;
+use crate::hypervisor::InstanceType;
 use crate::plan::Plan;
 use crate::wire::cluster::{InstanceStatus, Part, TaskRow, TaskStatus, UpWhen};
 
@@ -48,6 +50,22 @@ pub(crate) fn of_request(tx: &Transaction<'_>, request: &str) -> Result<Option<i
     let sql = "SELECT task_id FROM task WHERE request = ?1
                UNION ALL SELECT task_id FROM request WHERE request = ?1";
     Ok(tx.query_row(sql, [request], |row| row.get(0)).optional()?)
+}
+
+/// The MiB of memory that instances which have not ended were promised: by node and kind.
+pub(crate) fn promised_mib(tx: &Transaction<'_>) -> Result<Vec<(i64, InstanceType, u64)>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT part.host_id, inst_type, sum(json_extract(ordered.value, '$.memory_mib'))
+         FROM part JOIN json_each(part.body, '$.instances') AS ordered
+         JOIN instance ON instance.name = json_extract(ordered.value, '$.name')
+         WHERE inst_status NOT IN ('stopped', 'failed') GROUP BY part.host_id, inst_type",
+    )?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, String>(1)?, row.get(2)?)))?;
+    rows.map(|row| {
+        let (host_id, kind, mib) = row?;
+        Ok((host_id, kind_of_word(&kind)?, unsigned(mib)))
+    })
+    .collect()
 }
 
 /// Makes a task; `parts` says, from its number, what each host is to run.
