@@ -143,8 +143,11 @@ impl Job {
             }
         };
         // Bridges that had to be made are not waited for bytes.
-        let ms = (fetched + opening.elapsed()).as_millis();
-        info!("{}: has what it starts from after {ms} ms", self.order.name);
+        let (image_ms, all_ms) = (fetched.as_millis(), (fetched + opening.elapsed()).as_millis());
+        info!(
+            "{}: has its image after {image_ms} ms and what it starts from after {all_ms} ms",
+            self.order.name
+        );
         let launch = Launch {
             name: self.order.name.clone(),
             root,
