@@ -63,6 +63,30 @@ fn docker(address: &str, arguments: &[&str]) -> String {
     support::run(Command::new("docker").args(["-H", address]).args(arguments)).trim_end().to_owned()
 }
 
+/// A host with a dockerd of its own, and a client of it. Taken apart in this order, they end in the right one.
+struct OneHost {
+    folder: tempfile::TempDir,
+    net: Net,
+    host: Host,
+    address: String,
+    engine: Docker,
+}
+
+impl OneHost {
+    /// None, told by name, where something is missing.
+    fn up() -> Option<Self> {
+        if !support::require(&NEEDS) || !support::require_root() {
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let net = Net::new(1, Rate::Unlimited);
+        let host = Host::up(folder.path(), &net, 0);
+        let address = host.docker();
+        let engine = Docker::new(&address, "node-a".parse().unwrap());
+        Some(Self { folder, net, host, address, engine })
+    }
+}
+
 async fn load(docker: &Docker, name: &str, archive: &std::path::Path) -> String {
     let bytes = std::fs::read(archive).unwrap();
     let root = Digest::of(&bytes);
@@ -71,14 +95,7 @@ async fn load(docker: &Docker, name: &str, archive: &std::path::Path) -> String 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_is_started_once_limited_watched_and_forgotten() {
-    if !support::require(&NEEDS) || !support::require_root() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let net = Net::new(1, Rate::Unlimited);
-    let host = Host::up(folder.path(), &net, 0);
-    let address = host.docker();
-    let engine = Docker::new(&address, "node-a".parse().unwrap());
+    let Some(OneHost { folder, net, host, address, engine }) = OneHost::up() else { return };
     Hypervisor::check(&engine).await.unwrap();
 
     let archive = folder.path().join("box.tar");
@@ -164,18 +181,12 @@ fn order(name: &str, script: &str, time_limit_s: u32) -> InstanceOrder {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_is_up_when_its_log_says_so() {
-    if !support::require(&NEEDS) || !support::require_root() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let net = Net::new(1, Rate::Unlimited);
-    let host = Host::up(folder.path(), &net, 0);
-    let address = host.docker();
+    let Some(OneHost { folder, net: _net, host: _host, address, engine }) = OneHost::up() else { return };
     let archive = folder.path().join("box.tar");
     container::root_fs(&archive, 0);
     docker(&address, &["import", archive.to_str().unwrap(), "box"]);
 
-    let engine = Arc::new(Docker::new(&address, "node-a".parse().unwrap()));
+    let engine = Arc::new(engine);
     let image: ImageName = "box".parse().unwrap();
     let services = Services {
         data_plane: Arc::new(MemoryDataPlane::with_image(image.clone(), ImageKind::Container, 4096)),
@@ -234,14 +245,7 @@ async fn a_container_is_up_when_its_log_says_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_loads_from_what_docker_saved_and_the_host_s_own_names_stay() {
-    if !support::require(&NEEDS) || !support::require_root() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let net = Net::new(1, Rate::Unlimited);
-    let host = Host::up(folder.path(), &net, 0);
-    let address = host.docker();
-    let engine = Docker::new(&address, "node-a".parse().unwrap());
+    let Some(OneHost { folder, net: _net, host: _host, address, engine }) = OneHost::up() else { return };
 
     let (root_fs, saved) = (folder.path().join("box.tar"), folder.path().join("saved.tar"));
     container::root_fs(&root_fs, 1 << 20);
@@ -316,14 +320,7 @@ impl tokio::io::AsyncRead for Broken {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn archives_with_the_same_name_in_them_that_load_at_once_stay_what_they_are() {
-    if !support::require(&NEEDS) || !support::require_root() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let net = Net::new(1, Rate::Unlimited);
-    let host = Host::up(folder.path(), &net, 0);
-    let address = host.docker();
-    let engine = Docker::new(&address, "node-a".parse().unwrap());
+    let Some(OneHost { folder, net: _net, host: _host, address, engine }) = OneHost::up() else { return };
     let root_fs = folder.path().join("box.tar");
     container::root_fs(&root_fs, 1 << 20);
     let saved = ["one", "two"].map(|name| {
@@ -396,13 +393,9 @@ fn oci_layout(folder: &Path, archive: &Path, manifest: bool) -> PathBuf {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_oci_layout_that_docker_does_not_load_is_not_added() {
-    if !support::require(&NEEDS) || !support::require_root() {
+    let Some(OneHost { folder, net: _net, host: _host, address: _address, engine }) = OneHost::up() else {
         return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let net = Net::new(1, Rate::Unlimited);
-    let host = Host::up(folder.path(), &net, 0);
-    let engine = Docker::new(host.docker(), "node-a".parse().unwrap());
+    };
     let root_fs = folder.path().join("box.tar");
     container::root_fs(&root_fs, 0);
     let add = |archive: &Path| {
