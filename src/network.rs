@@ -343,10 +343,11 @@ fn check(spec: &NetworkSpec) -> Result<(), NetworkError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn spec() -> NetworkSpec {
+    /// A network that every host can have.
+    pub(crate) fn spec() -> NetworkSpec {
         NetworkSpec {
             name: "lab".parse().unwrap(),
             bridge: "br-lab".to_owned(),

@@ -138,18 +138,7 @@ impl Networks for Bridges {
 }
 
 fn on_a_bridge(part: Part) -> Part {
-    let network = NetworkSpec {
-        name: "lan".parse().unwrap(),
-        bridge: "br-lab".to_owned(),
-        subnet: ("10.1.0.0".parse().unwrap(), 24),
-        gateway: None,
-        node_address: None,
-        uplink: None,
-        vlan: None,
-        mtu: None,
-        containers: false,
-    };
-    Part { networks: vec![network], ..part }
+    Part { networks: vec![crate::network::tests::spec()], ..part }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
