@@ -11,7 +11,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use bootcache_nbd::disk::{BASE_ALLOCATION, STATE_HOLE, STATE_ZERO};
+use bootcache_nbd::disk::{BASE_ALLOCATION, FileRange, STATE_HOLE, STATE_ZERO};
 use bootcache_nbd::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent};
 
 use crate::digest::Digest;
@@ -81,6 +81,13 @@ impl Disk for ImageDisk {
         match &self.0 {
             Source::Whole { file, .. } => file.try_read_at(buf, offset),
             Source::Increment(layer) => layer.try_read(offset, buf),
+        }
+    }
+
+    fn in_file(&self, offset: u64, _: usize) -> Option<FileRange> {
+        match &self.0 {
+            Source::Whole { file, .. } => Some(FileRange { file: Arc::<FileDiff>::clone(file), offset }),
+            Source::Increment(_) => None,
         }
     }
 

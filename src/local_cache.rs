@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use bootcache_nbd::disk::{Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, StatusExtent};
+use bootcache_nbd::disk::{Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, FileRange, StatusExtent};
 use roaring::RoaringBitmap;
 use rustix::io::{Errno, ReadWriteFlags};
 use tokio::time::Instant;
@@ -501,6 +501,14 @@ impl Disk for LocalCache {
             self.count(offset, buf.len(), None);
         }
         attempt
+    }
+
+    fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
+        if !self.presence.has(Extent::touching(offset, length as u64)) {
+            return None;
+        }
+        self.count(offset, length, None);
+        Some(FileRange { file: Arc::<File>::clone(&self.file), offset })
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {

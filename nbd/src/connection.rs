@@ -9,7 +9,9 @@ mod budget;
 mod guard;
 mod input;
 mod output;
+mod pipe;
 mod replies;
+mod sides;
 mod transfers;
 
 use std::io;
@@ -18,7 +20,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::io::ReadHalf;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +30,9 @@ use guard::guarded;
 use input::{INPUT_BYTES, Input};
 use output::Output;
 pub(crate) use output::Pieces;
+pub(crate) use pipe::Pipes;
 use replies::{EXTENTS_MAX, Patience, Replies, Writer};
+use sides::Incoming;
 
 use crate::chunk::{Answer, HEADER_MAX, Style};
 use crate::consts::{Errno, command};
@@ -50,7 +53,7 @@ pub(crate) async fn serve(
 ) -> io::Result<()> {
     let _place = agreed.place;
     let disk = Arc::clone(&agreed.export.disk);
-    let (reader, writer) = tokio::io::split(stream);
+    let (reader, writer) = sides::split(stream);
     let terms = Terms {
         size: disk.size(),
         features: disk.features(),
@@ -64,6 +67,7 @@ pub(crate) async fn serve(
         style: agreed.style,
         contexts: agreed.contexts,
         pieces: shared.pieces.clone(),
+        pipes: writer.is_socket().then(|| shared.pipes.clone()),
         patience: Patience {
             stall: shared.limits.stall_timeout,
             bytes_in_all: Arc::clone(&shared.bytes),
@@ -118,7 +122,7 @@ enum End {
 }
 
 struct Connection {
-    reader: ReadHalf<Box<dyn Stream>>,
+    reader: Incoming,
     input: Input,
     /// Replies that have not been written yet.
     out: Output,

@@ -12,6 +12,7 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -28,6 +29,20 @@ pub enum Attempt {
     Ready(io::Result<()>),
     /// It would have to wait: call the asynchronous form, with the same arguments, from the start.
     WouldBlock,
+}
+
+/// A range of a disk that is a range of a file.
+pub struct FileRange {
+    /// The file, which supports `splice` or fails at it.
+    pub file: Arc<dyn AsFd + Send + Sync>,
+    /// Where in the file the range begins, in bytes.
+    pub offset: u64,
+}
+
+impl std::fmt::Debug for FileRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileRange").field("offset", &self.offset).finish_non_exhaustive()
+    }
 }
 
 /// What a disk can do. Constant for as long as the disk is exported.
@@ -121,6 +136,15 @@ pub trait Disk: Send + Sync + 'static {
 
     /// Reads `buf.len()` bytes at byte `offset`. Dropping the future abandons the read.
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>>;
+
+    /// Where `length` bytes at byte `offset` lie one behind the other in a file, if they do, and reading them there waits
+    /// for nothing but the file's device. The server sends long reads from there, without copying them, and asks for them
+    /// in another way only if that fails: a layer that counts or delays reads does so here, or answers `None` as the
+    /// default does.
+    fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
+        let _ = (offset, length);
+        None
+    }
 
     /// Writes `data` at byte `offset`, if that needs no waiting.
     ///

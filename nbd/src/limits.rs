@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-use crate::connection::Pieces;
+use crate::connection::{Pieces, Pipes};
 use crate::consts::STRING_MAX;
 
 /// Bounds that hold whatever clients do. [`Limits::default`] is right for a host's VMs. A value with which no client could
@@ -95,6 +95,7 @@ pub struct SharedLimits {
     /// What all connections together may have in flight, in bytes.
     pub(crate) bytes: Arc<Semaphore>,
     pub(crate) pieces: Pieces,
+    pub(crate) pipes: Pipes,
 }
 
 impl From<Limits> for SharedLimits {
@@ -104,6 +105,7 @@ impl From<Limits> for SharedLimits {
             connections: Arc::new(Semaphore::new(limits.connections)),
             bytes: Arc::new(Semaphore::new(limits.bytes)),
             pieces: Pieces::default(),
+            pipes: Pipes::default(),
             limits,
         }
     }

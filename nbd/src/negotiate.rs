@@ -3,6 +3,7 @@
 //! Reads exactly the bytes of one option at a time, so that nothing sent in plain text before STARTTLS can be taken
 //! for something sent behind it. The caller sets the deadline.
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
@@ -18,9 +19,9 @@ use crate::limits::OPTION_SKIP_MAX;
 use crate::server::{Export, Place, Shared, Tls};
 
 /// A connection's bytes, whatever carries them.
-pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Any + Send + Unpin {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+impl<T: AsyncRead + AsyncWrite + Any + Send + Unpin> Stream for T {}
 
 /// What a handshake came to.
 pub(crate) struct Agreed {

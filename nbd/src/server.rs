@@ -122,6 +122,7 @@ pub(crate) struct Shared {
     /// As in [`SharedLimits`], which other servers may have too.
     pub(crate) bytes: Arc<Semaphore>,
     pub(crate) pieces: connection::Pieces,
+    pub(crate) pipes: connection::Pipes,
     connections: Arc<Semaphore>,
     per_export: Mutex<HashMap<String, usize>>,
     handshakes: Mutex<VecDeque<Arc<Handshake>>>,
@@ -144,12 +145,13 @@ impl std::fmt::Debug for Server {
 impl Server {
     /// A server of `exports` within `limits`: [`Limits`] of its own, or [`SharedLimits`] with others.
     pub fn new(exports: Arc<dyn Exports>, limits: impl Into<SharedLimits>, tls: Tls) -> Self {
-        let SharedLimits { limits, connections, bytes, pieces } = limits.into();
+        let SharedLimits { limits, connections, bytes, pieces, pipes } = limits.into();
         let shared = Shared {
             exports,
             limits,
             bytes,
             pieces,
+            pipes,
             connections,
             per_export: Mutex::default(),
             handshakes: Mutex::default(),

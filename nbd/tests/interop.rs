@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bootcache_nbd::layers::{FileDisk, MemoryDisk};
 use bootcache_nbd::{Export, Limits, Server, SharedDisk, Tls};
+use rustix::fs::{FallocateFlags, fallocate};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -47,6 +48,9 @@ impl Bench {
         let content = content();
         let raw = dir.path().join("disk.raw");
         std::fs::write(&raw, &content).unwrap();
+        let file = std::fs::File::options().write(true).open(&raw).unwrap();
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&file, hole, 3 << 20, 2 << 20).unwrap();
         let disk: SharedDisk = match kind {
             "file" => Arc::new(FileDisk::open(&raw, false).unwrap()),
             _ => Arc::new(MemoryDisk::from(content.clone())),

@@ -2,12 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io;
+use std::io::{self, Seek, Write};
 use std::sync::{Arc, Mutex};
 
 use bootcache_nbd::chunk::Style;
 use bootcache_nbd::client::{Address, Client, Policy};
-use bootcache_nbd::layers::MemoryDisk;
+use bootcache_nbd::layers::{FileDisk, MemoryDisk};
 use bootcache_nbd::{
     BoxFuture, Disk, Export, Features, Limits, Server, SharedDisk, StatusExtent, Tls, ZeroFlags,
 };
@@ -127,5 +127,30 @@ async fn every_style_reads_and_writes_the_same() {
         client.write(1000, &content[300_000..600_000], true).await.unwrap();
         assert!(memory.to_vec()[1000..301_000] == content[300_000..600_000], "{style:?}");
         assert_eq!(client.status(0, 4096).await.is_ok(), style != Style::Simple);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_read_of_a_file_is_whole_in_each_style_and_fails_where_the_file_has_ended() {
+    const HOLE: std::ops::Range<usize> = 1 << 20..(1 << 20) + (600 << 10);
+    let mut content: Vec<u8> = (0..(3 << 20) + 100_u32).map(|at| (at / 5 % 251).to_le_bytes()[0]).collect();
+    content[HOLE].fill(0);
+    for style in STYLES {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&content[..HOLE.start]).unwrap();
+        file.seek(io::SeekFrom::Start(HOLE.end as u64)).unwrap();
+        file.write_all(&content[HOLE.end..]).unwrap();
+        let disk = FileDisk::new(file.try_clone().unwrap(), false).unwrap();
+        let (client, _dir) = client(Arc::new(disk), style).await;
+        let all = (0, content.len());
+        let within_the_hole = (HOLE.start + 5, 300_000);
+        let odd = [(1, 700_001), (4095, 65_536), (HOLE.start - 9, 262_144), (content.len() - 70_000, 70_000)];
+        for (offset, length) in [all, within_the_hole].into_iter().chain(odd) {
+            let got = client.read(offset as u64, u32::try_from(length).unwrap()).await.unwrap();
+            assert!(got == content[offset..offset + length], "{style:?} {offset} {length}");
+        }
+        file.set_len(2 << 20).unwrap();
+        assert!(client.read((2 << 20) - 4096, 1 << 20).await.is_err(), "{style:?}");
+        assert!(client.read(0, 1 << 20).await.unwrap() == content[..1 << 20], "{style:?}");
     }
 }

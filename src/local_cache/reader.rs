@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bootcache_nbd::disk::{Attempt, BoxFuture, Disk, Features, StatusExtent};
+use bootcache_nbd::disk::{Attempt, BoxFuture, Disk, Features, FileRange, StatusExtent};
 use tokio::time::Instant;
 
 use super::{Coming, LocalCache};
@@ -138,6 +138,12 @@ impl Disk for Reader {
             self.counters.count(buf.len(), None);
         }
         attempt
+    }
+
+    fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
+        let range = self.cache.in_file(offset, length)?;
+        self.counters.count(length, None);
+        Some(range)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {

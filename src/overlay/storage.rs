@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -99,6 +100,12 @@ impl FileDiff {
             }
         }
         Err(io::ErrorKind::WouldBlock.into())
+    }
+}
+
+impl AsFd for FileDiff {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

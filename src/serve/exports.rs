@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use bootcache_nbd::disk::FileRange;
 use bootcache_nbd::{Attempt, BoxFuture, Disk, Export, Exports, Features, SharedDisk, StatusExtent};
 
 use super::node::{Node, OpenImage};
@@ -52,6 +53,10 @@ impl Disk for HeldImage {
 
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Attempt {
         self.disk.try_read(offset, buf)
+    }
+
+    fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
+        self.disk.in_file(offset, length)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {

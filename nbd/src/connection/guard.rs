@@ -6,12 +6,20 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use futures_util::FutureExt;
 
-use crate::disk::Attempt;
+use crate::disk::{Attempt, FileRange};
 
 /// Runs a `try_` form of a disk.
 pub(super) fn attempt(run: impl FnOnce() -> Attempt) -> Attempt {
     // What a panic leaves half-done belongs to the disk, which has to live with panics at any place anyway.
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Attempt::Ready(Err(failed(&*panic))))
+}
+
+/// Asks a disk where its bytes lie; one that panics does not know.
+pub(super) fn place(run: impl FnOnce() -> Option<FileRange>) -> Option<FileRange> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        failed(&*panic);
+        None
+    })
 }
 
 /// Runs an asynchronous form of a disk, the call that makes the future included.

@@ -9,17 +9,18 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::poll;
-use tokio::io::{AsyncWriteExt, WriteHalf};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::{Mutex, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::guard::{attempt, guarded};
+use super::guard::{attempt, guarded, place};
 use super::output::{Output, Pieces};
-use crate::chunk::{Answer, Style};
+use super::pipe::{Content, Pipe, Pipes, is_cached};
+use super::sides::Outgoing;
+use crate::chunk::{Answer, HEADER_MAX, Style};
 use crate::consts::Errno;
-use crate::disk::{Attempt, SharedDisk, StatusExtent};
+use crate::disk::{Attempt, FileRange, SharedDisk, StatusExtent};
 use crate::limits::PIECE_BYTES;
-use crate::negotiate::Stream;
 
 /// Most extents in the answer to one status request, in one context.
 pub(super) const EXTENTS_MAX: usize = 4096;
@@ -30,6 +31,8 @@ pub(super) struct Replies {
     pub(super) style: Style,
     pub(super) contexts: Vec<&'static str>,
     pub(super) pieces: Pieces,
+    /// For what a file has, if the connection takes it as it is.
+    pub(super) pipes: Option<Pipes>,
     pub(super) patience: Patience,
     pub(super) writer: Mutex<Writer>,
     /// Ends the connection: a reply could not be sent.
@@ -73,14 +76,14 @@ impl Patience {
 
 /// The socket, and whether it can still be used.
 pub(super) struct Writer {
-    stream: WriteHalf<Box<dyn Stream>>,
+    stream: Outgoing,
     /// A reply has begun and not ended. Whoever finds this true must send nothing: the client would take it for the
     /// rest of that reply's data. It stays true when the sender is cancelled, fails or panics half-way.
     torn: bool,
 }
 
 impl Writer {
-    pub(super) const fn new(stream: WriteHalf<Box<dyn Stream>>) -> Self {
+    pub(super) const fn new(stream: Outgoing) -> Self {
         Self { stream, torn: false }
     }
 
@@ -94,18 +97,18 @@ impl Writer {
     }
 
     async fn put(&mut self, bytes: &[u8], patience: &Patience) -> io::Result<()> {
-        patience.wait(self.stream.write_all(bytes)).await
+        patience.wait(self.stream.bytes().write_all(bytes)).await
     }
 
     /// Sends what is left in buffers; what was begun is whole.
     async fn end(&mut self, patience: &Patience) -> io::Result<()> {
-        patience.wait(self.stream.flush()).await?;
+        patience.wait(self.stream.bytes().flush()).await?;
         self.torn = false;
         Ok(())
     }
 
     pub(super) async fn shutdown(&mut self) -> io::Result<()> {
-        self.stream.shutdown().await
+        self.stream.bytes().shutdown().await
     }
 }
 
@@ -156,6 +159,9 @@ impl Replies {
         }
         for (done, piece) in pieces(length) {
             let (at, last) = (offset + done as u64, done + piece == length);
+            if self.read_from_file(answer, (at, piece, last)).await? {
+                continue;
+            }
             out.truncate(0);
             out.put(|out| answer.data(out, at, piece, last));
             let result = self.fetch(at, out.space(piece)).await;
@@ -164,6 +170,74 @@ impl Replies {
             }
         }
         Ok(())
+    }
+
+    /// Answers a read of at most a piece with the pages of the file that it is, if they are in the page cache; false, and
+    /// nothing is sent, if not.
+    pub(super) async fn read_cached(&self, answer: Answer, offset: u64, length: usize) -> io::Result<bool> {
+        let Some((pipes, range)) = self.in_file(offset, length) else { return Ok(false) };
+        if !is_cached(&*range.file, range.offset, length) {
+            return Ok(false);
+        }
+        let header = data_header(answer, (offset, length, true));
+        let Ok(filled) = fill(pipes, &header, &range, length) else { return Ok(false) };
+        self.send_filled(answer, (offset, length, true), header, filled).await
+    }
+
+    /// Sends a piece as the pages of the file that it is; false, and nothing is sent, if it is no such thing, or cannot be
+    /// read: the other way says why.
+    async fn read_from_file(
+        &self,
+        answer: Answer,
+        (at, length, last): (u64, usize, bool),
+    ) -> io::Result<bool> {
+        let Some((pipes, range)) = self.in_file(at, length) else { return Ok(false) };
+        let header = data_header(answer, (at, length, last));
+        let filled = if is_cached(&*range.file, range.offset, length) {
+            fill(pipes, &header, &range, length)
+        } else {
+            let (pipes, header) = (pipes.clone(), header.clone());
+            let blocking = tokio::task::spawn_blocking(move || fill(&pipes, &header, &range, length));
+            blocking.await.map_err(io::Error::other).flatten()
+        };
+        let Ok(filled) = filled else { return Ok(false) };
+        self.send_filled(answer, (at, length, last), header, filled).await
+    }
+
+    /// Where the disk has a range in a file, if this connection can make use of that.
+    fn in_file(&self, offset: u64, length: usize) -> Option<(&Pipes, FileRange)> {
+        let pipes = self.pipes.as_ref()?;
+        Some((pipes, place(|| self.disk.in_file(offset, length))?))
+    }
+
+    async fn send_filled(
+        &self,
+        answer: Answer,
+        (at, length, last): (u64, usize, bool),
+        mut header: Vec<u8>,
+        (pipe, content): (Pipe, Content),
+    ) -> io::Result<bool> {
+        let hole = content == Content::Hole;
+        if hole && answer.style != Style::Simple {
+            header.clear();
+            let length = u32::try_from(length).expect("a piece is short");
+            answer.hole(&mut header, at, length, last);
+            self.send(&header).await?;
+        } else if !hole {
+            self.send_pipe(&pipe, header.len() + length).await?;
+        }
+        if let Some(pipes) = &self.pipes {
+            pipes.give_back(pipe);
+        }
+        Ok(!hole || answer.style != Style::Simple)
+    }
+
+    /// Sends the `length` bytes that a pipe holds, whole replies. After an error it may hold a rest.
+    async fn send_pipe(&self, pipe: &Pipe, length: usize) -> io::Result<()> {
+        let mut writer = self.writer.lock().await;
+        writer.begin()?;
+        self.patience.wait(writer.stream.drain(pipe, length)).await?;
+        writer.end(&self.patience).await
     }
 
     /// Answers a read with one header. All pieces are read before it is sent: behind it an error could only end the
@@ -259,6 +333,19 @@ impl Replies {
         }
         self.send(&out).await
     }
+}
+
+fn data_header(answer: Answer, (at, length, last): (u64, usize, bool)) -> Vec<u8> {
+    let mut header = Vec::with_capacity(HEADER_MAX);
+    answer.data(&mut header, at, length, last);
+    header
+}
+
+/// Fills a pipe; blocks while the device reads.
+fn fill(pipes: &Pipes, header: &[u8], range: &FileRange, length: usize) -> io::Result<(Pipe, Content)> {
+    let pipe = pipes.take()?;
+    let content = pipe.fill(header, &*range.file, range.offset, length)?;
+    Ok((pipe, content))
 }
 
 /// The pieces of a read of `length` bytes: where each begins in it, and its size.

@@ -10,6 +10,9 @@ use crate::chunk::{Answer, Style};
 use crate::disk::Attempt;
 use crate::limits::PIECE_BYTES;
 
+/// From how many bytes on it costs less to send the page cache's pages than to copy them.
+const SPLICED_MIN: usize = 64 << 10;
+
 impl Connection {
     /// Answers a read from the page cache right here, or hands it to a task: one that has to wait, and a long one, whose
     /// copying then goes on beside that of the next.
@@ -20,6 +23,12 @@ impl Connection {
         length: usize,
         whole: bool,
     ) -> io::Result<()> {
+        if (SPLICED_MIN..=PIECE_BYTES).contains(&length) && self.replies.pipes.is_some() {
+            self.flush().await?;
+            if self.replies.read_cached(answer, offset, length).await? {
+                return Ok(());
+            }
+        }
         if length <= GATHER_BYTES {
             let start = self.out.len();
             self.out.put(|out| answer.data(out, offset, length, true));

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,8 @@ use tokio::sync::Semaphore;
 
 use super::InlineWrites;
 use crate::disk::{
-    Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, STATE_HOLE, STATE_ZERO, StatusExtent, ZeroFlags,
+    Attempt, BASE_ALLOCATION, BoxFuture, Disk, Features, FileRange, STATE_HOLE, STATE_ZERO, StatusExtent,
+    ZeroFlags,
 };
 
 /// Threads that wait for one file's lock at once: they take turns there anyway.
@@ -93,6 +94,12 @@ impl FileDisk {
             };
             self.blocking(run).await
         })
+    }
+}
+
+impl AsFd for Shared {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
@@ -184,6 +191,10 @@ impl Disk for FileDisk {
             buf.copy_from_slice(&data);
             Ok(())
         })
+    }
+
+    fn in_file(&self, offset: u64, _: usize) -> Option<FileRange> {
+        Some(FileRange { file: Arc::<Shared>::clone(&self.shared), offset })
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Attempt {
