@@ -504,11 +504,12 @@ impl Disk for LocalCache {
     }
 
     fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
-        if !self.presence.has(Extent::touching(offset, length as u64)) {
-            return None;
-        }
+        let present = self.presence.has(Extent::touching(offset, length as u64));
+        present.then(|| FileRange { file: Arc::<File>::clone(&self.file), offset })
+    }
+
+    fn note_read(&self, offset: u64, length: usize) {
         self.count(offset, length, None);
-        Some(FileRange { file: Arc::<File>::clone(&self.file), offset })
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {

@@ -138,12 +138,16 @@ pub trait Disk: Send + Sync + 'static {
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>>;
 
     /// Where `length` bytes at byte `offset` lie one behind the other in a file, if they do, and reading them there waits
-    /// for nothing but the file's device. The server sends long reads from there, without copying them, and asks for them
-    /// in another way only if that fails: a layer that counts or delays reads does so here, or answers `None` as the
-    /// default does.
+    /// for nothing but the file's device. The server sends long reads from there, without copying them, or reads them in
+    /// another way after all. A layer that delays or changes reads answers `None`, as the default does.
     fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
         let _ = (offset, length);
         None
+    }
+
+    /// `length` bytes at byte `offset` have been read where [`Disk::in_file`] said that they are: for layers that count.
+    fn note_read(&self, offset: u64, length: usize) {
+        let _ = (offset, length);
     }
 
     /// Writes `data` at byte `offset`, if that needs no waiting.

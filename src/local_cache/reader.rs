@@ -141,9 +141,12 @@ impl Disk for Reader {
     }
 
     fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
-        let range = self.cache.in_file(offset, length)?;
+        self.cache.in_file(offset, length)
+    }
+
+    fn note_read(&self, offset: u64, length: usize) {
+        self.cache.note_read(offset, length);
         self.counters.count(length, None);
-        Some(range)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {

@@ -59,6 +59,10 @@ impl Disk for HeldImage {
         self.disk.in_file(offset, length)
     }
 
+    fn note_read(&self, offset: u64, length: usize) {
+        self.disk.note_read(offset, length);
+    }
+
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, io::Result<()>> {
         self.disk.read(offset, buf)
     }

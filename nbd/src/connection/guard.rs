@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use futures_util::FutureExt;
 
-use crate::disk::{Attempt, FileRange};
+use crate::disk::Attempt;
 
 /// Runs a `try_` form of a disk.
 pub(super) fn attempt(run: impl FnOnce() -> Attempt) -> Attempt {
@@ -14,11 +14,11 @@ pub(super) fn attempt(run: impl FnOnce() -> Attempt) -> Attempt {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Attempt::Ready(Err(failed(&*panic))))
 }
 
-/// Asks a disk where its bytes lie; one that panics does not know.
-pub(super) fn place(run: impl FnOnce() -> Option<FileRange>) -> Option<FileRange> {
+/// Asks or tells a disk what no answer depends on; one that panics gives the default.
+pub(super) fn aside<T: Default>(run: impl FnOnce() -> T) -> T {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         failed(&*panic);
-        None
+        T::default()
     })
 }
 

@@ -13,7 +13,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::{Mutex, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::guard::{attempt, guarded, place};
+use super::guard::{aside, attempt, guarded};
 use super::output::{Output, Pieces};
 use super::pipe::{Content, Pipe, Pipes, is_cached};
 use super::sides::Outgoing;
@@ -207,7 +207,7 @@ impl Replies {
     /// Where the disk has a range in a file, if this connection can make use of that.
     fn in_file(&self, offset: u64, length: usize) -> Option<(&Pipes, FileRange)> {
         let pipes = self.pipes.as_ref()?;
-        Some((pipes, place(|| self.disk.in_file(offset, length))?))
+        Some((pipes, aside(|| self.disk.in_file(offset, length))?))
     }
 
     async fn send_filled(
@@ -217,27 +217,41 @@ impl Replies {
         mut header: Vec<u8>,
         (pipe, content): (Pipe, Content),
     ) -> io::Result<bool> {
-        let hole = content == Content::Hole;
-        if hole && answer.style != Style::Simple {
-            header.clear();
-            let length = u32::try_from(length).expect("a piece is short");
-            answer.hole(&mut header, at, length, last);
-            self.send(&header).await?;
-        } else if !hole {
-            self.send_pipe(&pipe, header.len() + length).await?;
+        match content {
+            Content::Hole if answer.style == Style::Simple => {
+                self.give_back(pipe);
+                return Ok(false);
+            }
+            Content::Hole => {
+                self.give_back(pipe);
+                header.clear();
+                let length = u32::try_from(length).expect("a piece is short");
+                answer.hole(&mut header, at, length, last);
+                self.send(&header).await?;
+            }
+            Content::Bytes => match self.drain(&pipe, header.len() + length).await {
+                Ok(()) => self.give_back(pipe),
+                // What is left in the pipe goes with it.
+                Err(_) if self.leaving.load(Ordering::Acquire) => {}
+                Err(error) => return Err(error),
+            },
         }
-        if let Some(pipes) = &self.pipes {
-            pipes.give_back(pipe);
-        }
-        Ok(!hole || answer.style != Style::Simple)
+        aside(|| self.disk.note_read(at, length));
+        Ok(true)
     }
 
-    /// Sends the `length` bytes that a pipe holds, whole replies. After an error it may hold a rest.
-    async fn send_pipe(&self, pipe: &Pipe, length: usize) -> io::Result<()> {
+    /// Sends the `length` bytes that a pipe holds, whole replies.
+    async fn drain(&self, pipe: &Pipe, length: usize) -> io::Result<()> {
         let mut writer = self.writer.lock().await;
         writer.begin()?;
         self.patience.wait(writer.stream.drain(pipe, length)).await?;
         writer.end(&self.patience).await
+    }
+
+    fn give_back(&self, pipe: Pipe) {
+        if let Some(pipes) = &self.pipes {
+            pipes.give_back(pipe);
+        }
     }
 
     /// Answers a read with one header. All pieces are read before it is sent: behind it an error could only end the
