@@ -55,8 +55,9 @@ fn frame(width: f64, height: f64, title: &str, below: &str, body: &str) -> Strin
     format!(
         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' font-family='sans-serif' font-size='12'>\n\
          <style>.p{{fill:#fff}}text{{fill:#1f2328}}.q{{fill:#59636e}}.l{{stroke:#1f2328}}.g{{stroke:#d1d9e0}}\
+         .h{{stroke:#fff;stroke-width:4px;paint-order:stroke}}\
          @media(prefers-color-scheme:dark){{.p{{fill:#0d1117}}text{{fill:#e6edf3}}.q{{fill:#9198a1}}\
-         .l{{stroke:#e6edf3}}.g{{stroke:#3d444d}}}}</style>\n\
+         .l{{stroke:#e6edf3}}.g{{stroke:#3d444d}}.h{{stroke:#0d1117}}}}</style>\n\
          <rect class='p' width='100%' height='100%' rx='6'/>\n\
          <text x='14' y='24' font-size='15' font-weight='bold'>{title}</text>\n\
          <text class='q' x='14' y='42'>{below}</text>\n{body}</svg>\n"

@@ -8,7 +8,7 @@ use super::{BOUND, LOCAL, OTHERS, OURS, frame};
 
 const LABELS: f64 = 180.0;
 const BARS: f64 = 400.0;
-const NUMBERS: f64 = 140.0;
+const NUMBERS: f64 = 165.0;
 const ROW: f64 = 23.0;
 const TOP: f64 = 58.0;
 
@@ -19,7 +19,14 @@ pub(super) fn draw(rows: &Rows) -> String {
     let most = boots.map(|row| row.most).fold(bound, f64::max) * 1.15;
     let x = |seconds: f64| LABELS + seconds.min(most) / most * BARS;
     let height = TOP + rows.rows.len() as f64 * ROW + 30.0;
-    let mut body = String::new();
+    let bottom = height - 26.0;
+    // Behind everything else.
+    let mut body = format!(
+        "<path d='M{0:.1} {TOP}V{bottom}' stroke='{BOUND}' stroke-dasharray='4 3'/>\
+         <text x='{0:.1}' y='{1}' text-anchor='middle' style='fill:{BOUND}'>lower bound {bound:.2} s</text>\n",
+        x(bound),
+        bottom + 15.0,
+    );
     for (row, top) in rows.rows.iter().zip(std::iter::successors(Some(TOP), |top| Some(top + ROW))) {
         let colour = match row.way.as_str() {
             LOCAL_WAY => LOCAL,
@@ -49,20 +56,12 @@ pub(super) fn draw(rows: &Rows) -> String {
         }
         let _to_a_string = writeln!(
             body,
-            "<text x='{:.1}' y='{:.1}'>{:.2} s<tspan class='q'>{waited}</tspan></text>",
+            "<text class='h' x='{:.1}' y='{:.1}'>{:.2} s<tspan class='q'>{waited}</tspan></text>",
             x(row.most) + 6.0,
             middle + 4.0,
             row.seconds
         );
     }
-    let bottom = height - 26.0;
-    let _to_a_string = writeln!(
-        body,
-        "<path d='M{0:.1} {TOP}V{bottom}' stroke='{BOUND}' stroke-dasharray='4 3'/>\
-         <text x='{0:.1}' y='{1}' text-anchor='middle' style='fill:{BOUND}'>lower bound {bound:.2} s</text>",
-        x(bound),
-        bottom + 15.0,
-    );
     let below = "seconds from nothing to the guest's report, of the last node; median, least and most";
     frame(LABELS + BARS + NUMBERS, height, &rows.title, below, &body)
 }
