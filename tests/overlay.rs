@@ -226,6 +226,10 @@ fn a_flush_and_a_fua_write_are_answered_after_data_then_index_are_synced() {
         let first = events.iter().position(|event| *event == DiffWritten).expect("it writes");
         events[first..].to_vec()
     };
+    let first = after_write(&run(&["write -f -P 1 3M 4k"]));
+    let expected =
+        [DiffWritten, DiffSynced, IndexWritten, IndexSynced, IndexWritten, IndexSynced, Answered];
+    assert_eq!(first[..7], expected, "the index as it was found comes first: {first:?}");
     let fua = after_write(&run(&["write -f -P 1 1M 4k"]));
     assert_eq!(fua[..5], [DiffWritten, DiffSynced, IndexWritten, IndexSynced, Answered], "{fua:?}");
     let again = after_write(&run(&["write -f -P 2 1M 4k"]));

@@ -10,6 +10,8 @@
 //! 4. `fdatasync(index)`. Only now is the flush answered, and only now may the next batch be written: a crash tears
 //!    at most the last batch (see [`super::log`]).
 //!
+//! Before step 3 the first flush of a process makes durable what it found in the index ([`Log::catch_up`]).
+//!
 //! When the log has grown enough, steps 3 and 4 write it anew instead, from the states as they were at step 1.
 //!
 //! Flushes that arrive while one runs share the next one. A failed sync latches the overlay: the kernel has forgotten
@@ -98,6 +100,9 @@ impl Inner {
             // Any other error leaves in doubt which of the two logs is there.
             Some(Err(error)) if !is_full(&error) => return Err(self.latch("index", &error)),
             _ => {}
+        }
+        if log.catch_up()? {
+            log.sync().map_err(|error| self.latch("index", &error))?;
         }
         if batch.is_empty() {
             return Ok(());

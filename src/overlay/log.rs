@@ -10,7 +10,8 @@
 //! is the first 8 bytes of BLAKE3 over the record's other 24, keyed with the header's digest, so a record cannot come
 //! from another disk's log.
 //!
-//! A batch is written only after the one before it is durable. A crash can therefore tear the last batch and no other:
+//! A batch is written only after the one before it is durable, whichever process wrote that ([`Log::catch_up`]). A crash
+//! can therefore tear the last batch and no other:
 //! on opening, a bad record followed by nothing of a later batch is a torn tail and is cut off; followed by a valid
 //! record of a later batch it is damage, and the log is refused.
 
@@ -206,12 +207,14 @@ pub(super) struct Log {
     batch: u32,
     compacted_records: u64,
     slack: u64,
+    /// What it was opened with, until that is written again.
+    inherited: Option<Vec<u8>>,
 }
 
 impl Log {
     /// Opens for appending and cuts a torn tail off; gives what it holds.
     pub(super) fn open(file: Arc<dyn LogFile>) -> Result<(Self, Vec<Run>), IndexError> {
-        let bytes = file.load()?;
+        let mut bytes = file.load()?;
         let content = parse(&bytes)?;
         if content.length < bytes.len() {
             tracing::info!(
@@ -220,6 +223,7 @@ impl Log {
             );
             file.truncate(content.length as u64)?;
             file.sync()?;
+            bytes.truncate(content.length);
         }
         let Content { header, key, length, batch, runs } = content;
         let log = Self {
@@ -230,6 +234,7 @@ impl Log {
             batch,
             compacted_records: 0,
             slack: COMPACT_SLACK,
+            inherited: Some(bytes),
         };
         Ok((log, runs))
     }
@@ -254,6 +259,18 @@ impl Log {
     #[cfg(test)]
     pub(super) fn compact_always(&mut self) {
         self.slack = 0;
+    }
+
+    /// Writes what it was opened with over itself, once, before anything is promised or put behind it. Whether it did; not
+    /// durable until [`Log::sync`].
+    ///
+    /// The last batch of a process that was killed may be in the page cache alone, and after a sync that failed, another
+    /// one would not write it either.
+    pub(super) fn catch_up(&mut self) -> io::Result<bool> {
+        let Some(bytes) = &self.inherited else { return Ok(false) };
+        self.file.write_at(bytes, 0)?;
+        self.inherited = None;
+        Ok(true)
     }
 
     /// Writes one batch at the end. Not durable until [`Log::sync`]. After an error the log is as it was.
@@ -283,6 +300,7 @@ impl Log {
         self.length = bytes.len() as u64;
         self.batch = u32::from(!runs.is_empty());
         self.compacted_records = runs.len() as u64;
+        self.inherited = None;
         Ok(())
     }
 }

@@ -40,7 +40,7 @@ pub trait DiffFile: Send + Sync + std::fmt::Debug + 'static {
 pub trait LogFile: Send + Sync + std::fmt::Debug + 'static {
     /// The whole content.
     fn load(&self) -> io::Result<Vec<u8>>;
-    /// Writes at `offset`, the current end.
+    /// Writes at `offset`, the current end, or over what is there.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Cuts the file.
     fn truncate(&self, length: u64) -> io::Result<()>;
@@ -194,6 +194,8 @@ pub struct FileLog {
 struct LogState {
     file: File,
     reserved: u64,
+    /// Synced with the file the first time: a process that was killed may have just replaced it.
+    folder: Option<File>,
 }
 
 impl FileLog {
@@ -206,7 +208,8 @@ impl FileLog {
     /// Opens for appending.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::options().read(true).write(true).open(path)?;
-        Ok(Self { path: path.to_owned(), state: Mutex::new(LogState { file, reserved: 0 }) })
+        let state = LogState { file, reserved: 0, folder: Some(folder_of(path)?) };
+        Ok(Self { path: path.to_owned(), state: Mutex::new(state) })
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, LogState> {
@@ -238,14 +241,20 @@ impl LogFile for FileLog {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.state().file.sync_data()
+        let mut state = self.state();
+        state.file.sync_data()?;
+        if let Some(folder) = &state.folder {
+            folder.sync_all()?;
+            state.folder = None;
+        }
+        Ok(())
     }
 
     fn replace(&self, bytes: &[u8]) -> io::Result<()> {
         let mut state = self.state();
         replace_file(&self.path, bytes)?;
         state.file = File::options().read(true).write(true).open(&self.path)?;
-        state.reserved = 0;
+        (state.reserved, state.folder) = (0, None);
         Ok(())
     }
 }
@@ -263,8 +272,13 @@ fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
         let _ = std::fs::remove_file(&temporary);
         return written;
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let synced = File::open(folder.unwrap_or_else(|| Path::new("."))).and_then(|folder| folder.sync_all());
+    let synced = folder_of(path).and_then(|folder| folder.sync_all());
     synced
         .map_err(|error| io::Error::other(format!("the folder of {} did not sync: {error}", path.display())))
+}
+
+/// The folder that makes the name of the file at `path` durable.
+fn folder_of(path: &Path) -> io::Result<File> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or_else(|| Path::new(".")))
 }
