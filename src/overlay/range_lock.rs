@@ -53,6 +53,11 @@ impl RangeLock {
         state.held |= stripes;
         Some(RangeGuard { lock: self, stripes })
     }
+
+    /// Whether somebody holds a stripe of `extent`.
+    pub(super) fn is_held(&self, extent: Extent) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).held & stripes(extent) != 0
+    }
 }
 
 impl Drop for RangeGuard<'_> {
@@ -83,6 +88,7 @@ mod tests {
         let lock = RangeLock::default();
         let first = lock.lock(Extent::new(0, 64));
         assert!(lock.try_lock(Extent::new(63, 1)).is_none());
+        assert!(lock.is_held(Extent::new(63, 1)) && !lock.is_held(Extent::new(64, 1)));
         assert!(lock.try_lock(Extent::new(64, 1)).is_some());
         assert!(lock.try_lock(Extent::new(64, 1 << 20)).is_none(), "a long range takes every stripe");
         drop(first);

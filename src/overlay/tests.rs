@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bootcache_nbd::disk::{BASE_ALLOCATION, STATE_HOLE, STATE_ZERO};
 use proptest::prelude::*;
@@ -238,6 +239,48 @@ proptest! {
     ) {
         runtime().block_on(check(size, steps));
     }
+}
+
+/// Once, a write whose client had gone while it waited was done all the same, over newer ones that had been answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_for_its_range_is_given_up_with_its_client() {
+    let (_dir, base, overlay) = new_overlay(4 * BLOCK_BYTES).await;
+    for trims in [false, true] {
+        let held = overlay.0.locks.lock(Extent::new(0, 4));
+        let waiting = tokio::spawn({
+            let overlay = overlay.clone();
+            async move {
+                match trims {
+                    true => overlay.trim(0, 4096, false).await,
+                    false => overlay.write(0, &[1; 4096], false).await,
+                }
+            }
+        });
+        let turns = async |count| {
+            while overlay.0.turns.available_permits() != count {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), turns(TURNS - 1)).await.expect("it has its turn");
+        tokio::time::sleep(Duration::from_millis(50)).await; // and a thread
+        waiting.abort();
+        assert!(waiting.await.unwrap_err().is_cancelled());
+        drop(held);
+        tokio::time::timeout(Duration::from_secs(10), turns(TURNS)).await.expect("the thread ends");
+        assert_eq!(read(&overlay, 0, 4096).await, base.bytes[..4096], "trims: {trims}");
+    }
+}
+
+/// It may be the range of a write that has begun and whose client has gone: what is answered now must come behind it.
+#[tokio::test]
+async fn a_write_over_data_is_not_done_beside_one_that_holds_the_range() {
+    let (_dir, _base, overlay) = new_overlay(4 * BLOCK_BYTES).await;
+    write(&overlay, 0, &[1; 4096], false).await.unwrap();
+    let held = overlay.0.locks.lock(Extent::new(0, 1));
+    assert!(matches!(overlay.try_write(0, &[2; 4096]), Attempt::WouldBlock));
+    drop(held);
+    write(&overlay, 0, &[3; 4096], false).await.unwrap();
+    assert_eq!(read(&overlay, 0, 4096).await, [3; 4096]);
 }
 
 async fn new_overlay(size: usize) -> (tempfile::TempDir, Arc<MemoryBase>, Overlay) {

@@ -19,8 +19,13 @@
 //! 99.9 % less than 4.5 ms. What has to wait for the base or for another write's lock goes to a thread that may block, and
 //! so does everything while a range is given back or allocated, and for a moment after a write that took long.
 //!
-//! A write to blocks that are all data takes no lock and changes no state. Only a trim or zeroing of the same block can
-//! come between, and then counts as the later of the two: its state stands, and the bytes in the diff are not looked at.
+//! A write to blocks that are all data takes no lock and changes no state; it only waits for whoever holds the lock when
+//! it begins. Only a trim or zeroing of the same block can come between, and then counts as the later of the two: its
+//! state stands, and the bytes in the diff are not looked at.
+//!
+//! A client that lost its connection sends again, on another one, what it has no answer to, and then newer writes to the
+//! same place. So what still waits for its thread or its lock when its future is dropped is given up, and what has begun
+//! by then holds the lock until it is done.
 
 use std::io;
 use std::sync::Arc;
@@ -101,7 +106,7 @@ impl Inner {
             let attempt = base.try_read(span.end, &mut edges.suffix[..span.suffix]);
             let Attempt::Ready(Ok(())) = attempt else { return attempt };
         }
-        if self.layer.map.all(span.blocks, BlockState::Data) {
+        if self.layer.map.all(span.blocks, BlockState::Data) && !self.locks.is_held(span.blocks) {
             return self.inline.attempt(|| self.overwrite(&span, data));
         }
         match self.locks.try_lock(span.blocks) {
@@ -110,8 +115,8 @@ impl Inner {
         }
     }
 
-    /// Writes where waiting is allowed. `self` and `data` are owned by the thread that writes, so a dropped future
-    /// leaves the range either written or not yet.
+    /// Writes where waiting is allowed. `self` and `data` are owned by the thread that writes: when the future is dropped
+    /// the range is not written any more, or is just being written, under its lock.
     pub(super) async fn write(self: &Arc<Self>, offset: u64, data: &[u8]) -> io::Result<()> {
         let span = self.span(offset, data.len());
         let mut edges = Box::new(Edges { prefix: ZEROES, suffix: ZEROES });
@@ -127,7 +132,8 @@ impl Inner {
         self.locked(span.blocks, move |inner| inner.store(&span, &data, &edges)).await
     }
 
-    /// Runs `work` under the lock of `blocks`, on a thread that may block. It runs to its end even if the future is dropped.
+    /// Runs `work` under the lock of `blocks`, on a thread that may block. When the future is dropped, work that has begun
+    /// runs to its end, and other work never begins.
     ///
     /// A turn comes first: threads that wait for the lock are taken from all that this process may have, and what one
     /// overlay's clients send must not take them all.
@@ -138,9 +144,14 @@ impl Inner {
     ) -> io::Result<()> {
         let turn = Arc::clone(&self.turns).acquire_owned().await.expect("the semaphore is never closed");
         let inner = Arc::clone(self);
+        let asked = Arc::new(());
+        let asker = Arc::downgrade(&asked);
         blocking(move || {
             let _turn = turn;
             let _guard = inner.locks.lock(blocks);
+            if asker.strong_count() == 0 {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             work(&inner)
         })
         .await

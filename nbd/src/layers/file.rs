@@ -80,7 +80,8 @@ impl FileDisk {
         Box::pin(async move { tokio::task::spawn_blocking(move || work(&shared)).await? })
     }
 
-    /// The same, when it is its turn.
+    /// The same, when it is its turn. What has not begun when the future is dropped never does: whoever asked for it may
+    /// have sent it again on another connection, and newer writes to the same place behind it.
     fn in_turn<'a, T, F>(&'a self, turns: &'a Arc<Semaphore>, work: F) -> BoxFuture<'a, io::Result<T>>
     where
         T: Send + 'static,
@@ -88,8 +89,13 @@ impl FileDisk {
     {
         Box::pin(async move {
             let turn = Arc::clone(turns).acquire_owned().await.expect("the semaphores are never closed");
+            let asked = Arc::new(());
+            let asker = Arc::downgrade(&asked);
             let run = move |shared: &Shared| {
                 let _turn = turn;
+                if asker.strong_count() == 0 {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
                 work(shared)
             };
             self.blocking(run).await
@@ -283,6 +289,40 @@ mod tests {
         assert!(matches!(disk.try_write(0, b"x"), Attempt::WouldBlock));
         drop(long);
         assert!(matches!(disk.try_write(0, b"x"), Attempt::Ready(Ok(()))));
+    }
+
+    /// Once, such a write was done all the same, over newer ones that had been answered.
+    #[test]
+    fn a_write_that_waits_for_a_thread_is_given_up_with_its_client() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = FileDisk::new(file.try_clone().unwrap(), false).unwrap();
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(2).max_blocking_threads(1).enable_time().build().unwrap();
+        let (release, released) = std::sync::mpsc::channel();
+        let turns = async |count| {
+            while disk.shared.turns.available_permits() != count {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let given_up = async {
+            let _the_only_thread = tokio::task::spawn_blocking(move || released.recv());
+            let writing = tokio::spawn({
+                let disk = disk.clone();
+                async move { disk.write(0, b"old", false).await }
+            });
+            turns(TURNS - 1).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            writing.abort();
+            assert!(writing.await.unwrap_err().is_cancelled());
+            release.send(()).unwrap();
+            turns(TURNS).await;
+        };
+        let given_up = async { tokio::time::timeout(Duration::from_secs(10), given_up).await };
+        runtime.block_on(given_up).expect("it ends");
+        let mut found = [1; 3];
+        file.read_exact_at(&mut found, 0).unwrap();
+        assert_eq!(found, [0; 3]);
     }
 
     #[test]
