@@ -229,6 +229,16 @@ impl SmallDisk {
         );
         Self(at)
     }
+
+    /// Leaves no room, neither for bytes nor for another file or folder.
+    fn fill(&self) {
+        let filler = std::fs::File::options().create(true).append(true).open(self.0.join("filler"));
+        std::io::copy(&mut std::io::repeat(1), &mut filler.unwrap()).unwrap_err();
+        let used = rustix::fs::statvfs(self.0.as_path()).map(|fs| fs.f_files - fs.f_ffree).unwrap();
+        let remount = format!("remount,nr_inodes={used}");
+        support::run(Command::new("mount").args(["-o", &remount]).arg(&self.0));
+        std::fs::create_dir(self.0.join("folder")).unwrap_err();
+    }
 }
 
 impl Drop for SmallDisk {
@@ -269,4 +279,28 @@ fn a_full_disk_is_said_to_be_full_and_the_store_works_on() {
     std::fs::remove_file(&filler).unwrap();
     store.run(["overlay", "create", "small", "vm"]);
     store.run(["image", "verify", "small"]);
+}
+
+/// Once, what was to be removed was moved into a new folder, for which there was no room; by then the image's name had gone.
+#[test]
+fn images_and_overlays_can_be_removed_from_a_full_disk() {
+    if !support::require(&["mount", "umount"]) || !support::require_root() {
+        return;
+    }
+    let store = Store::new();
+    let small = small_disk(&store, "small.raw", 4);
+    let disk = SmallDisk::mount(store.path(), 16);
+    store.run(["image", "add", "small", small.to_str().unwrap()]);
+    store.run(["overlay", "create", "small", "vm"]);
+    store.run(["overlay", "create", "small", "vm-2"]);
+    let daemon = store.serve([""; 0]);
+    disk.fill();
+    store.run(["overlay", "remove", "vm"]);
+    drop(daemon);
+    disk.fill();
+    store.run(["overlay", "remove", "vm-2"]);
+    disk.fill();
+    store.run(["image", "remove", "small"]);
+    assert_eq!(names(&store), [""; 0]);
+    nothing_half_made(&store);
 }

@@ -1,7 +1,7 @@
 //! The store's size limit: what came from peers, and nothing uses, goes when room is needed, the longest unused first.
 //!
-//! Images that a person added are never evicted, unless they have lost their last name, as by a removal that was
-//! interrupted. What came from a peer has an empty file `pulled` beside its manifest,
+//! Images that a person added are never evicted, unless they have no name, as when they were added and there was no room
+//! for it. What came from a peer has an empty file `pulled` beside its manifest,
 //! whose modification time is when the image was last opened. An image stays while it is open (a [`super::Hold`]),
 //! or an overlay or an increment builds on it.
 
@@ -105,10 +105,10 @@ impl Store {
         while stored > limit {
             let Some((position, hold)) = self.first_unused(&candidates)? else { break };
             let (_, root) = candidates.remove(position);
+            let image = self.delete_image(root, hold, &change)?;
             for (name, _) in self.names()?.into_iter().filter(|(_, named)| *named == root) {
                 self.remove_name(&name)?;
             }
-            let image = self.delete_image(root, hold, &change)?;
             stored = stored.saturating_sub(image.freed);
             evicted.push(Evicted { root, freed: image.freed });
             buried.push(image);

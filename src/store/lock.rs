@@ -2,8 +2,8 @@
 //! `kill -9` leaves nothing to clear away, and what the file says of its holder is only for people.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,8 @@ use crate::digest::Digest;
 use super::{StoreError, at};
 
 const POLL: Duration = Duration::from_millis(50);
+/// A process id and the spaces behind it.
+const HOLDER_BYTES: usize = 20;
 
 /// The store is this process's, until this is dropped.
 #[derive(Debug)]
@@ -62,22 +64,26 @@ impl ChangeLock {
     }
 }
 
-/// Locks the file at `path`, which is made when it is missing, and writes this process's id into it.
+/// Locks the file at `path`, which is made when it is missing, and writes this process's id into it: over what is there,
+/// since that takes no room. A full disk keeps nobody from removing things.
 fn try_exclusive(path: &Path) -> io::Result<Option<File>> {
     let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
     if !try_flock(&file, FlockOperation::NonBlockingLockExclusive)? {
         return Ok(None);
     }
-    file.set_len(0)?;
-    (&file).write_all(format!("{}\n", std::process::id()).as_bytes())?;
+    let holder = format!("{:<HOLDER_BYTES$}\n", std::process::id());
+    if file.write_all_at(holder.as_bytes(), 0).is_err() {
+        // Better nobody than another one. If this fails too, people are told of that other one.
+        let _ = file.set_len(0);
+    }
     Ok(Some(file))
 }
 
 fn holder(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
-    match text.trim() {
-        "" => "unknown".to_owned(),
-        pid => pid.chars().take(20).collect(),
+    match text.split_whitespace().next() {
+        None => "unknown".to_owned(),
+        Some(pid) => pid.chars().take(HOLDER_BYTES).collect(),
     }
 }
 
@@ -93,7 +99,7 @@ pub(super) fn try_flock(file: &File, operation: FlockOperation) -> io::Result<bo
 /// An image's content stays where it is while this lives. Shared holds are for users, the exclusive one for removal.
 #[derive(Debug)]
 pub struct Hold {
-    _dir: File,
+    dir: File,
 }
 
 impl Hold {
@@ -103,6 +109,11 @@ impl Hold {
 
     pub(super) fn exclusive(dir: &Path, root: Digest) -> Result<Self, StoreError> {
         Self::take(dir, root, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// The folder, locked.
+    pub(super) fn into_lock(self) -> File {
+        self.dir
     }
 
     /// The folder itself is locked, not a file in it: files are replaced by rename, the folder stays the same.
@@ -119,7 +130,7 @@ impl Hold {
         if !fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (held.dev(), held.ino())) {
             return Err(StoreError::NoSuchRoot(root));
         }
-        Ok(Self { _dir: dir })
+        Ok(Self { dir })
     }
 }
 
@@ -142,7 +153,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("lock"), "999999999 and more text than a number has\n").unwrap();
         let _lock = StoreLock::take(dir.path()).unwrap();
-        assert_eq!(fs::read_to_string(dir.path().join("lock")).unwrap(), format!("{}\n", std::process::id()));
+        assert_eq!(holder(&dir.path().join("lock")), std::process::id().to_string());
+    }
+
+    /// Once, nothing could be removed from a full disk, for want of the block that the process's id takes.
+    #[test]
+    fn a_lock_needs_no_room() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/dev/full", dir.path().join("lock.change")).unwrap();
+        let _lock = ChangeLock::take(dir.path(), Duration::from_secs(10), |_| ()).unwrap();
     }
 
     #[test]

@@ -59,9 +59,9 @@ impl Store {
             return Err(StoreError::HasDependent { root, dependent });
         }
         let hold = Hold::exclusive(&self.image_dir(root), root)?;
-        // The name goes first: a crash in between leaves content without a name, not a name without content.
-        self.remove_name(name)?;
+        // The name goes last: whatever comes in between, it is there for the next attempt.
         let buried = self.delete_image(root, hold, &change)?;
+        self.remove_name(name)?;
         drop(change); // others need not wait for the rest
         Ok(Removed::Content { freed: buried.freed })
     }
@@ -83,11 +83,9 @@ impl Store {
     ) -> Result<Buried, StoreError> {
         let dir = self.image_dir(root);
         let freed = super::scratch::stored_bytes(&dir);
-        let grave = Scratch::create(&self.tmp(), "removed", change)?;
-        fs::rename(&dir, grave.join("image")).map_err(at(&dir))?;
+        let grave = Scratch::bury(&dir, &self.tmp(), hold.into_lock(), change)?;
         let images = self.dir.join("images");
         atomic::sync_dir(&images).map_err(at(&images))?;
-        drop(hold);
         Ok(Buried { freed, _grave: grave })
     }
 

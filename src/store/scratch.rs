@@ -28,13 +28,18 @@ pub struct Scratch {
 impl Scratch {
     /// The change lock keeps others from taking the new folder, before it is locked, for one left behind.
     pub(super) fn create(tmp: &Path, label: &str, _change: &ChangeLock) -> Result<Self, StoreError> {
-        let path = (0..u32::MAX)
-            .map(|serial| tmp.join(format!("{label}.{serial}")))
-            .find(|path| !path.exists())
-            .expect("fewer than 2³² things are made at once");
+        let path = free_path(tmp, label);
         fs::DirBuilder::new().mode(0o700).create(&path).map_err(at(&path))?;
         let lock = File::open(&path).map_err(at(&path))?;
         try_flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(at(&path))?;
+        Ok(Self { path, _lock: lock, keep: false })
+    }
+
+    /// Takes the folder `dir` out of sight, to be removed when this is dropped. `lock` is the exclusive lock on it. It takes
+    /// no room: a full disk has none for a folder around it. Durable when the folder that it was in is synced.
+    pub(super) fn bury(dir: &Path, tmp: &Path, lock: File, _change: &ChangeLock) -> Result<Self, StoreError> {
+        let path = free_path(tmp, "removed");
+        fs::rename(dir, &path).map_err(at(dir))?;
         Ok(Self { path, _lock: lock, keep: false })
     }
 
@@ -57,6 +62,14 @@ impl Scratch {
     }
 }
 
+/// A path that nothing has. Under the change lock it stays so.
+fn free_path(tmp: &Path, label: &str) -> PathBuf {
+    (0..u32::MAX)
+        .map(|serial| tmp.join(format!("{label}.{serial}")))
+        .find(|path| !path.exists())
+        .expect("fewer than 2³² things are made at once")
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         if !self.keep
@@ -68,6 +81,17 @@ impl Drop for Scratch {
 }
 
 impl Store {
+    /// Takes the folder `dir` of the store, which nobody uses, out of sight by one rename, and removes it when the result is
+    /// dropped, or at the next start. Durable when the folder that it was in is synced.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; nothing has changed then.
+    pub(crate) fn bury(&self, dir: &Path, change: &ChangeLock) -> Result<Scratch, StoreError> {
+        let lock = File::open(dir).map_err(at(dir))?;
+        try_flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(at(dir))?;
+        Scratch::bury(dir, &self.tmp(), lock, change)
+    }
+
     /// Removes what killed processes left in `tmp/` and `names/`.
     pub(super) fn clean(&self) -> Result<(), StoreError> {
         self.clean_new_files();

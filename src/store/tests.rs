@@ -218,7 +218,7 @@ fn only_pulled_images_that_nothing_uses_are_evicted_the_longest_unused_first() {
     drop(hold);
     assert_eq!(roots(store.evict(0).unwrap()), [held]);
     assert_eq!(store.roots().unwrap(), [added]);
-    // A removal that was interrupted after the name had gone.
+    // One that got no name.
     store.remove_name(&name("added")).unwrap();
     assert_eq!(roots(store.evict(0).unwrap()), [added]);
 }

@@ -204,14 +204,16 @@ impl Node {
             false => Err(NodeError::NoOverlay(name.clone())),
         };
         check(&*self.inner.lock().await)?;
-        let grave = self.scratch("removed").await?;
+        let store = self.store.clone();
+        let change = self.changing(move || Ok(store.change(|_| ())?)).await?;
         // Moved first, so that a crash leaves no half of an overlay, and the next start removes the rest.
-        let open = {
+        let (open, grave) = {
             let mut inner = self.inner.lock().await;
             check(&inner)?;
-            fs::rename(&dir, grave.join("overlay")).map_err(at(&dir))?;
-            inner.overlays.remove(name)
+            let grave = self.store.bury(&dir, &change)?;
+            (inner.overlays.remove(name), grave)
         };
+        drop(change); // others need not wait for the rest
         if let Some(open) = &open {
             open.closed.cancel();
         }
