@@ -1,4 +1,4 @@
-//! The overlay and the examples as processes: what they export, and in what order an overlay makes writes durable.
+//! The overlay and the examples as processes: what they export, and in what order writes and removals become durable.
 
 mod support;
 
@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use support::example;
 use support::process::Process;
+use support::store::{Store, bootcache};
 
 const START: Duration = Duration::from_secs(20);
 
@@ -238,4 +239,30 @@ fn a_flush_and_a_fua_write_are_answered_after_data_then_index_are_synced() {
     let expected = [DiffWritten, Answered, DiffSynced, IndexWritten, IndexSynced, Answered];
     assert_eq!(flush[..6], expected, "{flush:?}");
     ends_on_interrupt(server);
+}
+
+#[test]
+fn a_removal_is_answered_after_it_is_durable() {
+    if !support::require(&["strace"]) {
+        return;
+    }
+    let store = Store::new();
+    let image = store.beside("image.raw");
+    fs::write(&image, support::noise(1, 1 << 20)).expect("an image");
+    store.run(["image", "add", "golden", image.to_str().expect("it is text")]);
+    store.run(["overlay", "create", "golden", "vm"]);
+    let trace = store.beside("trace");
+    let calls = "trace=rename,renameat,renameat2,fsync,write";
+    support::run(
+        Command::new("strace")
+            .args(["-f", "-y", "-qq", "-e", calls, "-o"])
+            .arg(&trace)
+            .args([bootcache(), "--json", "overlay", "remove", "vm"])
+            .env("BOOTCACHE_STORE", store.path()),
+    );
+    let trace = fs::read_to_string(&trace).expect("a trace");
+    let mut rest = trace.lines();
+    for (call, file) in [("rename", "/overlays/vm\""), ("fsync(", "/overlays>"), ("write(1<", "vm")] {
+        assert!(rest.any(|line| line.contains(call) && line.contains(file)), "no {call} in its place:\n{trace}");
+    }
 }

@@ -25,6 +25,7 @@ use crate::overlay::Overlay;
 use crate::serve::overlay_meta::OverlayMeta;
 use crate::serve::report;
 use crate::serve::vm_socket::VmSocket;
+use crate::store::atomic::sync_dir;
 use crate::store::{Scratch, Store};
 
 /// An overlay that is open, and the image below it.
@@ -114,7 +115,7 @@ impl Node {
             let _change = store.change(|_| ())?;
             check_free(&store, &new)?; // others may have added an image or an overlay
             fs::rename(&made, &dir).map_err(at(&dir))?;
-            crate::store::atomic::sync_dir(&store.dir().join("overlays")).map_err(at(&dir))
+            sync_dir(&store.dir().join("overlays")).map_err(at(&dir))
         })
         .await?;
         self.overlay_info(&*self.inner.lock().await, name)
@@ -217,9 +218,12 @@ impl Node {
         if let Some(open) = &open {
             open.closed.cancel();
         }
+        let overlays = self.store.dir().join("overlays");
         self.apart(move || {
+            // Before the answer: after a power loss a new overlay of the name must not be the old one.
+            let synced = sync_dir(&overlays).map_err(at(&overlays));
             drop((open, grave));
-            Ok(())
+            synced
         })
         .await
     }
