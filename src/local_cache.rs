@@ -329,7 +329,8 @@ impl LocalCache {
     /// then on, so whatever else belongs to it has to be durable before. Whether it does.
     ///
     /// # Errors
-    /// Of the sync, or of replacing the saved bits. What came after the last good save is then absent again.
+    /// Of the sync: what came after the last good save is then absent again. Of replacing or removing the saved bits: all
+    /// stays as it is, and the next save tries again.
     pub fn save(&self, may_finish: bool) -> io::Result<bool> {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.dir.join("present");
@@ -338,25 +339,24 @@ impl LocalCache {
         if bitmap == *saved && !(finish && path.exists()) {
             return Ok(finish);
         }
-        let result = self.sync().and_then(|()| match finish {
-            true => std::fs::remove_file(&path).and_then(|()| sync_dir(&self.dir)),
-            false => saved::save(&path, self.root, self.size, &bitmap),
-        });
-        match result {
-            Ok(()) => {
-                *saved = bitmap;
-                Ok(finish)
-            }
-            Err(error) => {
-                let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);
-                self.take_back(&(self.presence.snapshot() - &*saved));
-                if !path.exists() {
-                    // It was removed, which says that all is here, and that is not known to be durable.
-                    saved::save(&path, self.root, self.size, &saved)?;
-                }
-                Err(error)
-            }
+        if let Err(error) = self.sync() {
+            let _nobody_writes = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+            self.take_back(&(self.presence.snapshot() - &*saved));
+            return Err(error);
         }
+        let write = || saved::save(&path, self.root, self.size, &bitmap);
+        if finish {
+            std::fs::remove_file(&path)?;
+            if let Err(error) = sync_dir(&self.dir) {
+                // That all is here is not known to be durable: there has to be something for the next save to remove.
+                write()?;
+                return Err(error);
+            }
+        } else {
+            write()?;
+        }
+        *saved = bitmap;
+        Ok(finish)
     }
 
     /// Makes `blocks` absent, whatever is in their place. Nobody may be writing.

@@ -156,6 +156,25 @@ fn after_a_failed_sync_nothing_is_believed_that_came_after_the_last_good_save() 
     assert!(bytes == (20..30).flat_map(block).collect::<Vec<_>>());
 }
 
+/// Once, good blocks were absent again when there was no room for the bits: reads waited for what had been here.
+#[test]
+fn what_was_synced_stays_when_its_bits_cannot_be_saved() {
+    for count in [3, 5] {
+        let (dir, cache) = fresh(5 * BLOCK_SIZE);
+        let present = dir.path().join("present");
+        cache.insert(0, &image(count * BLOCK_SIZE)).unwrap();
+        std::fs::remove_file(&present).unwrap();
+        std::fs::create_dir_all(present.join("in the way")).unwrap();
+        cache.save(true).unwrap_err();
+        assert!(cache.has(Extent::new(0, count)));
+        std::fs::remove_dir_all(&present).unwrap();
+        std::fs::write(&present, "").unwrap();
+        assert_eq!(cache.save(true).unwrap(), count == 5);
+        let again = LocalCache::open(dir.path(), ROOT, 5 * BLOCK_SIZE).unwrap();
+        assert_eq!(again.present(Extent::new(0, 5)), [Extent::new(0, count)]);
+    }
+}
+
 #[test]
 fn an_image_is_not_complete_whose_last_sync_failed() {
     let (dir, cache) = fresh(5 * BLOCK_SIZE);
