@@ -217,26 +217,35 @@ impl Store {
         self.dir.join("names").join(name.as_str())
     }
 
-    /// The names there are, in order, with the root of each.
+    /// The names there are, in order, with the root of each; without those whose file cannot be read.
     ///
     /// # Errors
-    /// [`StoreError::Io`], [`StoreError::Damaged`].
+    /// [`StoreError::Io`].
     pub fn names(&self) -> Result<Vec<(ImageName, Digest)>, StoreError> {
+        Ok(self.read_names()?.0)
+    }
+
+    /// The same, and what is wrong with the others.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn read_names(&self) -> Result<(Vec<(ImageName, Digest)>, Vec<StoreError>), StoreError> {
         let dir = self.dir.join("names");
-        let mut names = Vec::new();
+        let (mut names, mut unreadable) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(&dir).map_err(at(&dir))? {
             let entry = entry.map_err(at(&dir))?;
             let Some(name) = entry.file_name().to_str().and_then(|text| text.parse::<ImageName>().ok())
             else {
                 continue;
             };
-            // A name may go while we look.
-            if let Some(root) = self.root_of(&name)? {
-                names.push((name, root));
+            match self.root_of(&name) {
+                Ok(Some(root)) => names.push((name, root)),
+                Ok(None) => {} // A name may go while we look.
+                Err(error) => unreadable.push(error),
             }
         }
         names.sort();
-        Ok(names)
+        Ok((names, unreadable))
     }
 
     /// The root that `name` means, if it is a name.

@@ -211,7 +211,8 @@ enum Listed {
 }
 
 fn list(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
-    let names = store.names()?;
+    let (names, unreadable) = store.read_names()?;
+    unreadable.iter().for_each(|error| eprintln!("bootcache: {error}"));
     let listed: Vec<Listed> = names
         .iter()
         .map(|(name, root)| match store.image(*root) {

@@ -43,14 +43,18 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::HasDependent`] when an overlay or an incremental image builds on it, [`StoreError::InUse`],
-    /// [`StoreError::NoSuchImage`], [`StoreError::Io`].
+    /// [`StoreError::NoSuchImage`], [`StoreError::Damaged`] when it cannot be told what another name means,
+    /// [`StoreError::Io`].
     pub fn remove(&self, name: &ImageName) -> Result<Removed, StoreError> {
         let change = self.change(|_| ())?;
         let root = self.root_of(name)?.ok_or_else(|| StoreError::NoSuchImage(name.clone()))?;
-        if self.names()?.iter().any(|(other, other_root)| other != name && *other_root == root) {
+        let (names, unreadable) = self.read_names()?;
+        if names.iter().any(|(other, other_root)| other != name && *other_root == root) {
             self.remove_name(name)?;
             return Ok(Removed::NameOnly);
         }
+        // It may be another name of this image.
+        unreadable.into_iter().next().map_or(Ok(()), Err)?;
         if !self.image_dir(root).exists() {
             self.remove_name(name)?;
             return Ok(Removed::Content { freed: 0 });

@@ -173,6 +173,21 @@ fn a_damaged_name_or_manifest_is_one_clear_line() {
     assert!(error.contains("names/a") && !error.contains('\n'), "{error}");
 }
 
+/// Once, a stray file in `names` kept a daemon from going on with any image that was on its way.
+#[test]
+fn a_name_that_cannot_be_read_hides_no_other_and_may_be_that_of_any_image() {
+    let (_dir, store) = store();
+    let root = add(&store, "a", "x", None);
+    let stray = store.dir().join("names/readme");
+    fs::write(&stray, "not a root").unwrap();
+    assert_eq!(store.names().unwrap(), [(name("a"), root)]);
+    assert!(matches!(store.remove(&name("a")), Err(StoreError::Damaged { .. })));
+    fs::remove_file(store.dir().join("names/a")).unwrap();
+    assert_eq!(store.evict(0).unwrap(), []);
+    fs::remove_file(stray).unwrap();
+    assert_eq!(store.evict(0).unwrap().len(), 1);
+}
+
 #[test]
 fn the_manifest_of_another_image_is_refused() {
     let (_dir, store) = store();

@@ -173,7 +173,10 @@ impl Arrivals {
 
     /// Goes on with every image that was on its way when the last daemon ended.
     pub async fn resume(&self) {
-        let names: Vec<(ImageName, Digest)> = self.store.names().unwrap_or_default();
+        let (names, unreadable) = self.store.read_names().unwrap_or_else(|error| (Vec::new(), vec![error]));
+        for error in unreadable {
+            tracing::warn!(%error, "a name of the store cannot be read");
+        }
         for (name, root) in names {
             let Some(plan) = plan_of(&self.store, root) else { continue };
             let target = Target { name: name.clone(), root: Some(root), boot: Pin::Any, verify: false };

@@ -148,6 +148,30 @@ async fn a_vm_s_overlay_is_in_use_while_its_daemon_is_gone() {
     node.handle(remove).await.unwrap();
 }
 
+/// Once, a daemon ended at the start because of one damaged record, and the guests of all VMs waited.
+#[tokio::test]
+async fn a_damaged_record_and_a_stray_name_stand_in_the_way_of_no_other_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let node = node(dir.path());
+        for name in ["a", "b"] {
+            create(&node, name).await.unwrap();
+            node.handle(Request::VmOpen { name: name.parse().unwrap(), owner: None }).await.unwrap();
+        }
+        node.close().await.unwrap();
+    }
+    fs::write(dir.path().join("vms/a/socket.json"), "rubbish").unwrap();
+    fs::write(dir.path().join("names/readme"), "rubbish").unwrap();
+    let node = Node::open(Store::open(dir.path()).unwrap()).unwrap();
+    node.reopen_vms().await.unwrap();
+    let Reply::Status(status) = node.handle(Request::Status).await.unwrap() else { panic!() };
+    assert_eq!(status.vms.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["b"]);
+    assert_eq!(status.images.len(), 1);
+    let name: HostName = "a".parse().unwrap();
+    node.handle(Request::VmClose { name: name.clone() }).await.unwrap();
+    node.handle(Request::OverlayRemove { name }).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_committed_overlay_reads_the_same_as_an_image_and_can_go_on() {
     let dir = tempfile::tempdir().unwrap();

@@ -11,7 +11,8 @@ use crate::name::HostName;
 use crate::serve::vm_socket::VmSocket;
 
 impl Node {
-    /// Opens the sockets of the VMs that had one when the last daemon ended, however it ended.
+    /// Opens the sockets of the VMs that had one when the last daemon ended, however it ended. One that cannot be opened
+    /// stands in the way of no other.
     pub async fn reopen_vms(&self) -> Result<(), NodeError> {
         let dir = self.store.dir().join("vms");
         for entry in fs::read_dir(&dir).map_err(at(&dir))? {
@@ -19,8 +20,12 @@ impl Node {
             let Some(name) = entry.file_name().to_str().and_then(|name| name.parse::<HostName>().ok()) else {
                 continue;
             };
-            let Some(owner) = VmSocket::recorded(&entry.path()).map_err(at(&entry.path()))? else { continue };
-            if let Err(error) = self.open_vm(&name, owner).await {
+            let opened = match VmSocket::recorded(&entry.path()) {
+                Ok(None) => continue,
+                Ok(Some(owner)) => self.open_vm(&name, owner).await.map(drop),
+                Err(error) => Err(at(&entry.path())(error)),
+            };
+            if let Err(error) = opened {
                 warn!("the socket of VM '{name}' is not open again: {error}");
             }
         }
@@ -43,8 +48,8 @@ impl Node {
     pub(super) async fn close_vm(&self, name: &HostName) -> Result<(), NodeError> {
         let dir = self.store.vm_dir(name);
         let mut inner = self.inner.lock().await;
-        // One whose socket could not be opened again has a record all the same.
-        if !inner.vms.contains_key(name) && VmSocket::recorded(&dir).map_err(at(&dir))?.is_none() {
+        // One whose socket could not be opened again has a record all the same, perhaps a damaged one.
+        if !inner.vms.contains_key(name) && matches!(VmSocket::recorded(&dir), Ok(None)) {
             return Err(NodeError::NoVm(name.clone()));
         }
         VmSocket::forget(&dir).map_err(at(&dir))?;
