@@ -228,6 +228,13 @@ impl Node {
             return Err(NodeError::TooDeep(entry.root));
         }
         let hold = self.store.hold(entry.root)?;
+        let (store, root) = (self.store.clone(), entry.root);
+        // Nobody waits for it: the disk may be slow, and a lost one only brings the image's eviction forward.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = store.touch(root) {
+                tracing::warn!("the image counts as unused: {error}");
+            }
+        });
         if !entry.is_complete() {
             let engine = self.arrivals.get(entry.root).ok_or(NodeError::Incomplete(entry.root))?;
             let open = Arc::new(OpenImage { disk: engine.disk(), _hold: hold, _base: None });

@@ -52,12 +52,17 @@ impl Store {
             .map_err(at(&path))
     }
 
-    /// Says that image `root` was used just now; nothing to do for one that a person added.
+    /// Says that image `root` was used just now; nothing to do for one that a person added, perhaps this moment.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     pub fn touch(&self, root: Digest) -> Result<(), StoreError> {
-        if self.last_use(root).is_some() { self.mark_pulled(root) } else { Ok(()) }
+        let path = self.image_dir(root).join("pulled");
+        let opened = File::options().write(true).open(&path);
+        match opened.and_then(|file| file.set_modified(SystemTime::now())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&path)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Says that a person wants to keep image `root`.

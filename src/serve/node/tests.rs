@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
 
 use super::*;
 use crate::image::import::{ImportOptions, import};
@@ -10,11 +11,16 @@ use crate::peer::server::Provider;
 
 fn node(dir: &Path) -> Node {
     let store = Store::open(dir).unwrap();
-    let disk = dir.join("disk.raw");
-    fs::write(&disk, vec![7; 64 << 10]).unwrap();
-    let name = "base".parse().unwrap();
-    import(&store, &name, &disk, ImportOptions::default(), &crate::image::scan::Watch::default()).unwrap();
+    add(&store, "base", 7);
     Node::open(store).unwrap()
+}
+
+/// Adds an image that is one byte over and over.
+fn add(store: &Store, name: &str, byte: u8) -> Digest {
+    let disk = store.dir().join("disk.raw");
+    fs::write(&disk, vec![byte; 64 << 10]).unwrap();
+    let (name, options) = (name.parse().unwrap(), ImportOptions::default());
+    import(store, &name, &disk, options, &crate::image::scan::Watch::default()).unwrap().root
 }
 
 async fn create(node: &Node, name: &str) -> Result<Reply, NodeError> {
@@ -113,7 +119,7 @@ async fn a_change_of_the_store_that_takes_long_holds_up_no_export() {
         let node = Arc::clone(&node);
         waiting.spawn(async move { node.handle(request).await });
     }
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
     for name in ["a", "base"] {
         assert!(node.export(name).await.is_ok(), "{name}");
     }
@@ -170,6 +176,31 @@ async fn a_damaged_record_and_a_stray_name_stand_in_the_way_of_no_other_vm() {
     let name: HostName = "a".parse().unwrap();
     node.handle(Request::VmClose { name: name.clone() }).await.unwrap();
     node.handle(Request::OverlayRemove { name }).await.unwrap();
+}
+
+/// Once, pulled images went in the order in which they had come, however much they were used.
+#[tokio::test]
+async fn the_image_that_was_opened_is_not_the_one_that_is_evicted() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    let used = node.store.root_of(&"base".parse().unwrap()).unwrap().unwrap();
+    let unused = add(&node.store, "unused", 8);
+    let file = |root| node.store.image_dir(root).join("pulled");
+    let now = SystemTime::now();
+    for (root, age) in [(used, 200), (unused, 100)] {
+        node.store.mark_pulled(root).unwrap();
+        let opened = fs::File::open(file(root)).unwrap();
+        opened.set_modified(now - Duration::from_secs(age)).unwrap();
+    }
+    node.export("base").await.unwrap();
+    for _ in 0..1000 {
+        if fs::metadata(file(used)).unwrap().modified().unwrap() >= now {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let evicted = node.store.evict(node.store.images_bytes().unwrap() - 1).unwrap();
+    assert_eq!(evicted.iter().map(|evicted| evicted.root).collect::<Vec<_>>(), [unused]);
 }
 
 #[tokio::test]
