@@ -50,7 +50,7 @@ use map::BlockMap;
 pub use map::{BlockState, Run};
 use range_lock::RangeLock;
 pub use seal::{DISK_FILE, Sealed};
-pub use storage::{DiffFile, FileDiff, FileLog, LogFile};
+pub use storage::{DiffFile, FileDiff, FileLog, LogFile, ReplaceError};
 
 /// The index's file name within an overlay's folder.
 pub const INDEX_FILE: &str = "index";
@@ -263,7 +263,7 @@ pub fn read_index(path: &Path) -> Result<(Header, Vec<Run>), OverlayError> {
 pub fn write_index(path: &Path, header: Header, runs: &[Run]) -> Result<(), OverlayError> {
     let create = || -> Result<(), IndexError> {
         let (mut log, _) = Log::open(Arc::new(FileLog::create(path, &header.encode())?))?;
-        Ok(log.replace(runs)?)
+        Ok(log.replace(runs).map_err(io::Error::from)?)
     };
     create().map_err(|error| index_error(path, error))
 }

@@ -214,10 +214,10 @@ impl LogFile for VolatileLog {
         Ok(())
     }
 
-    fn replace(&self, bytes: &[u8]) -> io::Result<()> {
-        self.power.step()?;
+    fn replace(&self, bytes: &[u8]) -> Result<(), ReplaceError> {
+        self.power.step().map_err(ReplaceError::Unchanged)?;
         *self.state.lock().unwrap() = LogState::clean(bytes.to_vec());
-        self.power.step().map_err(|_| Errno::IO.into())
+        self.power.step().map_err(ReplaceError::InDoubt)
     }
 }
 

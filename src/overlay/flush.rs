@@ -16,7 +16,7 @@
 //!
 //! Flushes that arrive while one runs share the next one. A failed sync latches the overlay: the kernel has forgotten
 //! which pages did not reach the disk, so no later flush could be honest. A failed *append* (a full disk) latches
-//! nothing: the marks are put back and the next flush tries again.
+//! nothing: the marks are put back and the next flush tries again. Nor does a new log that could not be made.
 
 use std::io;
 use std::sync::Arc;
@@ -29,6 +29,7 @@ use super::dirty::runs_of;
 use super::layer::blocking;
 use super::log::Log;
 use super::map::Run;
+use super::storage::ReplaceError;
 
 /// Flush state: the log, and the numbers by which flushes find out whether another one covers them.
 #[derive(Debug)]
@@ -93,13 +94,13 @@ impl Inner {
         Ok(())
     }
 
-    /// Steps 3 and 4: `compacted` in place of the whole log if there is room, else `batch` at its end.
+    /// Steps 3 and 4: `compacted` in place of the whole log if that can be made, else `batch` at its end.
     fn record(&self, log: &mut Log, batch: &[Run], compacted: Option<&[Run]>) -> io::Result<()> {
         match compacted.map(|runs| log.replace(runs)) {
             Some(Ok(())) => return Ok(()),
-            // Any other error leaves in doubt which of the two logs is there.
-            Some(Err(error)) if !is_full(&error) => return Err(self.latch("index", &error)),
-            _ => {}
+            Some(Err(ReplaceError::InDoubt(error))) => return Err(self.latch("index", &error)),
+            // The next flush tries again.
+            Some(Err(ReplaceError::Unchanged(_))) | None => {}
         }
         if log.catch_up()? {
             log.sync().map_err(|error| self.latch("index", &error))?;
@@ -137,8 +138,4 @@ impl Inner {
 
 fn latched() -> io::Error {
     rustix::io::Errno::IO.into()
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

@@ -19,7 +19,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::map::{BlockState, Run};
-use super::storage::LogFile;
+use super::storage::{LogFile, ReplaceError};
 use crate::block::{BLOCK_SIZE, Extent, blocks_for};
 use crate::digest::{DIGEST_BYTES, Digest};
 
@@ -293,7 +293,7 @@ impl Log {
     }
 
     /// Puts `runs` in place of the whole content, durably and atomically.
-    pub(super) fn replace(&mut self, runs: &[Run]) -> io::Result<()> {
+    pub(super) fn replace(&mut self, runs: &[Run]) -> Result<(), ReplaceError> {
         let mut bytes = self.header.encode().to_vec();
         bytes.extend(encode_batch(runs, 1, &self.key));
         self.file.replace(&bytes)?;

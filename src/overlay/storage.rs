@@ -47,10 +47,26 @@ pub trait LogFile: Send + Sync + std::fmt::Debug + 'static {
     /// Makes everything written before durable.
     fn sync(&self) -> io::Result<()>;
     /// Puts `bytes` in place of the content: after a crash there is all of the old or all of the new.
-    ///
-    /// [`io::ErrorKind::StorageFull`] and `QuotaExceeded` mean that nothing has changed; after any other error it is
-    /// not known which of the two is there.
-    fn replace(&self, bytes: &[u8]) -> io::Result<()>;
+    fn replace(&self, bytes: &[u8]) -> Result<(), ReplaceError>;
+}
+
+/// Why a log was not replaced.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplaceError {
+    /// The old content is there, as it was.
+    #[error("{0}")]
+    Unchanged(io::Error),
+    /// It is not known which of the two is there.
+    #[error("{0}")]
+    InDoubt(io::Error),
+}
+
+impl From<ReplaceError> for io::Error {
+    fn from(error: ReplaceError) -> Self {
+        match error {
+            ReplaceError::Unchanged(error) | ReplaceError::InDoubt(error) => error,
+        }
+    }
 }
 
 /// [`DiffFile`] on a file, and what complete images are read through.
@@ -201,8 +217,8 @@ struct LogState {
 impl FileLog {
     /// Makes a file with this content, durable.
     pub fn create(path: &Path, content: &[u8]) -> io::Result<Self> {
-        replace_file(path, content)?;
-        Self::open(path)
+        let state = LogState { file: replace_file(path, content)?, reserved: 0, folder: None };
+        Ok(Self { path: path.to_owned(), state: Mutex::new(state) })
     }
 
     /// Opens for appending.
@@ -250,35 +266,46 @@ impl LogFile for FileLog {
         Ok(())
     }
 
-    fn replace(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut state = self.state();
-        replace_file(&self.path, bytes)?;
-        state.file = File::options().read(true).write(true).open(&self.path)?;
-        (state.reserved, state.folder) = (0, None);
+    fn replace(&self, bytes: &[u8]) -> Result<(), ReplaceError> {
+        *self.state() = LogState { file: replace_file(&self.path, bytes)?, reserved: 0, folder: None };
         Ok(())
     }
 }
 
-/// Temporary file, sync, rename, sync of the folder: a reader finds the old or the new, whole.
-fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Temporary file, sync, rename, sync of the folder: a reader finds the old or the new, whole. Gives the new one.
+///
+/// What can fail for a moment, as when there are no more handles, comes before the rename.
+fn replace_file(path: &Path, bytes: &[u8]) -> Result<File, ReplaceError> {
     let temporary = path.with_extension("new");
-    let written = File::create(&temporary).and_then(|file| {
+    let written = folder_of(path).and_then(|folder| {
+        let file = File::create(&temporary)?;
         file.write_all_at(bytes, 0)?;
         file.sync_all()?;
-        std::fs::rename(&temporary, path)
+        Ok((folder, file))
     });
-    if written.is_err() {
+    let renamed = written.map_err(ReplaceError::Unchanged).and_then(|new| {
+        std::fs::rename(&temporary, path).map(|()| new).map_err(|error| match is_full(&error) {
+            true => ReplaceError::Unchanged(error),
+            false => ReplaceError::InDoubt(error),
+        })
+    });
+    let (folder, file) = renamed.inspect_err(|_| {
         // Best effort: a left-over is overwritten by the next attempt.
         let _ = std::fs::remove_file(&temporary);
-        return written;
-    }
-    let synced = folder_of(path).and_then(|folder| folder.sync_all());
-    synced
-        .map_err(|error| io::Error::other(format!("the folder of {} did not sync: {error}", path.display())))
+    })?;
+    folder.sync_all().map_err(|error| {
+        let what = format!("the folder of {} did not sync: {error}", path.display());
+        ReplaceError::InDoubt(io::Error::other(what))
+    })?;
+    Ok(file)
 }
 
 /// The folder that makes the name of the file at `path` durable.
 fn folder_of(path: &Path) -> io::Result<File> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     File::open(folder.unwrap_or_else(|| Path::new(".")))
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

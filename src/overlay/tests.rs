@@ -383,6 +383,27 @@ async fn an_index_that_grew_is_written_anew_and_stays_small() {
     assert!(read(&overlay, 0, 64 * BLOCK_BYTES).await == expected);
 }
 
+/// Once, an overlay that had no handle left just when its index was to be written anew refused writes from then on.
+#[tokio::test]
+async fn an_index_that_cannot_be_written_anew_is_appended_to() {
+    let (dir, base, overlay) = new_overlay(4 * BLOCK_BYTES).await;
+    let in_the_way = dir.path().join("index.new");
+    overlay.0.flusher.progress_for_test().await.log.compact_always();
+    for block in 0..3 {
+        if block == 1 {
+            std::fs::create_dir(&in_the_way).unwrap();
+        } else if block == 2 {
+            std::fs::remove_dir(&in_the_way).unwrap();
+        }
+        write(&overlay, block * 4096, &[1; 4096], true).await.unwrap();
+    }
+    drop(overlay);
+    let length = std::fs::metadata(dir.path().join(INDEX_FILE)).unwrap().len();
+    assert_eq!(length, 96 + 32, "written anew, in the end");
+    let overlay = Overlay::open(dir.path(), base, ROOT).unwrap();
+    assert_eq!(overlay.usage().data_blocks, 3);
+}
+
 #[tokio::test]
 async fn an_overlay_is_refused_over_another_image_a_second_time_and_when_damaged() {
     let (dir, base, overlay) = new_overlay(8 * BLOCK_BYTES).await;

@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bootcache::overlay::{DiffFile, LogFile};
+use bootcache::overlay::{DiffFile, LogFile, ReplaceError};
 use bootcache_nbd::Attempt;
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -146,8 +146,8 @@ impl LogFile for Machine {
         Ok(())
     }
 
-    fn replace(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut state = self.running()?;
+    fn replace(&self, bytes: &[u8]) -> Result<(), ReplaceError> {
+        let mut state = self.running().map_err(ReplaceError::Unchanged)?;
         state.log = bytes.to_vec();
         state.durable_log = bytes.to_vec();
         Ok(())
