@@ -105,7 +105,7 @@ impl LocalCache {
     /// # Errors
     /// When the files cannot be opened, or `disk` is not `size` bytes long.
     pub fn open(dir: &Path, root: Digest, size: u64) -> io::Result<Self> {
-        let complete = !dir.join("present").exists();
+        let complete = !dir.join("present").try_exists()?;
         let file = File::options().read(true).write(!complete).open(dir.join("disk"))?;
         if file.metadata()?.len() != size {
             return Err(io::Error::new(
@@ -336,7 +336,7 @@ impl LocalCache {
         let path = self.dir.join("present");
         let bitmap = self.presence.snapshot();
         let finish = may_finish && bitmap.len() == self.presence.blocks();
-        if bitmap == *saved && !(finish && path.exists()) {
+        if bitmap == *saved && !(finish && path.try_exists()?) {
             return Ok(finish);
         }
         if let Err(error) = self.sync() {

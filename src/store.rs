@@ -120,14 +120,14 @@ impl ImageEntry {
     }
 
     /// The image whose blocks are read where this one has none of its own; none when the disk is whole by itself, as
-    /// that of an increment is which came from a peer.
+    /// that of an increment is which came from a peer. When that cannot be told it is not: zeroes would be read there.
     pub fn below(&self) -> Option<Digest> {
-        self.manifest.base.filter(|_| self.index_path().exists())
+        self.manifest.base.filter(|_| !matches!(self.index_path().try_exists(), Ok(false)))
     }
 
-    /// Whether the whole disk is here.
+    /// Whether the whole disk is here. When that cannot be told it is not: what is absent would read as zeroes.
     pub fn is_complete(&self) -> bool {
-        !self.present_path().exists()
+        matches!(self.present_path().try_exists(), Ok(false))
     }
 
     /// Refuses a disk of another length than the image's size: what is missing would read as zeroes.

@@ -196,6 +196,16 @@ fn a_complete_image_needs_no_bitmap() {
     assert!(cache.is_complete());
 }
 
+/// Once, an error of the file system passed for the absence of the bitmap, and absent blocks read as zeroes.
+#[test]
+fn a_copy_of_which_it_cannot_be_told_whether_it_is_complete_is_not_opened() {
+    let (dir, _cache) = fresh(5 * BLOCK_SIZE);
+    let present = dir.path().join("present");
+    std::fs::remove_file(&present).unwrap();
+    std::os::unix::fs::symlink("present", &present).unwrap();
+    LocalCache::open(dir.path(), ROOT, 5 * BLOCK_SIZE).unwrap_err();
+}
+
 /// The digests may come last.
 #[test]
 fn an_image_of_which_every_block_is_here_is_complete_only_when_it_may_be() {

@@ -55,7 +55,8 @@ impl Store {
         }
         // It may be another name of this image.
         unreadable.into_iter().next().map_or(Ok(()), Err)?;
-        if !self.image_dir(root).exists() {
+        let dir = self.image_dir(root);
+        if !dir.try_exists().map_err(at(&dir))? {
             self.remove_name(name)?;
             return Ok(Removed::Content { freed: 0 });
         }

@@ -173,6 +173,22 @@ fn a_damaged_name_or_manifest_is_one_clear_line() {
     assert!(error.contains("names/a") && !error.contains('\n'), "{error}");
 }
 
+/// Once, an error of the file system passed for the absence of a file, and absent blocks read as zeroes.
+#[test]
+fn an_image_of_which_it_cannot_be_told_is_not_complete_and_has_an_image_below() {
+    let (_dir, store) = store();
+    let base = add(&store, "base", "base", None);
+    add(&store, "increment", "increment", Some(base));
+    let entry = store.resolve(&name("increment")).unwrap();
+    fs::remove_file(entry.index_path()).unwrap();
+    assert_eq!((entry.is_complete(), entry.below()), (true, None));
+    for file in ["present", "index"] {
+        // To itself: not to be followed, and not absent.
+        std::os::unix::fs::symlink(file, entry.dir.join(file)).unwrap();
+    }
+    assert_eq!((entry.is_complete(), entry.below()), (false, Some(base)));
+}
+
 /// Once, a stray file in `names` kept a daemon from going on with any image that was on its way.
 #[test]
 fn a_name_that_cannot_be_read_hides_no_other_and_may_be_that_of_any_image() {
