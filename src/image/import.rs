@@ -274,11 +274,11 @@ fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digest
             .map_err(|error| qemu_error(&source.path, &path, error))?;
         let disk = File::options().read(true).write(true).open(&path).map_err(target)?;
         disk.set_len(source.size).map_err(target)?;
-        return digest_in_place(&disk, &tree, watch).map_err(|error| scan_error(&path, error));
+        return digest_in_place(&disk, source.size, &tree, watch).map_err(|error| scan_error(&path, error));
     }
     let disk = File::options().read(true).write(true).create_new(true).open(&path).map_err(target)?;
     if ioctl_ficlone(&disk, &source.file).is_ok() {
-        return digest_in_place(&disk, &tree, watch).map_err(|error| scan_error(&path, error));
+        return digest_in_place(&disk, source.size, &tree, watch).map_err(|error| scan_error(&path, error));
     }
     disk.set_len(source.size).map_err(target)?;
     let from = FileSource::new(&source.file, source.size)
@@ -330,9 +330,12 @@ fn whole_in_order(
     }))
 }
 
-/// Digests a raw disk and makes holes of its zero blocks. Writing it out begins before the pass, beside it.
-fn digest_in_place(disk: &File, tree: &Path, watch: &Watch) -> Result<Digests, ScanError> {
-    let source = FileSource::new(disk, disk.metadata()?.len())?;
+/// Digests the first `size` bytes of a raw disk, which must have them, and makes holes of its zero blocks. What is behind
+/// them goes: a clone is of what the file has grown to since its size was looked at. Writing it out begins before the pass,
+/// beside it.
+fn digest_in_place(disk: &File, size: u64, tree: &Path, watch: &Watch) -> Result<Digests, ScanError> {
+    let source = FileSource::new(disk, size)?;
+    disk.set_len(size)?;
     let digests = thread::scope(|scope| {
         let early = scope.spawn(|| disk.sync_data());
         let digests = digest(&source, tree, watch, |view, page| punch_zeroes(disk, view, page));
@@ -419,5 +422,27 @@ fn scan_error(path: &Path, error: ScanError) -> ImportError {
         ScanError::Cancelled => ImportError::Cancelled,
         ScanError::Io(error) | ScanError::Tree(TreeError::Io { error, .. }) => target_error(path, error),
         ScanError::Tree(error) => ImportError::TooLarge { path: path.to_owned(), error },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Once, an image of the old size had a disk and a tree of the new one, and could not be used.
+    #[test]
+    fn of_a_file_that_grows_while_it_is_added_the_size_is_taken_that_it_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = |length: u64| {
+            let disk = tempfile::tempfile().unwrap();
+            let content: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).unwrap()).collect();
+            disk.write_all_at(&content, 0).unwrap();
+            let digests = digest_in_place(&disk, 5000, &dir.path().join(length.to_string()), &Watch::default());
+            digests.map(|digests| (digests.root, digests.raw, disk.metadata().unwrap().len()))
+        };
+        let as_it_was = made(5000).unwrap();
+        assert_eq!(as_it_was.2, 5000);
+        assert_eq!(made(20_000).unwrap(), as_it_was);
+        assert!(matches!(made(4999), Err(ScanError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof));
     }
 }
