@@ -250,6 +250,11 @@ impl LocalCache {
         self.waiters.wanted().into_iter().flat_map(|extent| self.absent(extent)).collect()
     }
 
+    /// Whether a read waits to which something came less than `limit` ago, or which began to wait since then.
+    pub fn waits_since(&self, limit: Duration) -> bool {
+        self.waiters.any_since(limit)
+    }
+
     /// Where the time of reads went, over all VMs.
     pub const fn counters(&self) -> &ReadCounters {
         &self.counters

@@ -2,12 +2,16 @@
 
 mod nodes;
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use bootcache::block::Extent;
+use bootcache::image::page::PAGE_BLOCKS;
 use bootcache::image::scan::Watch;
 use bootcache::image::verify::{Finding, verify};
+use bootcache::local_cache::LocalCache;
 use bootcache::peer::fault::{Fault, Faults};
 use bootcache::transfer::Pin;
 use bootcache::transfer::{Kind, Pulled};
@@ -224,6 +228,56 @@ async fn a_partial_peer_is_enough_for_what_it_has_when_the_origin_dies() {
         second_engine.disk().read(block * 4096, &mut bytes).await.unwrap();
         assert!(bytes == sample.bytes(block * 4096, 4096));
     }
+}
+
+/// Takes some of the blocks of `pages` from a node that has all of the image, and their bytes.
+fn lose(node: &Node, sample: &Sample, pages: &[u64]) {
+    let entry = node.store().resolve(&sample.name).unwrap();
+    let cache = LocalCache::open(&entry.dir, entry.root, entry.manifest.size).unwrap();
+    let disk = std::fs::File::options().write(true).open(entry.disk_path()).unwrap();
+    let blocks: Vec<u64> =
+        pages.iter().flat_map(|page| page * PAGE_BLOCKS..(page + 1) * PAGE_BLOCKS).collect();
+    for block in &blocks {
+        disk.write_all_at(&[0; 4096], block * 4096).unwrap();
+    }
+    cache.forget(&blocks).unwrap();
+}
+
+/// The fill waited for the first pages that no source had, and for as long as a guest waited for a block of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_has_keeps_neither_the_fill_nor_a_guest_from_the_rest() {
+    let sample = Sample::with_boot(64 << 20, 83, 64);
+    let lost: Vec<u64> = (0..128).filter(|page| page % 4 == 1).collect();
+    let partial = [Node::origin(&sample, None).await, Node::origin(&sample, None).await];
+    let mut engines = Vec::new();
+    for node in &partial {
+        lose(node, &sample, &lost);
+        engines.push(node.pull(&[], |options| options.fill = false).await);
+        assert!(engines.iter().all(|engine| !engine.cache().is_complete()));
+    }
+    let node = Node::empty(None).await;
+    let sources = [partial[0].address, partial[1].address];
+    let engine = node.pull(&sources, |_| ()).await;
+    let data = |block: &u64| sample.bytes(block * 4096, 4096).iter().any(|byte| *byte != 0);
+    let nobodys =
+        (lost[7] * PAGE_BLOCKS..).find(|block| data(block) && !sample.boot_blocks.contains(block)).unwrap();
+    let disk = engine.disk();
+    let read = tokio::spawn(async move {
+        let mut bytes = [0; 4096];
+        disk.read(nobodys * 4096, &mut bytes).await.map(|()| bytes)
+    });
+    let cache = Arc::clone(engine.cache());
+    let kept = |page: &u64| !lost.contains(page);
+    until(|| (0..128).filter(kept).all(|page| cache.has(Extent::new(page * PAGE_BLOCKS, PAGE_BLOCKS)))).await;
+    assert!(!read.is_finished() && !cache.has(Extent::new(nobodys, 1)));
+    let origin = Node::origin(&sample, None).await;
+    engine.add_source(origin.address);
+    assert!(
+        tokio::time::timeout(Duration::from_secs(60), engine.done()).await.expect("now somebody has all")
+    );
+    assert!(read.await.unwrap().unwrap()[..] == *sample.bytes(nobodys * 4096, 4096));
+    engine.stop().await;
+    assert!(node.read_file() == sample.disk);
 }
 
 /// Only whole pages are told of: the second node has nearly nothing of this one but the block.

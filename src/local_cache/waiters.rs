@@ -5,8 +5,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::block::Extent;
 
@@ -14,6 +16,8 @@ use crate::block::Extent;
 struct Waiter {
     extent: Extent,
     wake: Arc<Notify>,
+    /// When it came, or got the last of its blocks so far.
+    since: Instant,
 }
 
 /// The readers of one image that wait.
@@ -38,7 +42,7 @@ impl Waiters {
     /// Registers interest in `extent`. The caller looks whether it is present after this, and before it waits.
     pub(super) fn register(&self, extent: Extent) -> Waiting<'_> {
         let wake = Arc::new(Notify::new());
-        self.list().push(Waiter { extent, wake: Arc::clone(&wake) });
+        self.list().push(Waiter { extent, wake: Arc::clone(&wake), since: Instant::now() });
         self.count.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         Waiting { waiters: self, wake }
@@ -50,11 +54,18 @@ impl Waiters {
         if self.count.load(Ordering::SeqCst) == 0 {
             return;
         }
-        for waiter in self.list().iter() {
+        for waiter in self.list().iter_mut() {
             if waiter.extent.start < extent.end() && extent.start < waiter.extent.end() {
+                waiter.since = Instant::now();
                 waiter.wake.notify_one();
             }
         }
+    }
+
+    /// Whether a reader waits that came, or got a block, less than `limit` ago.
+    pub(super) fn any_since(&self, limit: Duration) -> bool {
+        self.count.load(Ordering::SeqCst) > 0
+            && self.list().iter().any(|waiter| waiter.since.elapsed() < limit)
     }
 
     /// The extents that are waited for now, in the order in which the readers came.
@@ -85,8 +96,6 @@ impl Drop for Waiting<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -101,5 +110,19 @@ mod tests {
         assert_eq!(waiters.wanted(), [Extent::new(10, 5)]);
         drop(waiting);
         assert!(waiters.wanted().is_empty());
+    }
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_to_whom_nothing_comes_is_told_from_one_who_is_served() {
+        let (waiters, limit) = (Waiters::default(), Duration::from_secs(5));
+        assert!(!waiters.any_since(limit));
+        let _waiting = waiters.register(Extent::new(10, 5));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        waiters.wake(Extent::new(12, 1));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        assert!(waiters.any_since(limit), "it got a block");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(!waiters.any_since(limit));
+        let _another = waiters.register(Extent::new(10, 5));
+        assert!(waiters.any_since(limit));
     }
 }

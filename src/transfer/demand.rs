@@ -90,7 +90,8 @@ pub(super) async fn run(shared: &Arc<Shared>, tasks: &TaskTracker) {
     }
 }
 
-/// Brings `extents`, at most [`BLOCKS_MAX`] blocks, from whoever has them; ends when they are here.
+/// Brings `extents`, at most [`BLOCKS_MAX`] blocks, from whoever has them; ends when they are here. For the fill, also when
+/// nobody gives them: it has others to bring, and comes again.
 pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) {
     if shared.similar().is_some() {
         let (copier, extents) = (Arc::clone(shared), extents.to_vec());
@@ -116,17 +117,16 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             pack: shared.packing_pays(),
         };
         let page = first.start / PAGE_BLOCKS;
-        // Who has the frame has the block, and not yet its digest.
-        let frame = match shared.holding.tree.knows_page(page) {
-            true => shared.holding.frames().and_then(|frames| frames.heads().position(first.start)),
-            false => None,
-        };
+        let frame = frame_of(shared, first.start);
         let pick = |tried: &[_], _| {
             let known = shared.sources.for_page(page, frame, tried);
             known.or_else(|| guesses.then(|| shared.sources.guess(tried)).flatten())
         };
         let terms = Terms { kind, bytes: blocks * 2048, patience: Duration::ZERO };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
+            if kind == Kind::Fill {
+                return;
+            }
             if kind == Kind::Demand && !guesses {
                 guesses = true;
             } else {
@@ -161,6 +161,12 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             Err(_) => return,
         }
     }
+}
+
+/// The boot frame with `block`, if its digest is known: who has the frame has the block, and not yet its digest.
+pub(super) fn frame_of(shared: &Shared, block: u64) -> Option<usize> {
+    let frames = shared.holding.frames().filter(|_| shared.holding.tree.knows_page(block / PAGE_BLOCKS))?;
+    frames.heads().position(block)
 }
 
 /// The groups and pages of the tree that are needed to check `extents` and are not known.

@@ -3,7 +3,8 @@
 //! Yields to both: it starts when the stream is over, pauses while a guest waits, and is slow while a guest boots from
 //! what is already here, since what it does to bytes takes processor time too (see [`Booting`]). Beyond that it keeps so
 //! much under way that an answer takes about [`TARGET`] longer than an empty link needs: a guest's miss never queues
-//! behind more than that. Zero blocks are never asked for.
+//! behind more than that. Zero blocks are never asked for. What nobody has, be it that a guest waits for it, does not keep
+//! it from the rest.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,7 +20,7 @@ use crate::image::tree::GROUP_PAGES;
 use crate::peer::message::{Answer, Ask, BLOCKS_MAX};
 
 use super::counters::Kind;
-use super::demand::fetch;
+use super::demand::{fetch, frame_of};
 use super::engine::Shared;
 use super::receive::{self, Wrong};
 use super::request::Terms;
@@ -35,6 +36,10 @@ const REQUESTS_MAX: usize = 16;
 const PAGES_AHEAD: u64 = 8;
 /// Pause while others fetch, or a guest waits.
 const YIELD: Duration = Duration::from_millis(5);
+/// A guest to whom nothing came for so long waits for what nobody gives: the fill goes on beside it.
+const YIELD_MAX: Duration = Duration::from_secs(5);
+/// Pause before what nobody had is looked for again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Bytes a second that it takes while a guest boots.
 const RATE_BOOTING: u64 = 1 << 20;
@@ -68,6 +73,11 @@ impl Window {
         self.blocks = self.blocks.clamp(UNDER_WAY_MIN, UNDER_WAY_MAX);
     }
 
+    /// As [`Self::note`], unless the blocks did not come, which says nothing of the link. Whether they came.
+    fn note_if_came(&mut self, blocks: u64, took: Option<Duration>) -> bool {
+        took.map(|took| self.note(blocks, took)).is_some()
+    }
+
     /// Blocks that one request should have: two or more are under way.
     fn request(&self) -> u64 {
         [16_u64, 32, 64, 128].into_iter().rev().find(|size| (*size * 2) as f64 <= self.blocks).unwrap_or(8)
@@ -80,10 +90,15 @@ pub(super) async fn run(shared: &Arc<Shared>) {
     let mut window = Window::new();
     let mut allowance = Allowance::new(Booting::new(shared));
     while !(shared.cache.is_complete() && shared.holding.tree.is_complete()) {
+        if !shared.sources.any_up() {
+            shared.sources.changed().await;
+            continue;
+        }
         let pages = order(shared, &mut draw);
-        pass(shared, &pages, &mut window, &mut allowance).await;
+        let everything_came = pass(shared, &pages, &mut window, &mut allowance).await;
         // What is left is being fetched for guests: without a pause this would be a loop that lets nobody else run.
-        tokio::time::sleep(YIELD).await;
+        let in_vain = !everything_came && shared.sources.any_up();
+        tokio::time::sleep(if in_vain { AGAIN } else { YIELD }).await;
     }
 }
 
@@ -91,12 +106,7 @@ pub(super) async fn run(shared: &Arc<Shared>) {
 /// that fill at the same time have something to give each other.
 fn order(shared: &Shared, draw: &mut Draw) -> Vec<u64> {
     let holding = &shared.holding;
-    let blocks = holding.block_count();
-    let extent = |page: u64| {
-        let start = page * PAGE_BLOCKS;
-        Extent::new(start, PAGE_BLOCKS.min(blocks - start))
-    };
-    let missing = |page: &u64| !holding.tree.knows_page(*page) || !shared.cache.has(extent(*page));
+    let missing = |page: &u64| !holding.tree.knows_page(*page) || !shared.cache.has(extent_of(shared, *page));
     let mut pages: Vec<u64> = (0..holding.tree.pages()).filter(missing).collect();
     let holders = shared.sources.holders();
     let count = |page: u64| {
@@ -113,11 +123,24 @@ fn order(shared: &Shared, draw: &mut Draw) -> Vec<u64> {
     pages
 }
 
-async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowance: &mut Allowance) {
+fn extent_of(shared: &Shared, page: u64) -> Extent {
+    let start = page * PAGE_BLOCKS;
+    Extent::new(start, PAGE_BLOCKS.min(shared.holding.block_count() - start))
+}
+
+/// Brings those of `pages` that somebody has; whether none was left out that nobody gave.
+async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowance: &mut Allowance) -> bool {
     // Tasks of their own: what has come is kept at once, whatever is waited for here. They end with this.
     let mut running = JoinSet::new();
     let mut under_way = 0_u64;
+    let mut everything_came = true;
     for (at, page) in pages.iter().copied().enumerate() {
+        if !is_offered(shared, page) {
+            everything_came = false;
+            // There may be very many such pages.
+            tokio::task::coop::consume_budget().await;
+            continue;
+        }
         if !shared.holding.tree.knows_page(page) {
             let end = pages.len().min(at + usize::try_from(PAGES_AHEAD).unwrap_or(1));
             fetch_pages(shared, &pages[at..end]).await;
@@ -134,7 +157,7 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
             {
                 if let Some(Ok((count, took))) = running.join_next().await {
                     under_way -= count;
-                    window.note(count, took);
+                    everything_came &= window.note_if_came(count, took);
                 }
             }
             make_way(shared).await;
@@ -148,22 +171,34 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
             running.spawn(async move {
                 let began = Instant::now();
                 fetch(&shared, &flight.extents, Kind::Fill).await;
-                (blocks, began.elapsed())
+                let came = flight.extents.iter().all(|extent| shared.cache.has(*extent));
+                (blocks, came.then(|| began.elapsed()))
             });
         }
         shared.holding.note_page(page);
     }
     while let Some(ended) = running.join_next().await {
         if let Ok((count, took)) = ended {
-            window.note(count, took);
+            everything_came &= window.note_if_came(count, took);
         }
     }
     pages.iter().for_each(|page| shared.holding.note_page(*page));
+    everything_came
 }
 
-/// Waits while a guest does.
+/// Whether anybody has what lacks of `page`.
+fn is_offered(shared: &Shared, page: u64) -> bool {
+    let offered_with = |frame| shared.sources.have_page(page, frame);
+    let frame_of_rest = || {
+        let absent = shared.cache.absent(extent_of(shared, page));
+        absent.first().and_then(|first| frame_of(shared, first.start))
+    };
+    offered_with(None) || frame_of_rest().is_some_and(|frame| offered_with(Some(frame)))
+}
+
+/// Waits while a guest does, unless nobody gives what it waits for.
 async fn make_way(shared: &Shared) {
-    while shared.cache.counters().waiting() > 0 && shared.sources.any_up() {
+    while shared.cache.waits_since(YIELD_MAX) && shared.sources.any_up() {
         tokio::time::sleep(YIELD).await;
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use roaring::RoaringBitmap;
 use tokio::time::Instant;
 
+use crate::choose::Has;
 use crate::peer::connection::Connection;
 use crate::peer::message::Have;
 
@@ -214,6 +215,16 @@ impl Source {
 impl State {
     pub(super) fn is_demoted(&self) -> bool {
         self.demoted_until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// What it has of `page`; who has boot frame `frame` of the boot cache that is being fetched has blocks of it.
+    pub(super) fn has_page(&self, page: u64, frame: Option<usize>) -> Has {
+        let in_bitmap = u32::try_from(page).is_ok_and(|page| self.pages.contains(page));
+        let in_frame = frame.is_some_and(|frame| !self.other_boot && frame < self.have.frames as usize);
+        match self.have.complete {
+            true => Has::Complete,
+            false => Has::Answer(in_bitmap || in_frame),
+        }
     }
 
     /// Takes what the source says it has. A bitmap that is not one counts as empty.

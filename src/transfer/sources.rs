@@ -458,20 +458,22 @@ impl Sources {
         sources.get(&chosen.or_else(rest)?).cloned()
     }
 
+    /// Whether [`Sources::for_page`] would name somebody, if nobody was tried.
+    pub(super) fn have_page(&self, page: u64, frame: Option<usize>) -> bool {
+        let has = |source: &Arc<Source>| {
+            let state = source.state();
+            state.link.is_some() && state.has_page(page, frame).covers(Need::Page(page))
+        };
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.iter().any(|source| !source.is_banned() && has(source))
+    }
+
     /// Whom to ask for blocks of `page`, of which those that have boot frame `frame` of the boot cache that is being fetched
     /// have them too.
     pub(super) fn for_page(&self, page: u64, frame: Option<usize>, tried: &[PeerKey]) -> Option<Arc<Source>> {
         let mut choice = self.choice();
         let Choice { chooser, draw, seen, .. } = &mut *choice;
-        let in_bitmap = u32::try_from(page).ok();
-        let has = |state: &super::source::State| match state.have.complete {
-            true => Has::Complete,
-            false => Has::Answer(
-                in_bitmap.is_some_and(|page| state.pages.contains(page))
-                    || frame.is_some_and(|frame| !state.other_boot && frame < state.have.frames as usize),
-            ),
-        };
-        let (candidates, sources) = self.candidates(seen, has);
+        let (candidates, sources) = self.candidates(seen, |state| state.has_page(page, frame));
         let need = Need::Page(page);
         let untried = candidates.values().filter(|candidate| !tried.contains(&candidate.peer));
         let offer = eligible(need, untried, self.now_ms(), &**chooser);
