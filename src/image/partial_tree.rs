@@ -4,12 +4,16 @@
 //! record is kept of what has: when the file is opened again, each part is known if it has the digest that its parent
 //! names. So a crash at any moment leaves nothing to be believed wrongly, and nothing has to be synced as it comes.
 //! The pages that are all zero are known with their group; they never have to be sent.
+//!
+//! A sync that fails is told once, and the kernel may have dropped what it could not write. So the next one first writes
+//! everything that is known again; what of it is not what it was is no longer known, and comes again.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::digest::Digest;
 
@@ -35,6 +39,11 @@ pub struct PartialTree {
     mapped: MappedTree,
     groups: Known,
     pages: Known,
+    /// The last sync failed. Held while one runs.
+    sync_failed: Mutex<bool>,
+    /// Lets the next sync fail.
+    #[cfg(test)]
+    fail_sync: std::sync::atomic::AtomicBool,
 }
 
 impl PartialTree {
@@ -83,8 +92,15 @@ impl PartialTree {
     fn load(file: File, path: &Path) -> Result<Self, TreeError> {
         let mapped = MappedTree::new(&file, path)?;
         let layout = mapped.layout;
-        let tree =
-            Self { file, mapped, groups: Known::new(layout.groups()), pages: Known::new(layout.pages()) };
+        let tree = Self {
+            file,
+            mapped,
+            groups: Known::new(layout.groups()),
+            pages: Known::new(layout.pages()),
+            sync_failed: Mutex::new(false),
+            #[cfg(test)]
+            fail_sync: std::sync::atomic::AtomicBool::new(false),
+        };
         for group in 0..layout.groups() {
             if !tree.mapped.group_is_sound(group) {
                 continue;
@@ -236,9 +252,64 @@ impl PartialTree {
     /// Makes what has come durable; needed once, when the image is complete.
     ///
     /// # Errors
-    /// [`TreeError::Io`].
+    /// [`TreeError::Io`], also when parts are no longer known that a sync before has lost; [`TreeError::Damaged`] when it
+    /// has lost the top.
     pub fn sync(&self) -> Result<(), TreeError> {
-        self.file.sync_all().map_err(|error| self.io_error(error))
+        let mut failed = self.sync_failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed {
+            self.write_again()?;
+        }
+        let result = self.sync_file();
+        *failed = result.is_err();
+        result.map_err(|error| self.io_error(error))
+    }
+
+    fn sync_file(&self) -> io::Result<()> {
+        #[cfg(test)]
+        if self.fail_sync.swap(false, Ordering::Relaxed) {
+            return Err(io::Error::other("a sync that fails"));
+        }
+        self.file.sync_all()
+    }
+
+    /// Writes everything that is known, after a check of what the file now has of it.
+    fn write_again(&self) -> Result<(), TreeError> {
+        let layout = self.mapped.layout;
+        let write =
+            |bytes: &[u8], at| self.file.write_all_at(bytes, at).map_err(|error| self.io_error(error));
+        // Copies: what is written is what was checked.
+        let top = self.mapped.top().to_vec();
+        if root_digest(layout.size, &top) != self.mapped.root {
+            return Err(self.mapped.damaged("its top was lost by a sync that failed"));
+        }
+        write(&top, layout.top_at())?;
+        write(&layout.header(self.mapped.root), 0)?;
+        let mut lost = 0;
+        for group in (0..layout.groups()).filter(|group| self.groups.has(*group)) {
+            let bytes = self.mapped.group(group).to_vec();
+            if group_digest(&bytes) == self.mapped.group_digest(group) {
+                write(&bytes, layout.group_at(group))?;
+                continue;
+            }
+            lost += 1;
+            self.groups.clear(group);
+            self.group_pages(group).for_each(|page| self.pages.clear(page));
+        }
+        for index in (0..layout.pages()).filter(|page| self.pages.has(*page)) {
+            let page = self.mapped.page(index);
+            let digest = if page.is_zero() { zero_page_digest() } else { page.digest() };
+            if digest != self.mapped.page_digest(index) {
+                lost += 1;
+                self.pages.clear(index);
+            } else if !page.is_zero() {
+                write_page(&self.file, layout, index, &page).map_err(|error| self.io_error(error))?;
+            }
+        }
+        if lost == 0 {
+            return Ok(());
+        }
+        let what = format!("{lost} parts were lost by a sync that failed, and come again");
+        Err(self.io_error(io::Error::other(what)))
     }
 
     fn io_error(&self, error: io::Error) -> TreeError {
@@ -246,7 +317,8 @@ impl PartialTree {
     }
 }
 
-/// A set of indexes that only grows. A set bit publishes the bytes that were written before it.
+/// A set of indexes that grows, but for what a failed sync has lost. A set bit publishes the bytes that were written
+/// before it.
 #[derive(Debug)]
 struct Known(Vec<AtomicU64>);
 
@@ -267,6 +339,12 @@ impl Known {
         self.word(index)
             .expect("indexes are checked against the disk's size")
             .fetch_or(1 << (index % 64), Ordering::Release);
+    }
+
+    fn clear(&self, index: u64) {
+        if let Some(word) = self.word(index) {
+            word.fetch_and(!(1 << (index % 64)), Ordering::AcqRel);
+        }
     }
 }
 
@@ -349,6 +427,63 @@ mod tests {
         partial.add_page(5, &tree.page_bytes(5)).unwrap();
         assert!(partial.missing_pages().all(|page| page >= GROUP_PAGES));
         assert_eq!(partial.is_zero(5 * PAGE_BLOCKS), Some(true));
+    }
+
+    /// What a tree has when everything has come.
+    fn complete(dir: &Path) -> (Tree, PartialTree) {
+        let (tree, _) = whole(dir);
+        let path = dir.join("partial");
+        let partial = PartialTree::create(&path, tree.root(), tree.size(), tree.top_bytes()).unwrap();
+        bring(&partial, &tree);
+        (tree, partial)
+    }
+
+    /// Adds what is missing.
+    fn bring(partial: &PartialTree, tree: &Tree) {
+        for group in (0..tree.groups()).filter(|group| !partial.knows_group(*group)) {
+            partial.add_group(group, tree.group_bytes(group)).unwrap();
+        }
+        for page in partial.missing_pages().collect::<Vec<_>>() {
+            partial.add_page(page, &tree.page_bytes(page)).unwrap();
+        }
+    }
+
+    /// The next sync succeeded, though nothing was written any more, and the image counted as complete.
+    #[test]
+    fn what_a_failed_sync_may_have_dropped_is_written_again_before_the_next_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, mut partial) = complete(dir.path());
+        partial.fail_sync.store(true, Ordering::Relaxed);
+        partial.sync().unwrap_err();
+        // The page cache has it all, and the disk nothing.
+        let disk = dir.path().join("what is on the disk");
+        partial.file = File::options().read(true).write(true).create_new(true).open(&disk).unwrap();
+        partial.file.set_len(partial.mapped.layout.length()).unwrap();
+        partial.sync().unwrap();
+        assert!(std::fs::read(&disk).unwrap() == std::fs::read(dir.path().join("whole")).unwrap());
+    }
+
+    #[test]
+    fn what_a_failed_sync_has_dropped_is_not_known_any_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, partial) = complete(dir.path());
+        let layout = partial.mapped.layout;
+        partial.fail_sync.store(true, Ordering::Relaxed);
+        partial.sync().unwrap_err();
+        partial.file.write_all_at(&[0; 32], layout.digest_at(129)).unwrap();
+        partial.file.write_all_at(&[0; 32], layout.group_at(1)).unwrap();
+        partial.sync().unwrap_err();
+        assert!(!partial.is_complete() && !partial.knows_page(1) && partial.knows_page(0));
+        assert!(!partial.knows_group(1) && !partial.knows_page(129) && partial.knows_page(259));
+        bring(&partial, &tree);
+        partial.sync().unwrap();
+        let file = std::fs::read(dir.path().join("partial")).unwrap();
+        assert!(partial.is_complete() && file == std::fs::read(dir.path().join("whole")).unwrap());
+        // The top alone cannot come again.
+        partial.fail_sync.store(true, Ordering::Relaxed);
+        partial.sync().unwrap_err();
+        partial.file.write_all_at(&[0; 32], layout.top_at()).unwrap();
+        assert!(matches!(partial.sync(), Err(TreeError::Damaged { .. })));
     }
 
     #[test]
