@@ -142,9 +142,8 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
         };
         let work = {
             let shared = Arc::clone(shared);
-            let asked = absent.clone();
             let answered = reply.answered;
-            move || receive::blocks(&shared.holding, &shared.cache, &answered.answer, answered.bulk(), &asked)
+            move || receive::blocks(&shared.holding, &shared.cache, &ask, &answered.answer, answered.bulk())
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(Ok(0)) => {}

@@ -235,9 +235,9 @@ async fn ask_parts(shared: &Arc<Shared>, page: u64, groups: Vec<u32>, pages: Vec
             _ => 0,
         };
         let work = {
-            let shared = Arc::clone(shared);
+            let (shared, ask) = (Arc::clone(shared), ask.clone());
             let answered = reply.answered;
-            move || receive::blocks(&shared.holding, &shared.cache, &answered.answer, answered.bulk(), &[])
+            move || receive::blocks(&shared.holding, &shared.cache, &ask, &answered.answer, answered.bulk())
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(Ok(_)) if got > 0 => return,

@@ -13,7 +13,7 @@ use crate::image::partial_tree::Verdict;
 use crate::image::tree::{GROUP_PAGES, TreeError};
 use crate::local_cache::LocalCache;
 use crate::peer::holding::Holding;
-use crate::peer::message::{Answer, from_wire};
+use crate::peer::message::{Answer, Ask, from_wire};
 
 /// Why what came was not kept.
 #[derive(Debug, thiserror::Error)]
@@ -44,15 +44,22 @@ impl From<BootCacheError> for Wrong {
     }
 }
 
-/// Keeps the answer to a request for `asked`. Blocks whose page is not known are left out. Number of blocks kept.
+/// Keeps the answer to the request `ask` for blocks. Blocks whose page is not known are left out. Number of blocks kept.
 pub(super) fn blocks(
     holding: &Holding,
     cache: &LocalCache,
+    ask: &Ask,
     answer: &Answer,
     bulk: &[u8],
-    asked: &[Extent],
 ) -> Result<u64, Wrong> {
     let Answer::Blocks { groups, pages, extents, packed } = answer else { return Ok(0) };
+    let Ask::Blocks { extents: asked, groups: asked_groups, pages: asked_pages, .. } = ask else {
+        return Ok(0);
+    };
+    // Before any of it is looked at: each part may cost much more than it takes to send it.
+    if !are_among(groups, asked_groups) || !are_among(pages, asked_pages) {
+        return Err(Wrong::Lie("an answer has parts of the digest tree that were not asked for"));
+    }
     let mut rest = bulk;
     let mut take = |length: u32| {
         let cut = rest.split_at_checked(length as usize);
@@ -61,8 +68,12 @@ pub(super) fn blocks(
         Ok::<_, Wrong>(taken)
     };
     for (group, length) in groups {
-        holding.tree.add_group(u64::from(*group), take(*length)?)?;
-        learn_group(holding, cache, u64::from(*group));
+        let group = u64::from(*group);
+        let was_known = holding.tree.knows_group(group);
+        holding.tree.add_group(group, take(*length)?)?;
+        if !was_known {
+            learn_group(holding, cache, group);
+        }
     }
     for (page, length) in pages {
         let page = u64::from(*page);
@@ -78,6 +89,7 @@ pub(super) fn blocks(
         }
     }
     let extents: Vec<Extent> = extents.iter().copied().map(from_wire).collect();
+    let asked: Vec<Extent> = asked.iter().copied().map(from_wire).collect();
     if !extents.iter().all(|extent| asked.iter().any(|asked| contains(*asked, *extent))) {
         return Err(Wrong::Lie("an answer has blocks that were not asked for"));
     }
@@ -106,6 +118,13 @@ pub(super) fn blocks(
         at += length;
     }
     Ok(kept)
+}
+
+/// Whether each of `parts`, with its length, was asked for, and comes no more often than that.
+fn are_among(parts: &[(u32, u32)], asked: &[u32]) -> bool {
+    let mut left = asked.to_vec();
+    let mut take = |part: &u32| left.iter().position(|asked| asked == part).map(|at| left.swap_remove(at));
+    parts.iter().all(|(part, _)| take(part).is_some())
 }
 
 fn contains(outer: Extent, inner: Extent) -> bool {
@@ -278,6 +297,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::digest::Digest;
     use crate::image::manifest::{ImageKind, MANIFEST_VERSION, Manifest, SourceFormat};
     use crate::image::partial_tree::PartialTree;
     use crate::image::tree::Tree;
@@ -316,6 +336,10 @@ mod tests {
         (dir, tree, holding, cache)
     }
 
+    fn ask(extents: Vec<(u64, u32)>, groups: Vec<u32>, pages: Vec<u32>) -> Ask {
+        Ask::Blocks { root: Digest::of(b""), extents, groups, pages, urgent: false, pack: true }
+    }
+
     fn answer(extents: Vec<(u64, u32)>, packed: bool) -> Answer {
         Answer::Blocks { groups: Vec::new(), pages: Vec::new(), extents, packed }
     }
@@ -323,11 +347,57 @@ mod tests {
     #[test]
     fn an_answer_that_repeats_blocks_is_a_lie_before_anything_is_made_of_its_length() {
         let (_dir, _, holding, cache) = nothing_here();
-        let asked = [Extent::new(0, 256)];
+        let ask = ask(vec![(0, 256)], Vec::new(), Vec::new());
         let many = answer(vec![(0, 256); 400_000], true);
-        let error = blocks(&holding, &cache, &many, &[], &asked).unwrap_err();
+        let error = blocks(&holding, &cache, &ask, &many, &[]).unwrap_err();
         assert!(matches!(error, Wrong::Lie(what) if what.contains("more than once")), "{error}");
-        assert!(blocks(&holding, &cache, &answer(vec![(0, 2), (1, 255)], false), &[0; 9], &asked).is_err());
+        assert!(blocks(&holding, &cache, &ask, &answer(vec![(0, 2), (1, 255)], false), &[0; 9]).is_err());
+    }
+
+    /// Each group of an answer, 4 KiB, had 64 MiB read and hashed, as often as it came.
+    #[test]
+    fn parts_of_the_tree_that_were_not_asked_for_or_that_come_again_are_a_lie() {
+        let (_dir, tree, holding, cache) = nothing_here();
+        let (group, page) = (tree.group_bytes(0), tree.page_bytes(0));
+        let length = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap();
+        let answer = |groups: usize, pages: usize| Answer::Blocks {
+            groups: vec![(0, length(group)); groups],
+            pages: vec![(0, length(&page)); pages],
+            extents: Vec::new(),
+            packed: false,
+        };
+        let bulk = |groups: usize, pages: usize| [group.repeat(groups), page.repeat(pages)].concat();
+        let keep = |ask: &Ask, groups, pages| {
+            blocks(&holding, &cache, ask, &answer(groups, pages), &bulk(groups, pages))
+        };
+        let both = ask(Vec::new(), vec![0], vec![0]);
+        let wrong = [
+            (&both, 1000, 1),
+            (&both, 1, 2),
+            (&ask(Vec::new(), Vec::new(), vec![0]), 1, 0),
+            (&ask(Vec::new(), vec![0], vec![1]), 1, 1),
+        ];
+        for (ask, groups, pages) in wrong {
+            let error = keep(ask, groups, pages).unwrap_err();
+            assert!(matches!(error, Wrong::Lie(what) if what.contains("not asked for")), "{error}");
+        }
+        assert!(!holding.tree.knows_group(0));
+        assert_eq!(keep(&both, 1, 1).unwrap(), 0);
+        assert!(holding.tree.knows_page(0));
+    }
+
+    #[test]
+    fn a_group_that_is_known_has_nothing_looked_at_again() {
+        let (_dir, tree, holding, cache) = nothing_here();
+        holding.tree.add_group(0, tree.group_bytes(0)).unwrap();
+        holding.tree.add_page(0, &tree.page_bytes(0)).unwrap();
+        // Nothing but an audit would find this out.
+        cache.insert(1, &[9; BLOCK_BYTES]).unwrap();
+        let groups = vec![(0, u32::try_from(tree.group_bytes(0).len()).unwrap())];
+        let answer = Answer::Blocks { groups, pages: Vec::new(), extents: Vec::new(), packed: false };
+        let ask = ask(Vec::new(), vec![0], Vec::new());
+        blocks(&holding, &cache, &ask, &answer, tree.group_bytes(0)).unwrap();
+        assert!(cache.has(Extent::new(1, 1)));
     }
 
     #[test]
