@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::{AbortHandle, Abortable, FutureExt};
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::io::{AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 
 use crate::digest::Digest;
@@ -199,16 +199,16 @@ async fn write_replies(
         };
         let head = head(&mut outgoing)?;
         count(server, outgoing.class, head.len() + outgoing.bulk.len());
-        write_piece(&mut writer, &head).await?;
+        in_time(writer.write_all(&head)).await?;
         for piece in outgoing.bulk.chunks(pieces.0) {
-            write_piece(&mut writer, piece).await?;
+            in_time(writer.write_all(piece)).await?;
             server.options.uplink.sent(piece.len() as u64);
             if !pieces.1.is_zero() {
-                writer.flush().await?;
+                in_time(writer.flush()).await?;
                 tokio::time::sleep(pieces.1).await;
             }
         }
-        writer.flush().await?;
+        in_time(writer.flush()).await?;
     }
 }
 
@@ -226,10 +226,10 @@ fn head(outgoing: &mut Outgoing) -> Result<Vec<u8>, FrameError> {
     }
 }
 
-async fn write_piece<W: AsyncWrite + Unpin>(writer: &mut W, bytes: &[u8]) -> io::Result<()> {
-    tokio::time::timeout(WRITE_TIMEOUT, writer.write_all(bytes))
-        .await
-        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+/// As `write`, a part of a reply or the flush behind it, which is where TLS waits for a peer that takes nothing.
+async fn in_time(write: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+    let timed = tokio::time::timeout(WRITE_TIMEOUT, write).await;
+    timed.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 fn count(server: &Server, class: Class, bytes: usize) {
@@ -246,7 +246,62 @@ fn count(server: &Server, class: Class, bytes: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
     use super::*;
+    use crate::peer::server::{Provider, ServerOptions};
+
+    struct Nothing;
+
+    impl Provider for Nothing {
+        fn find(&self, _: &Wanted) -> Option<Arc<Holding>> {
+            None
+        }
+    }
+
+    /// A peer that reads nothing, as TLS shows it: it takes what fits its buffer, and the flush waits.
+    struct Unread;
+
+    impl AsyncRead for Unread {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Unread {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    /// Over TLS, short replies to it waited for ever, and it kept its place.
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_reads_nothing_is_dropped_though_its_replies_fit_a_buffer() {
+        let server = Server::new(Arc::new(Nothing), ServerOptions::default());
+        for fate in [Fate::Send, Fate::Slowly(1, Duration::from_millis(1))] {
+            let (_, writer) = tokio::io::split(Box::new(Unread) as Box<dyn Transport>);
+            let (urgent, urgent_queue) = mpsc::channel(1);
+            let (_stream, stream_queue) = mpsc::channel(1);
+            let (_fill, fill_queue) = mpsc::channel(1);
+            let reply = Reply { id: 7, answer: Answer::Data };
+            let outgoing = Outgoing { class: Class::Other, reply, bulk: vec![0; 9], fate, _promise: None };
+            assert!(urgent.send(outgoing).await.is_ok());
+            let writing = write_replies(&server, writer, [urgent_queue, stream_queue, fill_queue]);
+            let ended = tokio::time::timeout(2 * WRITE_TIMEOUT, writing).await.expect("it is dropped");
+            assert!(matches!(ended, Err(WireError::Io(error)) if error.kind() == io::ErrorKind::TimedOut));
+        }
+    }
 
     #[test]
     fn an_answer_that_is_too_long_is_refused() {
