@@ -3,6 +3,9 @@
 //! Other programs change the store while this one serves it: an image may be recorded, or removed. What was opened is
 //! known by its manifest's file, and opened anew for the next who asks when that has changed. A connection that has begun
 //! with an image stays with what it began with.
+//!
+//! To open an image is to read all of its digest tree: it is done once for all who ask at once, who wait without a thread,
+//! and not again for each of them when the tree is damaged.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -10,6 +13,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bootcache_nbd::disk::BoxFuture;
 use bootcache_nbd::{Disk, SharedDisk};
 
 use crate::digest::Digest;
@@ -24,7 +28,8 @@ use super::server::Provider;
 /// Increments upon increments: a bound for a store that is damaged.
 const LAYERS_MAX: usize = 64;
 
-/// How often it is looked whether what was opened is still in the store.
+/// How often it is looked whether what was opened is still in the store, and after which a tree that was damaged is read
+/// again for who asks.
 const TIDY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Why an image of the store cannot be served.
@@ -55,10 +60,10 @@ pub struct Catalogue {
     store: Store,
     /// Those on their way.
     coming: Mutex<ByRoot>,
-    /// Those of the store that were opened.
-    opened: Mutex<BTreeMap<Digest, (Stamp, Arc<Holding>)>>,
-    /// Held while an image is opened, so that many who ask at once open it once.
-    opening: Mutex<()>,
+    /// Those of the store that were opened; none where the tree is damaged.
+    opened: Mutex<BTreeMap<Digest, (Stamp, Option<Arc<Holding>>)>>,
+    /// Each held while its image is opened.
+    turns: Mutex<BTreeMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
     load: Box<dyn Fn() -> Load + Send + Sync>,
 }
 
@@ -75,7 +80,7 @@ impl Catalogue {
             store,
             coming: Mutex::default(),
             opened: Mutex::default(),
-            opening: Mutex::new(()),
+            turns: Mutex::default(),
             load: Box::new(load),
         })
     }
@@ -101,8 +106,9 @@ impl Catalogue {
     }
 
     /// Lets go of images that were removed from the store, or changed: their space is free when nobody is being sent them.
-    /// Blocks.
+    /// Forgets which were damaged. Blocks.
     pub fn tidy(&self) {
+        lock(&self.opened).retain(|_, (_, holding)| holding.is_some());
         let opened: Vec<(Digest, Stamp)> =
             lock(&self.opened).iter().map(|(root, (stamp, _))| (*root, *stamp)).collect();
         for (root, stamp) in opened {
@@ -118,13 +124,46 @@ impl Catalogue {
         Some(Stamp(metadata.ino(), changed))
     }
 
-    /// What is held of image `root` and still is as it was when it was opened.
-    fn known(&self, root: Digest) -> Option<Arc<Holding>> {
-        if let Some(holding) = lock(&self.coming).get(&root) {
-            return Some(Arc::clone(holding));
+    /// The image that is meant, by its root. Blocks.
+    fn root_of(&self, wanted: &Wanted) -> Option<Digest> {
+        match wanted {
+            Wanted::Root(root) => Some(*root),
+            Wanted::Name(name) => self.store.root_of(name).ok().flatten(),
         }
-        let (stamp, holding) = lock(&self.opened).get(&root).cloned()?;
-        (self.stamp(root) == Some(stamp)).then_some(holding)
+    }
+
+    /// What is held of image `root`, if nothing has to be opened to know. Blocks for a moment.
+    fn known(&self, root: Digest) -> Option<Option<Arc<Holding>>> {
+        if let Some(holding) = lock(&self.coming).get(&root) {
+            return Some(Some(Arc::clone(holding)));
+        }
+        let Some(stamp) = self.stamp(root) else { return Some(None) };
+        let (opened, holding) = lock(&self.opened).get(&root).cloned()?;
+        (opened == stamp).then_some(holding)
+    }
+
+    fn turn(&self, root: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = lock(&self.turns);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(turns.entry(root).or_default())
+    }
+
+    /// Opens image `root` of the store, and remembers what came of it. Blocks.
+    fn open_anew(&self, root: Digest) -> Option<Arc<Holding>> {
+        // Before the manifest is read: what changes in between is seen the next time.
+        let stamp = self.stamp(root)?;
+        let entry = self.store.image(root).ok()?;
+        let opened = self.open(&entry).map(Arc::new);
+        if let Err(error) = &opened
+            && !matches!(error, OpenError::Incomplete)
+        {
+            tracing::warn!(image = %root.short(), %error, "cannot give an image to peers");
+        }
+        // What else is wrong may be over in a moment, and costs little to see.
+        if matches!(opened, Ok(_) | Err(OpenError::Tree(TreeError::Damaged { .. }))) {
+            lock(&self.opened).insert(root, (stamp, opened.as_ref().ok().cloned()));
+        }
+        opened.ok()
     }
 
     fn open(&self, entry: &ImageEntry) -> Result<Holding, OpenError> {
@@ -162,36 +201,120 @@ fn is_pulled(dir: &Path) -> bool {
 }
 
 impl Provider for Catalogue {
-    fn find(&self, wanted: &Wanted) -> Option<Arc<Holding>> {
-        let root = match wanted {
-            Wanted::Root(root) => *root,
-            Wanted::Name(name) => self.store.root_of(name).ok().flatten()?,
-        };
-        if let Some(holding) = self.known(root) {
-            return Some(holding);
-        }
-        let _opening = lock(&self.opening);
-        if let Some(holding) = self.known(root) {
-            return Some(holding);
-        }
-        // Before the manifest is read: what changes in between is seen the next time.
-        let stamp = self.stamp(root)?;
-        let entry = self.store.image(root).ok()?;
-        match self.open(&entry) {
-            Ok(holding) => {
-                let holding = Arc::new(holding);
-                lock(&self.opened).insert(root, (stamp, Arc::clone(&holding)));
-                Some(holding)
+    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>> {
+        Box::pin(async move {
+            let catalogue = Arc::clone(&self);
+            let look = move || {
+                let root = catalogue.root_of(&wanted)?;
+                Some((root, catalogue.known(root)))
+            };
+            let (root, known) = tokio::task::spawn_blocking(look).await.ok()??;
+            if let Some(found) = known {
+                return found;
             }
-            Err(OpenError::Incomplete) => None,
-            Err(error) => {
-                tracing::warn!(image = %root.short(), %error, "cannot give an image to peers");
-                None
-            }
-        }
+            let turn = self.turn(root).lock_owned().await;
+            let open = move || {
+                // Here, since it goes on when nobody waits for it any more.
+                let _turn = turn;
+                self.known(root).unwrap_or_else(|| self.open_anew(root))
+            };
+            tokio::task::spawn_blocking(open).await.ok()?
+        })
     }
 
     fn load(&self) -> Load {
         (self.load)()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::unix::fs::FileExt;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use tokio::task::{JoinSet, spawn_blocking};
+
+    use super::*;
+    use crate::image::import::{ImportOptions, import};
+    use crate::image::manifest::{ImageKind, SourceFormat};
+    use crate::image::scan::Watch;
+
+    /// A catalogue of one image, and where that lies.
+    fn one_image(dir: &Path) -> (Arc<Catalogue>, ImageEntry) {
+        let store = Store::open(&dir.join("store")).unwrap();
+        let file = dir.join("disk.raw");
+        fs::write(&file, [7; 9000]).unwrap();
+        let (format, kind) = (Some(SourceFormat::Raw), Some(ImageKind::Vm));
+        let options = ImportOptions { format, kind, ..ImportOptions::default() };
+        let entry = import(&store, &"base".parse().unwrap(), &file, options, &Watch::default()).unwrap();
+        (Catalogue::new(store, Load::default), entry)
+    }
+
+    /// Each who asked held a thread while the first read the tree, and a node whose guests need them has 512.
+    #[test]
+    fn many_who_ask_for_an_image_that_is_being_opened_take_one_thread() {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalogue, entry) = one_image(dir.path());
+        let tree = entry.dir.join("tree");
+        // Whoever opens it waits until there is a writer.
+        fs::remove_file(&tree).unwrap();
+        mknodat(CWD, &tree, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(1).max_blocking_threads(4).enable_time().build().unwrap();
+        let limit = Duration::from_secs(20);
+        let (mut asking, other) = runtime.block_on(async {
+            let mut asking = JoinSet::new();
+            for _ in 0..20 {
+                asking.spawn(Arc::clone(&catalogue).find(Wanted::Root(entry.root)));
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let absent = Arc::clone(&catalogue).find(Wanted::Root(Digest::of(b"not here")));
+            let other = async { (spawn_blocking(|| 7).await.unwrap(), absent.await.is_none()) };
+            (asking, tokio::time::timeout(limit, other).await)
+        });
+        let early = asking.try_join_next();
+        // Lets the first one go, and the others find a tree that is damaged.
+        let writer = File::options().read(true).write(true).open(&tree).unwrap();
+        fs::write(dir.path().join("rubbish"), b"rubbish").unwrap();
+        fs::rename(dir.path().join("rubbish"), &tree).unwrap();
+        drop(writer);
+        let rest = runtime.block_on(tokio::time::timeout(limit, async {
+            while let Some(found) = asking.join_next().await {
+                assert!(found.unwrap().is_none());
+            }
+        }));
+        runtime.shutdown_background();
+        assert!(early.is_none(), "nobody opened it");
+        assert_eq!(other.expect("there are threads left"), (7, true));
+        rest.expect("all are answered");
+    }
+
+    #[tokio::test]
+    async fn a_tree_that_is_damaged_is_not_read_again_for_each_who_asks() {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalogue, entry) = one_image(dir.path());
+        let find = async || Arc::clone(&catalogue).find(Wanted::Root(entry.root)).await.is_some();
+        let tree = File::options().read(true).write(true).open(entry.dir.join("tree")).unwrap();
+        let mut right = [0];
+        tree.read_exact_at(&mut right, 4096).unwrap();
+        tree.write_all_at(&[!right[0]], 4096).unwrap();
+        assert!(!find().await);
+        tree.write_all_at(&right, 4096).unwrap();
+        assert!(!find().await, "it was read again");
+        catalogue.tidy();
+        assert!(find().await);
+        // An image that was replaced is another one at once.
+        tree.write_all_at(&[!right[0]], 4096).unwrap();
+        let manifest = entry.dir.join("manifest");
+        let touch = || {
+            let bytes = fs::read(&manifest).unwrap();
+            crate::store::write_atomic(&manifest, &bytes).unwrap();
+        };
+        touch();
+        assert!(!find().await);
+        tree.write_all_at(&right, 4096).unwrap();
+        touch();
+        assert!(find().await);
     }
 }

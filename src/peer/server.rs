@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bootcache_nbd::disk::BoxFuture;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -34,8 +35,8 @@ const CONNECTIONS_MAX: usize = 4096;
 
 /// Where the server finds images.
 pub trait Provider: Send + Sync + 'static {
-    /// The image that is meant, if this node has it or is getting it. May read from the node's own disk.
-    fn find(&self, wanted: &Wanted) -> Option<Arc<Holding>>;
+    /// The image that is meant, if this node has it or is getting it. Very many may wait for it at once.
+    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>>;
 
     /// This node's load, as it is told to peers.
     fn load(&self) -> Load {

@@ -86,8 +86,7 @@ impl Session {
         {
             return Some(Arc::clone(holding));
         }
-        let (provider, wanted) = (Arc::clone(&server.provider), wanted.clone());
-        let holding = tokio::task::spawn_blocking(move || provider.find(&wanted)).await.ok()??;
+        let holding = Arc::clone(&server.provider).find(wanted.clone()).await?;
         let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         if images.len() >= IMAGES_MAX {
             images.clear();
@@ -249,6 +248,7 @@ mod tests {
     use std::pin::Pin;
     use std::task::{Context, Poll};
 
+    use bootcache_nbd::disk::BoxFuture;
     use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
     use super::*;
@@ -257,8 +257,8 @@ mod tests {
     struct Nothing;
 
     impl Provider for Nothing {
-        fn find(&self, _: &Wanted) -> Option<Arc<Holding>> {
-            None
+        fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>> {
+            Box::pin(std::future::ready(None))
         }
     }
 
