@@ -567,7 +567,8 @@ impl LocalCache {
                 at = until;
             }
         };
-        for run in self.present(range) {
+        // Each of them makes one extent at least. There may be as many as every other block of the disk.
+        for run in self.presence.first_runs(range, true, extents_max) {
             push(run.offset().clamp(offset, end), 0);
             push((run.end() * BLOCK_SIZE).clamp(offset, end), STATE_PRESENT);
         }

@@ -84,11 +84,12 @@ impl Presence {
 
     /// The runs of `extent` whose bits are `present`, in order.
     pub(super) fn runs(&self, extent: Extent, present: bool) -> Vec<Extent> {
+        self.first_runs(extent, present, usize::MAX)
+    }
+
+    /// The first of them, `most` at most.
+    pub(super) fn first_runs(&self, extent: Extent, present: bool, most: usize) -> Vec<Extent> {
         let mut runs: Vec<Extent> = Vec::new();
-        let mut push = |start: u64, count: u64| match runs.last_mut() {
-            Some(last) if last.end() == start => last.count += count,
-            _ => runs.push(Extent::new(start, count)),
-        };
         for (word, mask) in masks(extent) {
             let bits = self.words[word].load(Ordering::Acquire);
             let mut rest = mask & if present { bits } else { !bits };
@@ -96,7 +97,11 @@ impl Presence {
             while rest != 0 {
                 let low = u64::from(rest.trailing_zeros());
                 let length = u64::from((!(rest >> low)).trailing_zeros());
-                push(base + low, length);
+                match runs.last_mut() {
+                    Some(last) if last.end() == base + low => last.count += length,
+                    _ if runs.len() == most => return runs,
+                    _ => runs.push(Extent::new(base + low, length)),
+                }
                 if low + length >= 64 {
                     break;
                 }
@@ -154,6 +159,10 @@ mod tests {
                 let expected: Vec<u64> =
                     probe.blocks().filter(|block| model.contains(block) == present).collect();
                 prop_assert_eq!(found, expected);
+                for most in 0..4 {
+                    let first = presence.first_runs(probe, present, most);
+                    prop_assert_eq!(&first[..], &runs[..runs.len().min(most)]);
+                }
             }
             prop_assert_eq!(presence.count(), model.len() as u64);
             prop_assert_eq!(presence.is_complete(), model.len() as u64 == blocks);
