@@ -107,7 +107,7 @@ pub struct Launch {
 pub enum Running {
     /// It runs.
     Running,
-    /// It is stopped by an error of its disk, and can go on.
+    /// It stands still, by hand or since its disk failed, and can go on.
     Paused,
     /// It has ended, or never started.
     Stopped,

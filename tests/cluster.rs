@@ -170,6 +170,15 @@ fn a_router_instance_is_the_only_way_from_one_network_to_another() {
     let name = router["name"].as_str().unwrap();
     cluster.virsh(0, &["suspend", name]);
     assert!(!cluster.pings(of("10.55.0.11"), "10.56.0.10"), "there is a way around the router");
+    let paused = of("10.57.0.10")["name"].as_str().unwrap();
+    cluster.docker(0, &["pause", paused]);
+    for way_on in [format!("virsh resume {name}"), format!("docker unpause {paused}")] {
+        eventually("how what is paused goes on is said", START, || {
+            let rows = cluster.instances(task);
+            rows.iter().any(|row| row["reason"].as_str().is_some_and(|reason| reason.contains(&way_on)))
+        });
+    }
+    cluster.docker(0, &["unpause", paused]);
     cluster.virsh(0, &["resume", name]);
     assert!(cluster.pings(of("10.55.0.11"), "10.56.0.10"));
     cluster.end(task);

@@ -245,8 +245,7 @@ impl Job {
         loop {
             match hypervisor.info(&self.order.name).await {
                 Ok(Some(info)) if info.state != Running::Stopped => {
-                    let paused = info.state == Running::Paused;
-                    let note = paused.then(|| "it is paused: its disk failed".to_owned());
+                    let note = (info.state == Running::Paused).then(|| paused(&self.order));
                     self.shared.parts.set_live(self.task, &self.order.name, Some(info), note);
                 }
                 Ok(_) => {
@@ -261,5 +260,15 @@ impl Job {
             }
             tokio::time::sleep(WATCH).await;
         }
+    }
+}
+
+/// What is said of an instance that is paused.
+fn paused(order: &InstanceOrder) -> String {
+    match order.kind {
+        InstanceType::Vm => {
+            format!("it is paused, by hand or since its disk failed: `virsh resume {}`", order.name)
+        }
+        InstanceType::Container => format!("it is paused: `docker unpause {}`", order.name),
     }
 }
