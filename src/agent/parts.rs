@@ -182,7 +182,7 @@ pub(super) async fn join_cluster(shared: &Arc<Shared>, cluster: &str) -> Result<
         if shared.parts.cluster().is_none() {
             journal.set_cluster(&wanted)?;
             shared.parts.inner().cluster = Some(wanted);
-            leave_others(shared, journal)?;
+            leave_others(shared, journal);
         }
         Ok(shared.parts.cluster())
     });
@@ -190,24 +190,16 @@ pub(super) async fn join_cluster(shared: &Arc<Shared>, cluster: &str) -> Result<
 }
 
 /// Ends the parts of clusters that the node has left.
-fn leave_others(shared: &Arc<Shared>, journal: &Journal) -> Result<(), JournalError> {
+fn leave_others(shared: &Arc<Shared>, journal: &Journal) {
     let others: Vec<Record> = {
         let inner = shared.parts.inner();
         let records = inner.parts.values().map(|part| &part.record);
         records.filter(|record| record.cluster != inner.cluster && !record.ending).cloned().collect()
     };
-    for mut record in others {
-        let task = record.task;
-        warn!("task {task} is of a cluster that this node has left: it is ended");
-        record.ending = true;
-        journal.save(&record)?;
-        let mut inner = shared.parts.inner();
-        if let Some(part) = inner.parts.get_mut(&task) {
-            part.record = record;
-            end::begin(shared, &inner, task);
-        }
+    for record in others {
+        warn!("task {} is of a cluster that this node has left: it is ended", record.task);
+        end::order(shared, journal, record);
     }
-    Ok(())
 }
 
 /// Writes down that an instance has come to `step`. Nothing when its part has gone meanwhile.
@@ -323,7 +315,11 @@ pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
         }
     }
     if shared.parts.cluster().is_some() {
-        with_journal(shared, leave_others).await?;
+        with_journal(shared, |shared, journal| {
+            leave_others(shared, journal);
+            Ok(())
+        })
+        .await?;
     }
     sweep::begin(shared);
     Ok(())

@@ -121,6 +121,36 @@ async fn what_has_started_runs_on_though_that_cannot_be_written_down() {
     node.agent.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_ended_ends_though_that_cannot_be_written_down() {
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    let tasks = node.dir.path().join("tasks");
+    node.run(1, part(1)).await;
+    node.run(2, part(2)).await;
+    node.until("they run", |state| has(state, InstanceStatus::Running)).await;
+    hypervisor.set_away(true);
+    std::fs::rename(&tasks, tasks.with_extension("away")).unwrap();
+    let end = |task| EndPart { cluster: "lab".to_owned(), task };
+    assert!(!node.call(end(1)).await.gone);
+    node.until("why it has not ended is said", |state| {
+        state.troubles.iter().any(|trouble| trouble.starts_with("task 1 cannot be ended yet: "))
+    })
+    .await;
+    hypervisor.set_away(false);
+    node.until("it has ended", |state| state.tasks == [2]).await;
+    assert_eq!(hypervisor.running(), 1);
+
+    // Neither can it be remembered that it has ended, but its order is forgotten.
+    std::fs::rename(tasks.with_extension("away"), &tasks).unwrap();
+    std::fs::remove_file(node.dir.path().join("ended.json")).unwrap();
+    std::fs::create_dir(node.dir.path().join("ended.json")).unwrap();
+    assert!(!node.call(end(2)).await.gone);
+    node.until("it has ended", |state| state.tasks.is_empty()).await;
+    assert!(!tasks.join("2.json").exists(), "it would begin again");
+    node.agent.stop().await;
+}
+
 /// The bridges that were made and not removed.
 #[derive(Debug, Default)]
 struct Bridges(std::sync::Mutex<std::collections::BTreeSet<String>>);

@@ -6,7 +6,7 @@ use tracing::{info, warn};
 
 use super::{Inner, RETRY, failed, hypervisor, runs_none, with_journal};
 use crate::agent::Shared;
-use crate::agent::journal::Record;
+use crate::agent::journal::{Journal, Record};
 use crate::hypervisor::InstanceType;
 use crate::name::HostName;
 use crate::wire::cluster::{Fault, shortened};
@@ -15,21 +15,31 @@ use crate::wire::cluster::{Fault, shortened};
 pub(in crate::agent) async fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
     with_journal(shared, move |shared, journal| {
         let known = shared.parts.inner().own().map(|part| &part.record).find(|r| r.task == task).cloned();
-        let Some(mut record) = known else { return Ok(true) };
+        let Some(record) = known else { return Ok(true) };
         if !record.ending {
-            record.ending = true;
-            journal.save(&record)?;
             info!("task {task}: is ended");
-            let mut inner = shared.parts.inner();
-            if let Some(part) = inner.parts.get_mut(&task) {
-                part.record = record;
-                begin(shared, &inner, task);
-            }
+            order(shared, journal, record);
         }
         Ok(false)
     })
     .await
     .map_err(failed)
+}
+
+/// Writes down that a part is to end, and begins with it. Also when that cannot be written: a full disk gets its room back
+/// from what ends, and whoever wants the end asks again after a restart.
+pub(super) fn order(shared: &Arc<Shared>, journal: &Journal, mut record: Record) {
+    record.ending = true;
+    let task = record.task;
+    let saved = journal.save(&record);
+    let mut inner = shared.parts.inner();
+    let Some(part) = inner.parts.get_mut(&task) else { return };
+    part.record = record;
+    if let Err(error) = saved {
+        warn!("task {task}: that it ends cannot be written down: {error}");
+        part.trouble = Some(shortened(error.to_string()));
+    }
+    begin(shared, &inner, task);
 }
 
 /// Ends the work on a part, and removes what belongs to it, again until nothing is left; the record says so already.
@@ -55,14 +65,16 @@ pub(super) fn begin(shared: &Arc<Shared>, inner: &Inner, task: i64) {
         let forgotten = with_journal(&shared, move |shared, journal| {
             let mut ended = shared.parts.inner().ended.clone();
             ended.add(record.cluster.as_deref(), task);
-            let result = journal.save_ended(&ended).and_then(|()| journal.forget(task));
+            let saved = journal.save_ended(&ended);
+            // In any case: the file may not say that the task ends, and would have an agent go on with it.
+            let result = journal.forget(task).and(saved);
             let mut inner = shared.parts.inner();
             inner.parts.remove(&task);
             inner.ended = ended;
             result
         });
         if let Err(error) = forgotten.await {
-            warn!("task {task} has ended, but its file stays: {error}");
+            warn!("task {task} has ended, but that cannot be written down: {error}");
         }
         info!("task {task}: has ended");
     });
