@@ -8,7 +8,7 @@ use bootcache_nbd::BoxFuture;
 use super::*;
 use crate::digest::Digest;
 use crate::hypervisor::InstanceType;
-use crate::hypervisor::memory::MemoryHypervisor;
+use crate::hypervisor::memory::{Fault, MemoryHypervisor, Verb};
 use crate::image::manifest::ImageKind;
 use crate::name::ImageName;
 use crate::network::NetworkSpec;
@@ -149,6 +149,27 @@ async fn what_is_ended_ends_though_that_cannot_be_written_down() {
     node.until("it has ended", |state| state.tasks.is_empty()).await;
     assert!(!tasks.join("2.json").exists(), "it would begin again");
     node.agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removal_that_hangs_keeps_back_neither_what_went_wrong_with_others_nor_the_agent_s_end() {
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    let mut three = part(1);
+    three.instances.extend(part(2).instances);
+    three.instances.extend(part(3).instances);
+    node.run(1, three).await;
+    node.until("they run", |state| has(state, InstanceStatus::Running)).await;
+    hypervisor.fail(Verb::Delete, 1, Fault::Hang);
+    hypervisor.fail(Verb::Delete, 2, Fault::Refuse);
+    node.call(EndPart { cluster: "lab".to_owned(), task: 1 }).await;
+    node.until("why it has not ended is said", |state| {
+        state.troubles.iter().any(|trouble| trouble.contains("was to be refused"))
+    })
+    .await;
+    assert_eq!(hypervisor.running(), 2);
+    let stopped = tokio::time::timeout(Duration::from_secs(5), node.agent.stop()).await;
+    stopped.expect("it waits for what hangs");
 }
 
 /// The bridges that were made and not removed.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures_util::StreamExt;
 use tracing::{info, warn};
 
 use super::{Inner, RETRY, failed, hypervisor, runs_none, with_journal};
@@ -10,6 +11,9 @@ use crate::agent::journal::{Journal, Record};
 use crate::hypervisor::InstanceType;
 use crate::name::HostName;
 use crate::wire::cluster::{Fault, shortened};
+
+/// Instances of a part that are removed at once.
+const REMOVALS_MAX: usize = 8;
 
 /// Begins to end a part of the cluster; true if nothing of it is left.
 pub(in crate::agent) async fn end(shared: &Arc<Shared>, task: i64) -> Result<bool, Fault> {
@@ -51,15 +55,16 @@ pub(super) fn begin(shared: &Arc<Shared>, inner: &Inner, task: i64) {
     shared.parts.ends.spawn(async move {
         let shared = owner;
         tasks.wait().await;
-        while let Err(error) = clean(&shared, &record).await {
-            warn!("task {task} cannot be ended yet: {error}");
-            if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
-                part.trouble = Some(shortened(error));
+        let cleaned = async {
+            while let Err(error) = clean(&shared, &record).await {
+                warn!("task {task} cannot be ended yet: {error}");
+                set_trouble(&shared, task, error);
+                tokio::time::sleep(RETRY).await;
             }
-            tokio::select! {
-                () = shared.cancel.cancelled() => return,
-                () = tokio::time::sleep(RETRY) => {}
-            }
+        };
+        // What is left when the agent ends goes when it starts again: a hypervisor that hangs does not keep it.
+        if shared.cancel.run_until_cancelled(cleaned).await.is_none() {
+            return;
         }
         // All of it in one turn: an order that comes late finds the part, or that it has ended.
         let forgotten = with_journal(&shared, move |shared, journal| {
@@ -83,9 +88,18 @@ pub(super) fn begin(shared: &Arc<Shared>, inner: &Inner, task: i64) {
 /// Removes everything that belongs to a part: all of it that can be, though some cannot.
 async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
     let mut errors = Vec::new();
-    for order in &record.part.instances {
-        errors.extend(remove(shared, &order.name, order.kind).await.err());
+    let orders = record.part.instances.iter();
+    let removals: Vec<_> = orders.map(|order| remove(shared, &order.name, order.kind)).collect();
+    let mut removals = futures_util::stream::iter(removals).buffer_unordered(REMOVALS_MAX);
+    while let Some(removed) = removals.next().await {
+        let Err(error) = removed else { continue };
+        // It is told now: the others may hang for minutes.
+        if errors.is_empty() {
+            set_trouble(shared, record.task, error.clone());
+        }
+        errors.push(error);
     }
+    drop(removals);
     if errors.is_empty()
         && let Some(part) = shared.parts.inner().parts.get_mut(&record.task)
     {
@@ -107,6 +121,12 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
         [] => Ok(()),
         [only] => Err(only.clone()),
         [first, more @ ..] => Err(format!("{first} (and {} more)", more.len())),
+    }
+}
+
+fn set_trouble(shared: &Shared, task: i64, trouble: String) {
+    if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
+        part.trouble = Some(shortened(trouble));
     }
 }
 
