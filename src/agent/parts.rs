@@ -162,6 +162,15 @@ async fn with_journal<T: Send + 'static>(
     }
 }
 
+/// Whether an order of `cluster` is taken. A node that has a controller joins by registering there, and not by an order:
+/// the controller that it was moved away from still gives it some.
+pub(super) async fn obey(shared: &Arc<Shared>, cluster: &str) -> Result<(), Fault> {
+    if shared.options.controller.is_some() && shared.parts.cluster().is_none() {
+        return Err(Fault::new(FaultCode::Failed, "this node has not registered with its controller yet"));
+    }
+    join_cluster(shared, cluster).await
+}
+
 /// Takes the orders of `cluster`, unless those of another are taken already.
 pub(super) async fn join_cluster(shared: &Arc<Shared>, cluster: &str) -> Result<(), Fault> {
     let check = |known: Option<String>| match known {

@@ -98,18 +98,18 @@ async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
         }
         FrameType::RUN_PART => {
             let order: RunPart = request.body()?;
-            parts::join_cluster(shared, &order.cluster).await?;
+            parts::obey(shared, &order.cluster).await?;
             let new = parts::accept(shared, order.cluster, order.task, order.part).await?;
             request.reply::<RunPart>(Accepted { new })
         }
         FrameType::END_PART => {
             let order: EndPart = request.body()?;
-            parts::join_cluster(shared, &order.cluster).await?;
+            parts::obey(shared, &order.cluster).await?;
             request.reply::<EndPart>(Ended { gone: parts::end(shared, order.task).await? })
         }
         FrameType::FETCH => {
             let order: Fetch = request.body()?;
-            parts::join_cluster(shared, &order.cluster).await?;
+            parts::obey(shared, &order.cluster).await?;
             let fetched = shared.services.data_plane.fetch(&order.image, order.boot_only).await;
             fetched.map_err(|error| Fault::new(FaultCode::Failed, error.to_string()))?;
             request.reply::<Fetch>(Done {})

@@ -126,13 +126,20 @@ async fn ask(shared: &Shared, host: Host, accepted: Vec<i64>) -> Heard {
     let at = Instant::now();
     let silent = Heard { host_id: host.id, at, accepted: Vec::new(), other: None, peer: None, state: None };
     match answer {
-        Ok(state) if state.node == host.name => {
-            let peer = peer_address(&state, host.address);
-            Heard { accepted, peer, state: Some(state), ..silent }
-        }
-        Ok(state) => {
+        Ok(state) if state.node != host.name => {
             let other = format!("at {} there is node '{}', not '{}'", host.address, state.node, host.name);
             Heard { other: Some(other), ..silent }
+        }
+        Ok(state) if state.cluster.as_ref().is_some_and(|cluster| *cluster != shared.cluster) => {
+            let other = format!(
+                "node '{0}' belongs to another cluster now: `bootcache nodes forget {0}` if it is to stay there",
+                host.name
+            );
+            Heard { other: Some(other), ..silent }
+        }
+        Ok(state) => {
+            let peer = peer_address(&state, host.address);
+            Heard { accepted, peer, state: Some(state), ..silent }
         }
         Err(error) => {
             if host.online {

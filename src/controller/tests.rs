@@ -27,6 +27,8 @@ struct TestNode {
     data_plane: Arc<MemoryDataPlane>,
     /// Its agent is to run VMs.
     runs_vms: bool,
+    /// Where its agent is to listen.
+    listen: SocketAddr,
     agent: Option<Agent>,
 }
 
@@ -39,6 +41,7 @@ impl TestNode {
             hypervisor: Arc::new(MemoryHypervisor::new(InstanceType::Vm)),
             data_plane: Arc::new(MemoryDataPlane::with_image(image, ImageKind::Vm, 1 << 30)),
             runs_vms: true,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             agent: None,
         };
         node.start_agent(controller).await;
@@ -55,6 +58,7 @@ impl TestNode {
         };
         let mut options = crate::agent::Options::new(self.name.clone(), self.dir.path());
         options.controller = Some(Target::Tcp(controller));
+        options.listen = self.listen;
         self.agent = Some(Agent::start(options, services).await.unwrap());
     }
 

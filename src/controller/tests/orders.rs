@@ -230,11 +230,19 @@ async fn two_controllers_never_share_a_folder_and_a_node_serves_one_cluster() {
     members[0].start_agent(controller.addresses()[0]).await;
     controller.deploy("r1", plan(2, "started")).await.unwrap();
     eventually("all run", async || count(&controller, InstanceStatus::Running).await == 2).await;
-    controller.stop().await;
+    // The first controller finds it where it was, before the other is there to register with.
+    let address = other.addresses()[0];
+    other.stop().await;
+    members[0].listen = members[0].agent.as_ref().unwrap().address();
     members[0].stop_agent().await;
     std::fs::remove_file(members[0].dir.path().join("cluster")).unwrap();
-    members[0].start_agent(other.addresses()[0]).await;
+    members[0].start_agent(address).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!members[0].dir.path().join("cluster").exists(), "an order took it back");
+    let again = Options { listen: vec![address], ..options(other_dir.path()) };
+    let other = Controller::start(again).await.unwrap();
     eventually("nothing is left of the first", async || members[0].instances().await.is_empty()).await;
+    eventually("the first has lost it", async || !nodes(&controller).await[0].online).await;
     eventually("it is registered", async || {
         nodes(&other).await.first().is_some_and(|node| !node.images.is_empty())
     })
