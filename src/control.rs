@@ -102,6 +102,8 @@ pub enum Reply {
     Done,
     /// Not done, and why: one line for a person.
     Failed(String),
+    /// Not done since somebody else does not answer, who; the same request may succeed later.
+    Away(String),
     /// Answer to [`Request::Status`].
     Status(Status),
     /// Answer to [`Request::OverlayCreate`] and [`Request::OverlayShow`].
@@ -309,6 +311,9 @@ pub enum ControlError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
+    /// The daemon needs somebody who does not answer.
+    #[error("{0}")]
+    Away(String),
     /// The connection broke or carried nonsense.
     #[error("the bootcache daemon on {path} does not answer properly")]
     Wire {
@@ -374,6 +379,7 @@ impl Client {
             Err(_) => Err(ControlError::TimedOut(limit)),
             Ok(Err(source)) => Err(ControlError::Wire { path: self.path.clone(), source }),
             Ok(Ok(Reply::Failed(reason))) => Err(ControlError::Refused(reason)),
+            Ok(Ok(Reply::Away(reason))) => Err(ControlError::Away(reason)),
             Ok(Ok(reply)) => Ok(reply),
         }
     }

@@ -395,3 +395,30 @@ fn transfers_from_a_node_that_is_lost_go_on_from_another_and_the_node_comes_back
     eventually("it is back", START, || cluster.is_online(lost));
     eventually("nothing is left", START, || (0..3).all(|node| cluster.left(node).is_empty()));
 }
+
+#[test]
+fn a_source_that_does_not_answer_at_first_makes_instances_wait_and_not_fail() {
+    if !support::require(&NEEDS) || !support::require_root() {
+        return;
+    }
+    let cluster = Cluster::up(2, 0);
+    let pid = cluster.status(0)["pid"].to_string();
+    let origin = |signal: &str| {
+        let kill = format!("kill -{signal} {pid}");
+        support::run(&mut cluster.hosts[0].command(["sh", "-c", &kill]));
+    };
+    origin("STOP");
+    let plan = OTHERS.replace("count = 2", "nodes = { n1 = 2 }");
+    let task = cluster.deploy(&plan);
+    eventually("why they wait is said", START, || {
+        let rows = cluster.instances(task);
+        rows.iter().all(|row| {
+            row["status"] == "preparing"
+                && row["reason"].as_str().is_some_and(|reason| reason.contains("no source has image box"))
+        })
+    });
+    origin("CONT");
+    cluster.wait_until_up(task, 2, START);
+    cluster.end(task);
+    cluster.assert_clean(1);
+}

@@ -181,3 +181,39 @@ fn here(image: ImageStatus) -> ImageHere {
         received: transfer.map_or(0, |transfer| transfer.bytes.iter().sum()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::digest::Digest;
+    use crate::serve;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_image_whose_sources_do_not_answer_may_be_asked_for_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let node = serve::Node::open(store.clone()).unwrap();
+        let (cancel, (ready, is_ready)) = (CancellationToken::new(), tokio::sync::oneshot::channel());
+        let ready = |_: &str| ready.send(()).unwrap();
+        let serving = tokio::spawn(serve::run(node, serve::Options::default(), cancel.clone(), ready));
+        is_ready.await.unwrap();
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let needed = Needed {
+            name: "debian".parse().unwrap(),
+            root: Digest::of(b"debian"),
+            boot: None,
+            size: 4096,
+            sources: vec![nobody],
+        };
+        let plane = Serve::new(store, None, None);
+        let error = plane.fetch(&needed, false).await.unwrap_err();
+        assert!(matches!(error, ServiceError::Away(_)), "{error}");
+        // Without a single source nothing would come of it.
+        let error = plane.fetch(&Needed { sources: Vec::new(), ..needed }, false).await.unwrap_err();
+        assert!(matches!(error, ServiceError::Refused(_)), "{error}");
+        cancel.cancel();
+        serving.await.unwrap().unwrap();
+    }
+}

@@ -59,9 +59,10 @@ impl From<ControlError> for ServiceError {
     fn from(error: ControlError) -> Self {
         let text = error.to_string();
         match error {
-            ControlError::NoDaemon | ControlError::Wire { .. } | ControlError::TimedOut(_) => {
-                Self::Away(text)
-            }
+            ControlError::NoDaemon
+            | ControlError::Wire { .. }
+            | ControlError::TimedOut(_)
+            | ControlError::Away(_) => Self::Away(text),
             ControlError::Refused(_) | ControlError::Unexpected => Self::Refused(text),
         }
     }

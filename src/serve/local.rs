@@ -8,8 +8,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use super::node::Node;
+use super::node::{Node, NodeError};
 use crate::control::Reply;
+use crate::transfer::PullError;
 use crate::wire::frame::{self, CONTROL_PAYLOAD_MAX, FrameType};
 use crate::wire::io::{WireError, read_frame, write_message};
 
@@ -60,9 +61,7 @@ async fn converse(node: &Node, mut stream: UnixStream, cancel: &CancellationToke
         let Some((frame_type, payload)) = frame else { return Ok(()) };
         let reply = if frame_type == FrameType::LOCAL_REQUEST {
             match frame::decode(&payload) {
-                Ok(request) => {
-                    node.handle(request).await.unwrap_or_else(|error| Reply::Failed(error.to_string()))
-                }
+                Ok(request) => node.handle(request).await.unwrap_or_else(|error| refusal(&error)),
                 Err(error) => Reply::Failed(format!(
                     "the request is not understood ({error}): are command and daemon of one version?"
                 )),
@@ -78,6 +77,13 @@ async fn converse(node: &Node, mut stream: UnixStream, cancel: &CancellationToke
             written = write_message(&mut stream, FrameType::LOCAL_REPLY, &reply) => written?,
             () = late => return Ok(()),
         }
+    }
+}
+
+fn refusal(error: &NodeError) -> Reply {
+    match error {
+        NodeError::Pull(PullError::NoSource { .. }) => Reply::Away(error.to_string()),
+        _ => Reply::Failed(error.to_string()),
     }
 }
 
