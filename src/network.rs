@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::name::HostName;
-use links::{Link, Links};
+use links::{Address, Link, Links};
 
 mod links;
 
@@ -32,7 +32,7 @@ pub struct NetworkSpec {
     pub subnet: (IpAddr, u8),
     /// The router of its instances, if there is one.
     pub gateway: Option<IpAddr>,
-    /// The address that this node's bridge gets; Docker wants one of its own on every node.
+    /// The address that this node's bridge gets when containers are on it: Docker wants one of its own on every node.
     pub node_address: Option<IpAddr>,
     /// The host's card that joins the bridges of several hosts.
     pub uplink: Option<String>,
@@ -114,13 +114,18 @@ impl Networks {
         let links = Links::open()?;
         let refused = |reason: String| NetworkError::Host { network: spec.name.clone(), reason };
         let bridge = links.find(&spec.bridge).await?;
-        if let Some(bridge) = &bridge {
-            if !bridge.is_bridge {
-                return Err(refused(format!("{} is there and is no bridge: take another name", bridge.name)));
-            }
-            if bridge.alias.as_deref() != Some(&*self.mark(&spec.bridge)) {
-                return self.check_foreign(&links, spec, bridge).await;
-            }
+        if let Some(bridge) = bridge.as_ref().filter(|bridge| !bridge.is_bridge) {
+            return Err(refused(format!("{} is there and is no bridge: take another name", bridge.name)));
+        }
+        // Docker's, which puts it on a bridge that was there before, too. VMs need no way to their host.
+        let address = spec.node_address.filter(|_| spec.containers);
+        if address.is_some() {
+            check_subnet(&links, spec, bridge.as_ref()).await?;
+        }
+        if let Some(bridge) = &bridge
+            && bridge.alias.as_deref() != Some(&*self.mark(&spec.bridge))
+        {
+            return self.check_foreign(&links, spec, bridge).await;
         }
         let uplink = self.uplink(&links, spec).await?;
         if let Some(port) = &uplink
@@ -147,7 +152,7 @@ impl Networks {
         if let Some(mtu) = spec.mtu {
             links.set_mtu(&bridge, mtu).await?;
         }
-        if let Some(address) = spec.node_address {
+        if let Some(address) = address {
             links.add_address(&bridge, address, spec.subnet.1).await?;
         }
         links.set_up(&bridge).await
@@ -259,11 +264,12 @@ impl Networks {
             return Err(refused(format!("this host has no network card {name} (see `ip link`)")));
         };
         let Some(vlan) = spec.vlan else {
-            let address = links.addresses(&card).await?.into_iter().find(|address| !is_link_local(*address));
+            let mut all = links.addresses().await?.into_iter();
+            let address = all.find(|address| address.link == card.index && !is_link_local(address.ip));
             // In a bridge its address would stop working, and with it maybe this very connection.
-            if let Some(address) = address.filter(|_| card.bridge.is_none()) {
+            if let Some(Address { ip, .. }) = address.filter(|_| card.bridge.is_none()) {
                 return Err(refused(format!(
-                    "{name} has the host's address {address}, which would stop working in a bridge: give the network a \
+                    "{name} has the host's address {ip}, which would stop working in a bridge: give the network a \
                      card of its own or a VLAN, or name a bridge that has {name} in it"
                 )));
             }
@@ -290,6 +296,30 @@ impl Networks {
         links.set_up(&card).await?;
         self.finish(links, spec, &half_made, &port).await.map(Some)
     }
+}
+
+/// What the host has in the subnet on other devices than the network's `bridge` would be sent into the bridge.
+async fn check_subnet(links: &Links, spec: &NetworkSpec, bridge: Option<&Link>) -> Result<(), NetworkError> {
+    let others = links.addresses().await?.into_iter().filter(|it| bridge.is_none_or(|b| b.index != it.link));
+    let mut overlapping = others.filter(|address| overlap((address.ip, address.prefix), spec.subnet));
+    let Some(Address { link, ip, prefix: length }) = overlapping.next() else { return Ok(()) };
+    let (subnet, prefix) = spec.subnet;
+    let device = links.name_of(link).await?;
+    let reason = format!(
+        "{device} of this host has {ip}/{length}, and what is there could not be reached through a bridge with \
+         {subnet}/{prefix}: take another subnet, or end the task that has {device}"
+    );
+    Err(NetworkError::Host { network: spec.name.clone(), reason })
+}
+
+/// Whether two subnets, an address and the length of a prefix each, have an address in common.
+fn overlap((a, a_length): (IpAddr, u8), (b, b_length): (IpAddr, u8)) -> bool {
+    let same_bits = match (a, b) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros(),
+        (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros(),
+        _ => return false,
+    };
+    same_bits >= u32::from(a_length.min(b_length))
 }
 
 /// First word of the alias of what is made here.
@@ -359,6 +389,19 @@ pub(crate) mod tests {
             mtu: None,
             containers: false,
         }
+    }
+
+    #[test]
+    fn subnets_overlap_when_one_holds_the_other() {
+        let subnet = |text: &str| {
+            let (ip, length) = text.split_once('/').unwrap();
+            (ip.parse().unwrap(), length.parse().unwrap())
+        };
+        let overlap = |a: &str, b: &str| overlap(subnet(a), subnet(b));
+        assert!(overlap("10.55.0.9/24", "10.55.0.0/24"));
+        assert!(overlap("10.1.2.3/32", "10.0.0.0/8") && overlap("10.0.0.1/8", "10.1.2.0/24"));
+        assert!(overlap("10.1.2.3/32", "10.1.2.3/32") && overlap("fd00::1/64", "fd00::/48"));
+        assert!(!overlap("10.55.1.9/24", "10.55.0.0/24") && !overlap("127.0.0.1/8", "fd00::/8"));
     }
 
     #[test]

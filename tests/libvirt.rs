@@ -38,7 +38,7 @@ fn spec(host: usize) -> NetworkSpec {
         uplink: Some("eth1".to_owned()),
         vlan: None,
         mtu: Some(1400),
-        containers: false,
+        containers: true,
     }
 }
 

@@ -55,7 +55,10 @@ fn remove(net: &Net, bridge: &str) -> Result<(), NetworkError> {
 #[test]
 fn a_network_is_made_once_found_again_and_removed_when_nobody_uses_it() {
     let Some(net) = host() else { return };
-    let lab = spec("lab", "br-lab");
+    ensure(&net, &spec("lab", "br-lab")).unwrap();
+    let address = ip(&net, &["-o", "addr", "show", "br-lab"]);
+    assert!(!address.contains("10.55.0."), "VMs alone lead to no host: {address}");
+    let lab = NetworkSpec { containers: true, ..spec("lab", "br-lab") };
     ensure(&net, &lab).unwrap();
     let before = ip(&net, &["-o", "addr", "show", "br-lab"]);
     assert!(before.contains("10.55.0.251/24"), "{before}");
@@ -93,6 +96,33 @@ fn a_network_of_vms_goes_though_docker_is_away_and_one_of_containers_waits_for_i
     });
     let links = ip(&net, &["-o", "link"]);
     assert!(!links.contains("br-vms") && links.contains("br-box"), "{links}");
+}
+
+#[test]
+fn a_subnet_that_the_host_has_elsewhere_is_refused_with_nothing_made() {
+    let Some(net) = host() else { return };
+    ip(&net, &["link", "add", "other", "type", "bridge"]);
+    ip(&net, &["addr", "add", "10.55.0.9/24", "dev", "other"]);
+    ip(&net, &["link", "set", "other", "up"]);
+    let before = ip(&net, &["-o", "link"]);
+    let routes = ip(&net, &["route"]);
+    let containers = NetworkSpec { containers: true, ..spec("lab", "br-lab") };
+    let error = ensure(&net, &containers).unwrap_err().to_string();
+    assert!(error.contains("other of this host has 10.55.0.9/24"), "{error}");
+    assert_eq!((ip(&net, &["-o", "link"]), ip(&net, &["route"])), (before, routes.clone()));
+    // Docker would do the same to a bridge that was there before.
+    ip(&net, &["link", "add", "br-lab", "type", "bridge"]);
+    ensure(&net, &containers).unwrap_err();
+    ip(&net, &["link", "del", "br-lab"]);
+
+    // VMs among themselves may have it, and a bridge that has it already is no other device.
+    ensure(&net, &spec("lab", "br-lab")).unwrap();
+    assert_eq!(ip(&net, &["route"]), routes);
+    ip(&net, &["link", "del", "other"]);
+    for _ in 0..2 {
+        ensure(&net, &containers).unwrap();
+    }
+    remove(&net, "br-lab").unwrap();
 }
 
 #[test]

@@ -63,6 +63,16 @@ impl Link {
     }
 }
 
+/// An address of the host.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Address {
+    /// The index of the device that has it.
+    pub(super) link: u32,
+    pub(super) ip: IpAddr,
+    /// The length of its subnet's prefix.
+    pub(super) prefix: u8,
+}
+
 /// A conversation with the kernel about devices.
 pub(super) struct Links {
     handle: Handle,
@@ -184,17 +194,18 @@ impl Links {
         call(|| format!("remove {}", link.name), deleted).await
     }
 
-    /// The addresses of a device.
-    pub(super) async fn addresses(&self, link: &Link) -> Result<Vec<IpAddr>, NetworkError> {
-        let found = self.handle.address().get().set_link_index_filter(link.index).execute();
+    /// The addresses of all devices.
+    pub(super) async fn addresses(&self) -> Result<Vec<Address>, NetworkError> {
+        let found = self.handle.address().get().execute();
         let addresses = found.try_fold(Vec::new(), |mut addresses, message| async move {
+            let (link, prefix) = (message.header.index, message.header.prefix_len);
             addresses.extend(message.attributes.iter().find_map(|attribute| match attribute {
-                AddressAttribute::Address(address) => Some(*address),
+                AddressAttribute::Address(ip) => Some(Address { link, ip: *ip, prefix }),
                 _ => None,
             }));
             Ok(addresses)
         });
-        call(|| format!("list the addresses of {}", link.name), addresses).await
+        call(|| "list the host's addresses".to_owned(), addresses).await
     }
 
     /// Gives a device an address; one that it has is no error.
