@@ -16,7 +16,7 @@ use bootcache::hypervisor::docker::Docker;
 use bootcache::hypervisor::domain::DomainDisk;
 use bootcache::hypervisor::domains::Domains;
 use bootcache::hypervisor::libvirt::Libvirt;
-use bootcache::hypervisor::{Hypervisor, HypervisorError, Launch, Nic, Root, Running};
+use bootcache::hypervisor::{Hypervisor, HypervisorError, Launch, LibvirtError, Nic, Root, Running};
 use bootcache::name::HostName;
 use bootcache::network::{NetworkSpec, Networks};
 use bootcache::qemu::Accelerator;
@@ -173,15 +173,23 @@ async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_ho
         let kill = format!("kill -{signal} $(cat /run/libvirt/libvirtd.pid)");
         support::run(&mut hosts[0].command(["sh", "-c", &kill]));
     };
-    let hasty = Libvirt::new(hosts[0].libvirt()).with_deadline(Duration::from_secs(1));
-    let hasty = Domains::new(hasty, &nodes[0], folder.path());
+    let libvirt = Libvirt::new(hosts[0].libvirt()).with_deadline(Duration::from_secs(1));
+    let hasty = Domains::new(libvirt.clone(), &nodes[0], folder.path());
     libvirtd("STOP");
+    // What is given up does not happen later either.
+    let late =
+        "<domain type='qemu'><name>late</name><memory>16384</memory><os><type>hvm</type></os></domain>";
+    let error = libvirt.launch(late.to_owned()).await.unwrap_err();
+    assert!(matches!(&error, LibvirtError::TimedOut { .. }), "{error}");
     for _ in 0..3 {
         let error = hasty.info(&vm.name).await.unwrap_err();
         assert!(matches!(&error, HypervisorError::TimedOut(_)), "{error}");
     }
     libvirtd("CONT");
     assert_eq!(hasty.info(&vm.name).await.unwrap().unwrap().state, Running::Running);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let all = support::run(Command::new("virsh").args(["-c", hosts[0].libvirt(), "list", "--all", "--name"]));
+    assert!(!all.contains("late"), "{all}");
 
     // It ends and comes back; the guest does not notice, and the same owner goes on.
     libvirtd("KILL");

@@ -44,11 +44,19 @@ impl Libvirt {
 
     /// Defines a domain from XML and starts it; returns when its QEMU runs. A domain that does not start is undefined.
     pub async fn launch(&self, xml: String) -> Result<(), LibvirtError> {
-        self.call(move |connect| {
+        self.call_while_wanted(move |connect, is_wanted| {
             let domain = connect.define_domain_xml(&xml).map_err(refused)?;
-            domain.create().map_err(|error| {
+            let started = match is_wanted() {
+                true => domain.create().map_err(refused),
+                false => Err(LibvirtError::Interrupted("the launch was given up".to_owned())),
+            };
+            started.or_else(|error| {
+                // Another try was given up after it had asked for the same.
+                if domain.is_active().unwrap_or(false) {
+                    return Ok(());
+                }
                 let _ = domain.undefine();
-                refused(error)
+                Err(error)
             })
         })
         .await
@@ -163,6 +171,16 @@ impl Libvirt {
         T: Send + 'static,
         F: FnOnce(&Connect) -> Result<T, LibvirtError> + Send + 'static,
     {
+        self.call_while_wanted(|connect, _| work(connect)).await
+    }
+
+    /// Makes a call. One that hangs and is given up does not happen later, when it was tried again or its guest has been
+    /// ended: `work` is not begun then, and can ask whether somebody still waits for it.
+    async fn call_while_wanted<T, F>(&self, work: F) -> Result<T, LibvirtError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connect, &dyn Fn() -> bool) -> Result<T, LibvirtError> + Send + 'static,
+    {
         let uri = self.uri.clone();
         let calls = Arc::clone(&self.calls);
         let called = async move {
@@ -171,8 +189,10 @@ impl Libvirt {
             let (send, receive) = tokio::sync::oneshot::channel();
             std::thread::spawn(move || {
                 let _turn = turn;
+                let is_wanted = || !send.is_closed();
                 let result = match Connect::open(Some(&uri)) {
-                    Ok(connect) => work(&connect),
+                    Ok(_) if !is_wanted() => return,
+                    Ok(connect) => work(&connect, &is_wanted),
                     Err(error) => Err(LibvirtError::Unreachable { uri, reason: error.message().to_owned() }),
                 };
                 // Whoever asked may have given up.
@@ -259,6 +279,36 @@ mod tests {
         assert!(libvirt.is_running(&uuid).await.unwrap());
         libvirt.destroy(&uuid).await.unwrap();
         assert!(!libvirt.is_running(&uuid).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_domain_that_another_try_has_started_is_launched() {
+        // Unlike the default one, a node of the test driver that comes of a file is there for each connection anew.
+        let node = tempfile::NamedTempFile::new().unwrap();
+        let xml = format!(
+            "<domain type='test'><name>ours</name><uuid>{OURS}</uuid><memory>1024</memory>\
+             <os><type>hvm</type></os></domain>"
+        );
+        std::fs::write(node.path(), format!("<node>{xml}</node>")).unwrap();
+        let libvirt = Libvirt::new(format!("test://{}", node.path().display()));
+        assert!(libvirt.is_running(OURS).await.unwrap());
+        libvirt.launch(xml).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_call_learns_that_it_was_given_up() {
+        let libvirt = Libvirt::new(URI).with_deadline(Duration::from_secs(1));
+        let (go_on, waits) = std::sync::mpsc::channel();
+        let (tell, told) = std::sync::mpsc::channel();
+        let called = libvirt.call_while_wanted(move |_, is_wanted| {
+            tell.send(is_wanted()).unwrap();
+            waits.recv().unwrap();
+            tell.send(is_wanted()).unwrap();
+            Ok(())
+        });
+        assert!(matches!(called.await, Err(LibvirtError::TimedOut { .. })));
+        go_on.send(()).unwrap();
+        assert_eq!([told.recv().unwrap(), told.recv().unwrap()], [true, false]);
     }
 
     #[test]
