@@ -7,6 +7,8 @@ mod support;
 use std::fs;
 use std::process::Stdio;
 
+use bootcache::control::{Client, Reply, Request};
+use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
 use serde_json::Value;
 use support::store::Store;
 
@@ -79,6 +81,23 @@ fn an_overlay_is_shown_and_its_removal_told() {
     assert_eq!((&shown["size"], &shown["image"]), (&(2 << 20).into(), &"golden".into()));
     assert!(store.refused(["overlay", "show", "other"]).contains("no overlay 'other'"));
     assert_eq!(json(&store.run(["--json", "overlay", "remove", "vm"]))["name"], "vm");
+}
+
+#[tokio::test]
+async fn a_vm_that_runs_and_that_boot_did_not_start_is_not_stopped() {
+    let store = store();
+    let _serve = store.serve([""; 0]);
+    store.run(["overlay", "create", "golden", "vm"]);
+    // As an agent does for the VM of a plan, and then its QEMU.
+    let mut client = Client::connect(&store.path().join(bootcache::serve::CONTROL_SOCKET)).await.unwrap();
+    let open = Request::VmOpen { name: "vm".parse().unwrap(), owner: None };
+    let Reply::Vm(vm) = client.call(&open).await.unwrap() else { panic!("another answer") };
+    let guest = NbdClient::connect(Address::Unix(vm.socket), &vm.export, Policy::default()).await.unwrap();
+    let before = guest.read(0, 4096).await.unwrap();
+    let said = store.refused(["stop", "vm", "--remove"]);
+    assert!(said.contains("`boot` did not start it") && said.contains("`bootcache end TASK`"), "{said}");
+    assert_eq!(guest.read(0, 4096).await.unwrap(), before);
+    assert!(store.run(["overlay", "list"]).contains("vm") && store.path().join("vms/vm").exists());
 }
 
 #[test]
