@@ -4,13 +4,18 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::AttachError;
+use super::{AttachError, Way};
+
+/// Where the kernel shows its block devices.
+const SYSFS: &str = "/sys/block";
+/// Where it shows a number that is another after each of its starts.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// How long a device may take to become ready or quiet.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -45,7 +50,7 @@ impl FromStr for Device {
 impl Device {
     /// Every device that the kernel knows, in order.
     pub fn all() -> Vec<Self> {
-        let names = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+        let names = fs::read_dir(SYSFS).into_iter().flatten().flatten();
         let mut devices: Vec<Self> = names
             .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("nbd")?.parse().ok().map(Self))
             .collect();
@@ -63,9 +68,10 @@ impl Device {
         self.attribute("pid").is_some()
     }
 
-    /// What its client called the export; `None` before Linux 5.14.
-    pub fn backend(self) -> Option<String> {
-        self.attribute("backend")
+    /// Who has it now, if it was set up that `way`.
+    pub(super) fn holder(self, way: Way) -> Holder {
+        let boot = fs::read_to_string(BOOT_ID).unwrap_or_default();
+        Holder::shown(Path::new(SYSFS), boot.trim_end(), self, way)
     }
 
     /// Size in bytes; 0 when nobody has it.
@@ -76,7 +82,11 @@ impl Device {
     }
 
     fn attribute(self, name: &str) -> Option<String> {
-        let text = fs::read_to_string(format!("/sys/block/nbd{}/{name}", self.0)).ok()?;
+        self.attribute_in(Path::new(SYSFS), name)
+    }
+
+    fn attribute_in(self, sysfs: &Path, name: &str) -> Option<String> {
+        let text = fs::read_to_string(sysfs.join(format!("nbd{}/{name}", self.0))).ok()?;
         Some(text.trim_end().to_owned())
     }
 
@@ -162,9 +172,73 @@ impl Device {
     }
 }
 
+/// What tells whether a device is still the one that was attached: the same number may be somebody else's by now.
+///
+/// `pid` is who called the kernel to set the device up, and stays that when its connections are replaced. By ioctl that
+/// call lasts as long as the device does. By netlink it returns at once: the process may have ended long ago, and kernels
+/// before Linux 5.16 then read its number from memory that they have given back. So it says nothing there, and must not
+/// be asked: a device of ours that is taken for somebody else's would be attached a second time. What was attached by
+/// netlink is known by its backend instead, which no other way sets; before Linux 5.14, where there is none either, by
+/// the start of the kernel alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The start of the kernel, which no device outlives.
+    pub boot: String,
+    /// What the client called the export.
+    pub backend: Option<String>,
+    /// The thread that serves the device, by ioctl.
+    pub pid: Option<String>,
+}
+
+impl Holder {
+    /// What the folder `sysfs` shows of `device`, since the start `boot` of the kernel.
+    fn shown(sysfs: &Path, boot: &str, device: Device, way: Way) -> Self {
+        let pid = || device.attribute_in(sysfs, "pid");
+        Self {
+            boot: boot.to_owned(),
+            backend: device.attribute_in(sysfs, "backend"),
+            pid: (way == Way::Ioctl).then(pid).flatten(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_that_somebody_else_has_by_now_is_not_the_one_that_was_attached() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let folder = sysfs.path().join("nbd7");
+        let show = |backend: Option<&str>, pid: &str| {
+            let _ = fs::remove_dir_all(&folder);
+            fs::create_dir(&folder).unwrap();
+            fs::write(folder.join("pid"), format!("{pid}\n")).unwrap();
+            if let Some(backend) = backend {
+                fs::write(folder.join("backend"), format!("{backend}\n")).unwrap();
+            }
+        };
+        let holder = |boot: &str, way| Holder::shown(sysfs.path(), boot, Device(7), way);
+
+        show(Some("bootcache:vm"), "100");
+        let attached = holder("first", Way::Netlink);
+        assert_ne!(holder("second", Way::Netlink), attached, "the host was started again");
+        show(Some("bootcache:vm"), "200");
+        assert_eq!(holder("first", Way::Netlink), attached, "an old kernel reads garbage there");
+        // As qemu-nbd, nbd-client by netlink, and another of ours show themselves.
+        for backend in [None, Some(""), Some("bootcache:other")] {
+            show(backend, "100");
+            assert_ne!(holder("first", Way::Netlink), attached, "{backend:?}");
+        }
+        // By ioctl, and on an old kernel, nobody has a backend.
+        show(None, "100");
+        let (by_ioctl, on_old_kernel) = (holder("first", Way::Ioctl), holder("first", Way::Netlink));
+        assert_eq!(holder("first", Way::Ioctl), by_ioctl);
+        assert_ne!(holder("second", Way::Netlink), on_old_kernel);
+        show(None, "200");
+        assert_ne!(holder("first", Way::Ioctl), by_ioctl);
+        assert_eq!(holder("first", Way::Netlink), on_old_kernel);
+    }
 
     #[test]
     fn is_written_in_several_ways_and_nothing_else_is_taken_for_one() {

@@ -286,7 +286,6 @@ impl Keeper<'_> {
         let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
         let session = Session::start(&setup, &fds)?;
         let device = session.device();
-        let entry = self.entry(device, Way::Ioctl, &setup);
         let mut run = tokio::task::spawn_blocking(move || session.run());
         let device_error = |error: io::Error| AttachError::Device { device, error };
         tokio::select! {
@@ -295,6 +294,7 @@ impl Keeper<'_> {
                 ended.map_err(|error| device_error(io::Error::other(error)))?.map_err(device_error)?;
             }
         }
+        let entry = self.entry(device, Way::Ioctl, &setup);
         self.table.put(&entry)?;
         ready(&entry);
         tokio::select! {
@@ -309,6 +309,7 @@ impl Keeper<'_> {
         self.table.remove(&entry)
     }
 
+    /// The entry of a device that the kernel has just been given.
     fn entry(&self, device: Device, way: Way, setup: &Setup) -> Entry {
         Entry {
             name: self.options.name.clone(),
@@ -317,6 +318,7 @@ impl Keeper<'_> {
             size: setup.size,
             read_only: !setup.is_writable(),
             keeper: std::process::id(),
+            holder: device.holder(way),
         }
     }
 }

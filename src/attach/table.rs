@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use super::device::Holder;
 use super::{AttachError, Device, Way};
 use crate::store::atomic::write_atomic;
 
@@ -32,6 +33,8 @@ pub struct Entry {
     pub read_only: bool,
     /// Process that looks after it.
     pub keeper: u32,
+    /// What the kernel showed of it when it was attached.
+    pub holder: Holder,
 }
 
 impl Entry {
@@ -40,10 +43,9 @@ impl Entry {
         format!("bootcache:{name}")
     }
 
-    /// Whether the kernel has the device for this name.
+    /// Whether the kernel has the device still for whom it was attached.
     pub fn is_live(&self) -> bool {
-        let ours = |backend: String| backend.is_empty() || backend == Self::backend(&self.name);
-        self.device.is_connected() && self.device.backend().is_none_or(ours)
+        self.device.is_connected() && self.device.holder(self.way) == self.holder
     }
 }
 
@@ -158,8 +160,9 @@ mod tests {
     use super::*;
 
     fn entry(name: &str, device: u32) -> Entry {
-        let device = Device(device);
-        Entry { name: name.into(), device, way: Way::Netlink, size: 4096, read_only: false, keeper: 1 }
+        let (device, way) = (Device(device), Way::Netlink);
+        let holder = device.holder(way);
+        Entry { name: name.into(), device, way, size: 4096, read_only: false, keeper: 1, holder }
     }
 
     #[test]

@@ -103,6 +103,18 @@ mount -t ext4 /dev/nbd0 /tmp/mnt || fail "mount again"
 umount /tmp/mnt
 bootcache detach /dev/nbd0 || fail "detach by device"
 
+step a device that somebody else has by now
+[ "$(attach)" = /dev/nbd0 ] || fail "not the free device again"
+kill -9 $(bootcache attached --json | sed -n 's/.*"keeper": \([0-9]*\).*/\1/p')
+nbd-client -d /dev/nbd0 >/dev/null || fail "nbd-client -d"
+for try in $(seq 100); do [ -e /sys/block/nbd0/pid ] || break; usleep 100000; done
+nbd-client -unix /tmp/one.sock /dev/nbd0 -N overlay >/tmp/out 2>&1 || fail "nbd-client: $(cat /tmp/out)"
+bootcache attached | grep -q gone || fail "taken for ours: $(bootcache attached)"
+bootcache detach overlay || fail "detach what is gone"
+nbd-client -c /dev/nbd0 >/dev/null || fail "somebody else's device was disconnected"
+nbd-client -d /dev/nbd0 >/dev/null || fail "nbd-client -d again"
+for try in $(seq 100); do [ -e /sys/block/nbd0/pid ] || break; usleep 100000; done
+
 step ioctl
 device=$(attach --ioctl) || fail "attach by ioctl"
 nbd-client -c $device >/dev/null || fail "nbd-client -c does not see it by ioctl"
