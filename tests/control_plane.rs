@@ -673,14 +673,30 @@ impl DataNode {
     }
 
     fn start_with(dir: &Path, name: &str, controller: SocketAddr, more: &[&str]) -> Self {
+        let peer = format!("127.0.0.1:{}", support::free_port());
+        Self::start_taker(dir, name, controller, &[&["--peer-listen", peer.as_str()][..], more].concat())
+    }
+
+    /// One that gives images to no other.
+    fn start_taker(dir: &Path, name: &str, controller: SocketAddr, more: &[&str]) -> Self {
         let store = dir.join(name);
         let mut command = bootcache(&store);
         command.args(["agent", "--no-vms", "--no-containers", "--name", name]);
         command.args(["--controller", &controller.to_string()]);
-        command.args(["--peer-listen", &format!("127.0.0.1:{}", support::free_port())]);
         let agent = Process::start(command.args(more));
         agent.wait_for("ready", START);
         Self { store, agent }
+    }
+
+    /// Gives it an image of a container; `dir` is for what that is made of.
+    fn add_image(&self, dir: &Path, image: &str) {
+        let content = dir.join(image);
+        fs::create_dir_all(content.join("bin")).expect("a folder");
+        fs::write(content.join("data"), support::noise(1, 3 << 20)).expect("a file");
+        let archive = dir.join(format!("{image}.tar"));
+        support::run(Command::new("tar").arg("-C").arg(&content).arg("-cf").arg(&archive).arg("."));
+        let add = ["image", "add", "--type", "container", image];
+        support::run(bootcache(&self.store).args(add).arg(archive));
     }
 
     fn has(&self, image: &str) -> bool {
@@ -718,20 +734,34 @@ fn an_agent_starts_its_daemon_again() {
 }
 
 #[test]
+fn a_node_that_gives_images_to_no_other_fetches_them_with_its_certificate() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let ca = |arguments: &[&str]| {
+        support::run(bootcache(dir.path()).args(["ca", "--ca-dir", &path("ca")]).args(arguments));
+    };
+    ca(&["init"]);
+    for (name, role) in [("control", "controller"), ("n1", "node"), ("n2", "node")] {
+        ca(&["issue", name, "--role", role, "--out", &path(&format!("tls-{name}"))]);
+    }
+    let (_controller, address) = controller(dir.path(), &["--tls-dir", &path("tls-control")]);
+    let origin = DataNode::start_with(dir.path(), "n1", address, &["--tls-dir", &path("tls-n1")]);
+    origin.add_image(dir.path(), "first");
+    let taker = DataNode::start_taker(dir.path(), "n2", address, &["--tls-dir", &path("tls-n2")]);
+    eventually("both nodes and the image are known", || {
+        json(dir.path(), &["nodes"]).as_array().map(Vec::len) == Some(2) && has_image(dir.path())
+    });
+    support::run(bootcache(dir.path()).args(["prefetch", "first", "n2"]));
+    eventually("the image has come", || taker.has("first"));
+}
+
+#[test]
 fn images_are_brought_to_nodes_ahead_of_demand() {
     let dir = tempfile::tempdir().expect("a folder");
     let (_controller, address) = controller(dir.path(), &[]);
     let origin = DataNode::start(dir.path(), "n1", address);
     for image in ["first", "second"] {
-        let content = dir.path().join(image);
-        fs::create_dir(&content).expect("a folder");
-        fs::write(content.join("data"), support::noise(1, 3 << 20)).expect("a file");
-        let archive = dir.path().join(format!("{image}.tar"));
-        fs::create_dir(content.join("bin")).expect("a folder");
-        support::run(Command::new("tar").arg("-C").arg(&content).arg("-cf").arg(&archive).arg("."));
-        support::run(
-            bootcache(&origin.store).args(["image", "add", "--type", "container", image]).arg(archive),
-        );
+        origin.add_image(dir.path(), image);
     }
     let other = DataNode::start(dir.path(), "n2", address);
     eventually("both nodes and both images are known", || {

@@ -74,21 +74,17 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         };
         let security = args.security.load(&dir)?;
         let mut ending = super::signals::Ending::listen()?;
-        let mut more = Vec::new();
+        // What it fetches it fetches as this node, whether or not it gives images to others.
+        let mut more = vec!["--node-name".to_owned(), name.to_string()];
+        more.extend(args.security.plain.then(|| "--plain".to_owned()));
+        if let Some(tls) = &args.security.tls_dir {
+            more.extend(["--tls-dir".to_owned(), tls.display().to_string()]);
+        }
         if let Some(address) = args.peer_listen {
             if address.port() == 0 {
                 bail!("--peer-listen needs a port: other nodes are told it");
             }
-            more.extend([
-                "--peer-listen".to_owned(),
-                address.to_string(),
-                "--node-name".to_owned(),
-                name.to_string(),
-            ]);
-            more.extend(args.security.plain.then(|| "--plain".to_owned()));
-            if let Some(tls) = &args.security.tls_dir {
-                more.extend(["--tls-dir".to_owned(), tls.display().to_string()]);
-            }
+            more.extend(["--peer-listen".to_owned(), address.to_string()]);
         }
         super::daemon::daemon_with(&dir, &more).await?;
         let store = Store::open(&dir)?;
