@@ -109,17 +109,28 @@ pub(super) fn expire(tx: &Transaction<'_>, now: u64) -> Result<()> {
     tasks.into_iter().try_for_each(|task| tasks::refresh(tx, task, now))
 }
 
-/// The node is silent, or knows nothing of `task`: nobody knows how its instances are.
-pub(super) fn lose(tx: &Transaction<'_>, host_id: i64, task: Option<i64>) -> Result<()> {
+/// The node is silent: nobody knows how its instances are.
+pub(super) fn lose(tx: &Transaction<'_>, host_id: i64) -> Result<()> {
     tx.execute(
         "UPDATE instance SET inst_status = 'lost', cpu = 0, memory = 0
-         WHERE host_id = ?1 AND (?2 IS NULL OR task_id = ?2) AND inst_status IN ('preparing', 'booting', 'running')",
+         WHERE host_id = ?1 AND inst_status IN ('preparing', 'booting', 'running')",
+        params![host_id],
+    )?;
+    Ok(())
+}
+
+/// The node knows nothing of its part of a task, and will begin anew with all of it: what was up once, also what has ended
+/// since, has to come up again.
+pub(super) fn forgotten(tx: &Transaction<'_>, host_id: i64, task: i64) -> Result<()> {
+    tx.execute(
+        "UPDATE instance SET inst_status = 'lost', up = NULL, began = NULL, cpu = 0, memory = 0
+         WHERE host_id = ?1 AND task_id = ?2 AND inst_status <> 'failed'",
         params![host_id, task],
     )?;
     Ok(())
 }
 
-/// The node begins anew with its part of a task. What it lost was up once, and has to come up again.
+/// The node begins anew with its part of a task.
 pub(super) fn begin_again(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> {
     tx.execute(
         "UPDATE instance SET inst_status = 'preparing', up = NULL, began = NULL

@@ -126,7 +126,7 @@ fn parts(tx: &Transaction<'_>, node: &Heard, has: &[i64], outcome: &mut RoundOut
             )?
             .execute(params![task, host_id])?;
         if asked_again > 0 {
-            instances::lose(tx, host_id, Some(*task))?;
+            instances::forgotten(tx, host_id, *task)?;
         }
     }
     outcome.orphans.extend(has.iter().filter(|task| !should.contains(task)).map(|task| (host_id, *task)));
@@ -150,7 +150,7 @@ fn silent(
         .collect::<rusqlite::Result<Vec<_>>>()?;
     for name in names {
         outcome.lost.push(super::parsed(&name)?);
-        instances::lose(tx, host_id, None)?;
+        instances::lose(tx, host_id)?;
     }
     Ok(())
 }

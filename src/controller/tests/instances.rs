@@ -120,22 +120,28 @@ async fn report(controller: &Controller, name: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_whose_node_forgot_it_has_to_come_up_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
-    controller.deploy("r1", plan(1, "report")).await.unwrap();
-    eventually("it boots", async || count(&controller, InstanceStatus::Booting).await == 1).await;
-    assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
-    members[0].stop_agent().await;
-    std::fs::remove_file(members[0].dir.path().join("tasks/1.json")).unwrap();
-    members[0].start_agent(controller.addresses()[0]).await;
-    eventually("it is started again", async || members[0].hypervisor.launches() == 2).await;
-    eventually("it boots again", async || count(&controller, InstanceStatus::Booting).await == 1).await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    let row = instances(&controller).await.remove(0);
-    assert_eq!((row.status, row.up_ms), (InstanceStatus::Booting, None), "it has not reported yet");
-    assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
-    eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
-    controller.stop().await;
+    for has_ended in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+        controller.deploy("r1", plan(1, "report")).await.unwrap();
+        eventually("it boots", async || count(&controller, InstanceStatus::Booting).await == 1).await;
+        assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
+        if has_ended {
+            assert!(members[0].hypervisor.end(&"lab-1-g-1".parse().unwrap()));
+            eventually("that is told", async || count(&controller, InstanceStatus::Stopped).await == 1).await;
+        }
+        members[0].stop_agent().await;
+        std::fs::remove_file(members[0].dir.path().join("tasks/1.json")).unwrap();
+        members[0].start_agent(controller.addresses()[0]).await;
+        eventually("it is started again", async || members[0].hypervisor.launches() == 2).await;
+        eventually("it boots again", async || count(&controller, InstanceStatus::Booting).await == 1).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let row = instances(&controller).await.remove(0);
+        assert_eq!((row.status, row.up_ms), (InstanceStatus::Booting, None), "it has not reported yet");
+        assert_eq!(report(&controller, "lab-1-g-1").await, "ok\n");
+        eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+        controller.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
