@@ -112,7 +112,7 @@ pub(super) fn expire(tx: &Transaction<'_>, now: u64) -> Result<()> {
 /// The node is silent: nobody knows how its instances are.
 pub(super) fn lose(tx: &Transaction<'_>, host_id: i64) -> Result<()> {
     tx.execute(
-        "UPDATE instance SET inst_status = 'lost', cpu = 0, memory = 0
+        "UPDATE instance SET inst_status = 'lost', reason = 'its node does not answer', cpu = 0, memory = 0
          WHERE host_id = ?1 AND inst_status IN ('preparing', 'booting', 'running')",
         params![host_id],
     )?;
@@ -123,7 +123,8 @@ pub(super) fn lose(tx: &Transaction<'_>, host_id: i64) -> Result<()> {
 /// since, has to come up again.
 pub(super) fn forgotten(tx: &Transaction<'_>, host_id: i64, task: i64) -> Result<()> {
     tx.execute(
-        "UPDATE instance SET inst_status = 'lost', up = NULL, began = NULL, cpu = 0, memory = 0
+        "UPDATE instance SET inst_status = 'lost', reason = 'its node has forgotten it',
+             up = NULL, began = NULL, cpu = 0, memory = 0
          WHERE host_id = ?1 AND task_id = ?2 AND inst_status <> 'failed'",
         params![host_id, task],
     )?;
@@ -133,7 +134,7 @@ pub(super) fn forgotten(tx: &Transaction<'_>, host_id: i64, task: i64) -> Result
 /// The node begins anew with its part of a task.
 pub(super) fn begin_again(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> {
     tx.execute(
-        "UPDATE instance SET inst_status = 'preparing', up = NULL, began = NULL
+        "UPDATE instance SET inst_status = 'preparing', reason = NULL, up = NULL, began = NULL
          WHERE task_id = ?1 AND host_id = ?2 AND inst_status = 'lost'",
         params![task, host_id],
     )?;

@@ -177,7 +177,8 @@ pub(crate) fn refused(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &st
 /// A node has not been given its part yet: why, for people.
 pub(crate) fn waits(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &str) -> Result<()> {
     tx.execute(
-        "UPDATE instance SET reason = ?3 WHERE task_id = ?1 AND host_id = ?2 AND inst_status = 'preparing'",
+        "UPDATE instance SET reason = ?3
+         WHERE task_id = ?1 AND host_id = ?2 AND inst_status IN ('preparing', 'lost')",
         params![task, host_id, reason],
     )?;
     Ok(())

@@ -42,9 +42,14 @@ async fn an_agent_that_comes_back_adopts_what_runs() {
     members[0].stop_agent().await;
     eventually("the node is offline", async || !nodes(&controller).await[0].online).await;
     assert_eq!(count(&controller, InstanceStatus::Lost).await, 3);
+    let all_say = async |reason: Option<&str>| {
+        instances(&controller).await.iter().all(|instance| instance.reason.as_deref() == reason)
+    };
+    assert!(all_say(Some("its node does not answer")).await, "nobody is told why they are lost");
     assert_eq!(members[0].instances().await.len(), 3, "instances do not need the agent");
     members[0].start_agent(controller.addresses()[0]).await;
     eventually("all run again", async || count(&controller, InstanceStatus::Running).await == 3).await;
+    assert!(all_say(None).await);
     assert_eq!(members[0].hypervisor.launches(), before, "something was started twice");
     controller.stop().await;
 }

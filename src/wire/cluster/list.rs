@@ -192,7 +192,7 @@ pub struct InstanceRow {
     pub node: HostName,
     /// How it is.
     pub status: InstanceStatus,
-    /// Why, when it failed.
+    /// Why it failed, or is not as it should be.
     pub reason: Option<String>,
     /// Milliseconds from the order to deploy until it was up.
     pub up_ms: Option<u64>,
