@@ -481,6 +481,31 @@ fn deploy_waits_until_all_is_up_and_an_interrupt_leaves_the_task_running() {
 }
 
 #[test]
+fn an_order_to_a_controller_that_hangs_can_be_interrupted() {
+    use rustix::process::Signal;
+    let dir = tempfile::tempdir().expect("a folder");
+    let (controller, _) = controller(dir.path(), &[]);
+    controller.signal(Signal::STOP);
+    let path = plan(dir.path(), 1);
+    for (words, signal) in
+        [(["deploy", path.to_str().expect("UTF-8")], Signal::INT), (["end", "1"], Signal::TERM)]
+    {
+        let mut order = Process::start(bootcache(dir.path()).args(words));
+        let status = format!("/proc/{}/status", order.id());
+        eventually("it heeds signals", || {
+            let status = fs::read_to_string(&status).expect("it runs");
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("the kernel tells");
+            let caught = u64::from_str_radix(caught.trim(), 16).expect("it is hexadecimal");
+            caught & (1 << (signal.as_raw() - 1)) != 0
+        });
+        std::thread::sleep(Duration::from_millis(200)); // it has asked by then, and waits
+        order.signal(signal);
+        assert_eq!(order.wait(Duration::from_secs(5)).code(), Some(130), "{words:?}");
+        order.wait_for("it may have begun: `bootcache tasks` shows it", START);
+    }
+}
+
+#[test]
 fn whoever_waits_for_a_deployment_outlives_a_restart_of_the_controller() {
     let dir = tempfile::tempdir().expect("a folder");
     let listen = format!("127.0.0.1:{}", support::free_port());

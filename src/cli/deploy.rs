@@ -56,7 +56,10 @@ pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Res
         // The same one is sent again when its answer is lost, and starts nothing twice.
         let request = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
         let mut ending = Ending::listen()?;
-        let task = client.call(&Deploy { request, plan }).await?.task;
+        let task = tokio::select! {
+            answer = client.call(&Deploy { request, plan }) => answer?.task,
+            () = ending.wait() => return Ok(unanswered()),
+        };
         if !args.wait {
             if globals.json {
                 println!("{}", serde_json::json!({ "task": task }));
@@ -86,6 +89,12 @@ pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Res
         view.clear();
         finish(globals, &done)
     })
+}
+
+/// Somebody was interrupted before the controller had answered to an order.
+fn unanswered() -> ExitCode {
+    eprintln!("the controller has not answered, and it may have begun: `bootcache tasks` shows it");
+    ExitCode::from(INTERRUPTED)
 }
 
 /// A task that is on its way no longer.
@@ -224,28 +233,34 @@ pub(crate) fn end(globals: &super::Globals, args: &EndArgs) -> anyhow::Result<Ex
         let task = args.task;
         let mut client = args.controller.steady(globals).await?;
         let mut ending = Ending::listen()?;
-        let on = task_row(&mut client, task).await?.map(|row| row.nodes).unwrap_or_default();
-        match client.call(&End { task }).await {
-            // The answer to the first try was lost, and it has gone since.
-            Err(error) if !on.is_empty() && is_not_found(&error) => {}
-            other => drop(other?),
-        }
+        let on = tokio::select! {
+            on = begin_to_end(&mut client, task) => on?,
+            () = ending.wait() => return Ok(unanswered()),
+        };
         let began = Instant::now();
         if args.background {
             return Ok(tell_end(globals, task, None));
         }
-        tokio::select! {
-            gone = wait_until_gone(&mut client, task) => gone?,
+        let offline = tokio::select! {
+            offline = wait_until_gone(&mut client, task, &on) => offline?,
             () = ending.wait() => {
                 eprintln!("task {task} is being ended");
                 return Ok(ExitCode::from(INTERRUPTED));
             }
-        }
-        let elapsed = began.elapsed();
-        let offline = nodes(&mut client).await?.into_iter().filter(|node| !node.online);
-        let offline = offline.map(|node| node.name).filter(|name| on.contains_key(name)).collect();
-        Ok(tell_end(globals, task, Some((elapsed, offline))))
+        };
+        Ok(tell_end(globals, task, Some((began.elapsed(), offline))))
     })
+}
+
+/// Has a task end; gives the nodes that it is on.
+async fn begin_to_end(client: &mut Steady, task: i64) -> anyhow::Result<BTreeSet<HostName>> {
+    let on = task_row(client, task).await?.map(|row| row.nodes).unwrap_or_default();
+    match client.call(&End { task }).await {
+        // The answer to the first try was lost, and it has gone since.
+        Err(error) if !on.is_empty() && is_not_found(&error) => {}
+        other => drop(other?),
+    }
+    Ok(on.into_keys().collect())
 }
 
 async fn task_row(client: &mut Steady, task: i64) -> anyhow::Result<Option<TaskRow>> {
@@ -266,8 +281,13 @@ fn is_not_found(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(ClientError::Call(CallError::Refused(fault))) if fault.code == FaultCode::NotFound)
 }
 
-/// Returns when nothing is left of the task on nodes that are online; says what is in the way, each thing once.
-async fn wait_until_gone(client: &mut Steady, task: i64) -> anyhow::Result<()> {
+/// Returns when nothing is left of the task on nodes that are online, with those of its nodes `on` that are not; says what is
+/// in the way, each thing once.
+async fn wait_until_gone(
+    client: &mut Steady,
+    task: i64,
+    on: &BTreeSet<HostName>,
+) -> anyhow::Result<Vec<HostName>> {
     let prefix = format!("task {task} ");
     let mut told = BTreeSet::new();
     let mut looked = Instant::now();
@@ -286,7 +306,8 @@ async fn wait_until_gone(client: &mut Steady, task: i64) -> anyhow::Result<()> {
         }
         tokio::time::sleep(TICK / 5).await;
     }
-    Ok(())
+    let offline = nodes(client).await?.into_iter().filter(|node| !node.online);
+    Ok(offline.map(|node| node.name).filter(|name| on.contains(name)).collect())
 }
 
 /// What came of it: after how long it had gone, and where it could not be ended yet.
