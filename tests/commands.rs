@@ -9,7 +9,7 @@ use std::process::Stdio;
 
 use bootcache::control::{Client, Reply, Request};
 use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::store::Store;
 
 fn json(text: &str) -> Value {
@@ -98,6 +98,27 @@ async fn a_vm_that_runs_and_that_boot_did_not_start_is_not_stopped() {
     assert!(said.contains("`boot` did not start it") && said.contains("`bootcache end TASK`"), "{said}");
     assert_eq!(guest.read(0, 4096).await.unwrap(), before);
     assert!(store.run(["overlay", "list"]).contains("vm") && store.path().join("vms/vm").exists());
+}
+
+#[test]
+fn what_was_made_issued_and_detached_is_told_as_json_too() {
+    let store = Store::new();
+    let (ca, node) = (store.beside("ca"), store.beside("ca/n1"));
+    let run = |words: &[&str]| {
+        let begin = ["--json", "ca", "--ca-dir", ca.to_str().unwrap()];
+        json(&store.run(begin.iter().chain(words)))
+    };
+    assert_eq!(run(&["init"]), json!({ "ca": ca }));
+    assert_eq!(run(&["issue", "n1"]), json!({ "name": "n1", "role": "node", "dir": node }));
+    // What the kernel has not is detached too: it is forgotten.
+    let attached = store.path().join("attached");
+    fs::create_dir_all(&attached).unwrap();
+    let holder = json!({ "boot": "another", "backend": "bootcache:vm", "pid": null });
+    let entry = json!({
+        "name": "vm", "device": 7, "way": "netlink", "size": 4096, "read_only": false, "keeper": 1, "holder": holder
+    });
+    fs::write(attached.join("vm.json"), entry.to_string()).unwrap();
+    assert_eq!(json(&store.run(["--json", "detach", "vm"])), json!({ "name": "vm", "device": 7 }));
 }
 
 #[test]

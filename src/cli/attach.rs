@@ -208,6 +208,9 @@ pub(crate) fn detach(globals: &Globals, args: &DetachArgs) -> anyhow::Result<Exi
     let entry = table.find(&args.name)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(attach::detach(&table, &entry))?;
+    if globals.json {
+        println!("{}", serde_json::json!({ "name": entry.name, "device": entry.device }));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -35,7 +35,8 @@ enum Command {
     },
 }
 
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 enum RoleArg {
     Node,
     Controller,
@@ -57,12 +58,20 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
     match args.command {
         Command::Init => {
             tls::init_ca(&ca_dir)?;
-            println!("made a certificate authority in {}: keep ca-key.pem to yourself", ca_dir.display());
+            if globals.json {
+                println!("{}", serde_json::json!({ "ca": ca_dir.to_string_lossy() }));
+            } else {
+                println!("made a certificate authority in {}: keep ca-key.pem to yourself", ca_dir.display());
+            }
         }
         Command::Issue { name, role, address, out } => {
             let out = out.unwrap_or_else(|| ca_dir.join(name.as_str()));
             tls::issue(&ca_dir, &name, role.into(), &address, &out)?;
-            println!("{}: copy this folder to {name} and name it with --tls-dir there", out.display());
+            if globals.json {
+                println!("{}", serde_json::json!({ "name": name, "role": role, "dir": out.to_string_lossy() }));
+            } else {
+                println!("{}: copy this folder to {name} and name it with --tls-dir there", out.display());
+            }
         }
     }
     Ok(ExitCode::SUCCESS)
