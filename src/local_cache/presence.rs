@@ -90,6 +90,15 @@ impl Presence {
     /// The first of them, `most` at most.
     pub(super) fn first_runs(&self, extent: Extent, present: bool, most: usize) -> Vec<Extent> {
         let mut runs: Vec<Extent> = Vec::new();
+        let mut push = |start: u64, count: u64| {
+            let is_full = runs.len() == most;
+            match runs.last_mut() {
+                Some(last) if last.end() == start => last.count += count,
+                _ if is_full => return false,
+                _ => runs.push(Extent::new(start, count)),
+            }
+            true
+        };
         for (word, mask) in masks(extent) {
             let bits = self.words[word].load(Ordering::Acquire);
             let mut rest = mask & if present { bits } else { !bits };
@@ -97,10 +106,8 @@ impl Presence {
             while rest != 0 {
                 let low = u64::from(rest.trailing_zeros());
                 let length = u64::from((!(rest >> low)).trailing_zeros());
-                match runs.last_mut() {
-                    Some(last) if last.end() == base + low => last.count += length,
-                    _ if runs.len() == most => return runs,
-                    _ => runs.push(Extent::new(base + low, length)),
+                if !push(base + low, length) {
+                    return runs;
                 }
                 if low + length >= 64 {
                     break;
