@@ -149,6 +149,9 @@ impl ImageEntry {
     }
 }
 
+/// Names of images in order, with the root of each.
+pub type Names = Vec<(ImageName, Digest)>;
+
 impl Store {
     /// Opens the store in `dir`, makes its folders when they are missing, and removes what interrupted commands left.
     ///
@@ -221,7 +224,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Io`].
-    pub fn names(&self) -> Result<Vec<(ImageName, Digest)>, StoreError> {
+    pub fn names(&self) -> Result<Names, StoreError> {
         Ok(self.read_names()?.0)
     }
 
@@ -229,7 +232,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Io`].
-    pub fn read_names(&self) -> Result<(Vec<(ImageName, Digest)>, Vec<StoreError>), StoreError> {
+    pub fn read_names(&self) -> Result<(Names, Vec<StoreError>), StoreError> {
         let dir = self.dir.join("names");
         let (mut names, mut unreadable) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(&dir).map_err(at(&dir))? {

@@ -494,7 +494,8 @@ fn an_order_to_a_controller_that_hangs_can_be_interrupted() {
         let status = format!("/proc/{}/status", order.id());
         eventually("it heeds signals", || {
             let status = fs::read_to_string(&status).expect("it runs");
-            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("the kernel tells");
+            let caught =
+                status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("the kernel tells");
             let caught = u64::from_str_radix(caught.trim(), 16).expect("it is hexadecimal");
             caught & (1 << (signal.as_raw() - 1)) != 0
         });

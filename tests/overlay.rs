@@ -228,8 +228,7 @@ fn a_flush_and_a_fua_write_are_answered_after_data_then_index_are_synced() {
         events[first..].to_vec()
     };
     let first = after_write(&run(&["write -f -P 1 3M 4k"]));
-    let expected =
-        [DiffWritten, DiffSynced, IndexWritten, IndexSynced, IndexWritten, IndexSynced, Answered];
+    let expected = [DiffWritten, DiffSynced, IndexWritten, IndexSynced, IndexWritten, IndexSynced, Answered];
     assert_eq!(first[..7], expected, "the index as it was found comes first: {first:?}");
     let fua = after_write(&run(&["write -f -P 1 1M 4k"]));
     assert_eq!(fua[..5], [DiffWritten, DiffSynced, IndexWritten, IndexSynced, Answered], "{fua:?}");
@@ -263,6 +262,9 @@ fn a_removal_is_answered_after_it_is_durable() {
     let trace = fs::read_to_string(&trace).expect("a trace");
     let mut rest = trace.lines();
     for (call, file) in [("rename", "/overlays/vm\""), ("fsync(", "/overlays>"), ("write(1<", "vm")] {
-        assert!(rest.any(|line| line.contains(call) && line.contains(file)), "no {call} in its place:\n{trace}");
+        assert!(
+            rest.any(|line| line.contains(call) && line.contains(file)),
+            "no {call} in its place:\n{trace}"
+        );
     }
 }

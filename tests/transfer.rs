@@ -232,15 +232,15 @@ async fn a_partial_peer_is_enough_for_what_it_has_when_the_origin_dies() {
 
 /// Takes some of the blocks of `pages` from a node that has all of the image, and their bytes.
 fn lose(node: &Node, sample: &Sample, pages: &[u64]) {
-    let entry = node.store().resolve(&sample.name).unwrap();
-    let cache = LocalCache::open(&entry.dir, entry.root, entry.manifest.size).unwrap();
-    let disk = std::fs::File::options().write(true).open(entry.disk_path()).unwrap();
+    let entry = node.store().resolve(&sample.name).expect("it is being pulled");
+    let cache = LocalCache::open(&entry.dir, entry.root, entry.manifest.size).expect("a local cache");
+    let disk = std::fs::File::options().write(true).open(entry.disk_path()).expect("a disk");
     let blocks: Vec<u64> =
         pages.iter().flat_map(|page| page * PAGE_BLOCKS..(page + 1) * PAGE_BLOCKS).collect();
     for block in &blocks {
-        disk.write_all_at(&[0; 4096], block * 4096).unwrap();
+        disk.write_all_at(&[0; 4096], block * 4096).expect("room for a block");
     }
-    cache.forget(&blocks).unwrap();
+    cache.forget(&blocks).expect("bits that can be saved");
 }
 
 /// The fill waited for the first pages that no source had, and for as long as a guest waited for a block of them.

@@ -2,8 +2,8 @@
 //!
 //! It keeps duplicates of the sockets that the kernel has, and looks at them for a hang-up without ever reading. When it
 //! is killed, the device goes on; only nobody would reconnect it, so the next `attach` of the name takes it over. That
-//! one cannot have the sockets. It holds a connection of its own ready and offers it to the kernel again and again, which
-//! takes it as soon as one of its own is dead, whoever ended that.
+//! one cannot have the sockets. It holds a connection of its own ready and offers it to the kernel, and then the next, which
+//! takes one as soon as one of its own is dead, whoever ended that.
 
 mod connections;
 
@@ -209,42 +209,44 @@ impl Keeper<'_> {
         &self,
         kernel: &mut Kernel,
         entry: &Entry,
-        mut spare: Opened,
+        spare: Opened,
         stop: &CancellationToken,
     ) -> Result<(), AttachError> {
         let mut offer_at = Instant::now();
+        let mut spare = Some(spare);
         while entry.is_live() {
             if stop.is_cancelled() {
                 return disconnect(entry).await;
             }
-            let gone = !hung_up(std::slice::from_ref(&spare.socket)).is_empty();
-            let due = Instant::now() >= offer_at;
-            if gone || (due && self.offer(kernel, entry, &spare).await?) {
-                info!(device = %entry.device, "a connection was dead; reconnecting");
-                let Some(opened) = self.open_while(|| entry.is_live(), stop).await? else { continue };
-                spare = opened;
+            let Some(held) = &spare else {
+                spare = self.open_while(|| entry.is_live(), stop).await?;
+                continue;
+            };
+            if !hung_up(std::slice::from_ref(&held.socket)).is_empty() {
+                info!(device = %entry.device, "the server hung up; reconnecting");
                 offer_at = Instant::now();
+            } else if Instant::now() >= offer_at {
+                self.offer(kernel, entry, held).await?;
+                offer_at = Instant::now() + OFFER;
+            } else {
+                tokio::select! { () = sleep(LOOK) => {}, () = stop.cancelled() => {} }
                 continue;
             }
-            if due {
-                offer_at = Instant::now() + OFFER;
-            }
-            tokio::select! { () = sleep(LOOK) => {}, () = stop.cancelled() => {} }
+            // Given back before the next is opened: the export may have no place for both.
+            spare = None;
         }
         Ok(())
     }
 
-    /// Whether the kernel has taken a connection: it does if one of its own is dead.
-    async fn offer(&self, kernel: &mut Kernel, entry: &Entry, spare: &Opened) -> Result<bool, AttachError> {
+    /// Offers the kernel a connection, which it takes if one of its own is dead. It does not say whether it has: one that
+    /// was offered must not be offered again, since the kernel would read from it twice.
+    async fn offer(&self, kernel: &mut Kernel, entry: &Entry, spare: &Opened) -> Result<(), AttachError> {
         self.same_size(entry, spare)?;
-        match kernel.reconfigure(entry.device.0, &self.setup(spare), &[spare.socket.as_fd()]).await {
-            Ok(()) => Ok(true),
-            Err(KernelError::Io(error)) if is(&error, Errno::NOSPC) => Ok(false),
-            Err(error) => {
-                warn!(device = %entry.device, %error, "the kernel did not take the new connection");
-                Ok(false)
-            }
+        let offered = kernel.reconfigure(entry.device.0, &self.setup(spare), &[spare.socket.as_fd()]).await;
+        if let Err(error) = offered {
+            warn!(device = %entry.device, %error, "the kernel did not take the new connection");
         }
+        Ok(())
     }
 
     /// Gives the kernel a new socket for each that is dead, as soon as there is a server again.

@@ -68,7 +68,10 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             let out = out.unwrap_or_else(|| ca_dir.join(name.as_str()));
             tls::issue(&ca_dir, &name, role.into(), &address, &out)?;
             if globals.json {
-                println!("{}", serde_json::json!({ "name": name, "role": role, "dir": out.to_string_lossy() }));
+                println!(
+                    "{}",
+                    serde_json::json!({ "name": name, "role": role, "dir": out.to_string_lossy() })
+                );
             } else {
                 println!("{}: copy this folder to {name} and name it with --tls-dir there", out.display());
             }

@@ -56,8 +56,9 @@ pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Res
         // The same one is sent again when its answer is lost, and starts nothing twice.
         let request = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
         let mut ending = Ending::listen()?;
+        let deploy = Deploy { request, plan };
         let task = tokio::select! {
-            answer = client.call(&Deploy { request, plan }) => answer?.task,
+            answer = client.call(&deploy) => answer?.task,
             () = ending.wait() => return Ok(unanswered()),
         };
         if !args.wait {

@@ -74,7 +74,9 @@ async fn check_ours(store: &Store, client: &mut Client, name: &HostName) -> anyh
             bail!("the daemon answered out of turn");
         };
         if status.overlays.iter().any(|overlay| overlay.name == *name && overlay.connections > 0) {
-            bail!("VM '{name}' runs, and `boot` did not start it: `bootcache end TASK` ends what a plan started");
+            bail!(
+                "VM '{name}' runs, and `boot` did not start it: `bootcache end TASK` ends what a plan started"
+            );
         }
         let has_socket = status.vms.iter().any(|vm| vm.name == *name);
         if !has_socket || status.uptime_seconds >= RETURN_SECONDS {

@@ -437,12 +437,15 @@ mod tests {
             let disk = tempfile::tempfile().unwrap();
             let content: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).unwrap()).collect();
             disk.write_all_at(&content, 0).unwrap();
-            let digests = digest_in_place(&disk, 5000, &dir.path().join(length.to_string()), &Watch::default());
+            let digests =
+                digest_in_place(&disk, 5000, &dir.path().join(length.to_string()), &Watch::default());
             digests.map(|digests| (digests.root, digests.raw, disk.metadata().unwrap().len()))
         };
         let as_it_was = made(5000).unwrap();
         assert_eq!(as_it_was.2, 5000);
         assert_eq!(made(20_000).unwrap(), as_it_was);
-        assert!(matches!(made(4999), Err(ScanError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof));
+        assert!(
+            matches!(made(4999), Err(ScanError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof)
+        );
     }
 }

@@ -392,7 +392,8 @@ fn what_the_last_process_had_not_synced_is_durable_when_the_next_one_has_flushed
             let power = Power::new(usize::MAX, Some((at, Errno::IO)));
             let log = VolatileLog::new(power.clone(), empty_log());
             let diff = VolatileDiff::new(power.clone(), vec![0; SIZE]);
-            let open = || Overlay::from_files(log.clone(), diff.clone(), MemoryBase::patterned(SIZE)).unwrap();
+            let open =
+                || Overlay::from_files(log.clone(), diff.clone(), MemoryBase::patterned(SIZE)).unwrap();
             work(&open(), &mut Model::new(&[0; SIZE]), &mut Random(5)).await;
             if !power.failed() {
                 assert!(at > 50, "the workload does something");

@@ -55,13 +55,16 @@ type ByRoot = BTreeMap<Digest, Arc<Holding>>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp(u64, i128);
 
+/// What came of opening an image: none when its tree is damaged.
+type Opened = (Stamp, Option<Arc<Holding>>);
+
 /// Finds images for a `super::server::Server`. Opens each image of the store once, when it is first asked for.
 pub struct Catalogue {
     store: Store,
     /// Those on their way.
     coming: Mutex<ByRoot>,
-    /// Those of the store that were opened; none where the tree is damaged.
-    opened: Mutex<BTreeMap<Digest, (Stamp, Option<Arc<Holding>>)>>,
+    /// Those of the store that were opened.
+    opened: Mutex<BTreeMap<Digest, Opened>>,
     /// Each held while its image is opened.
     turns: Mutex<BTreeMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
     load: Box<dyn Fn() -> Load + Send + Sync>,

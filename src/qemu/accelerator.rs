@@ -59,7 +59,10 @@ impl Accelerator {
     pub async fn works(self) -> bool {
         let tried = async { boots(self.guest()?, DEADLINE).await };
         tried.await.unwrap_or_else(|error| {
-            warn!("whether guests run on {self} cannot be tried with {}, so they do not: {error}", super::PROGRAM);
+            warn!(
+                "whether guests run on {self} cannot be tried with {}, so they do not: {error}",
+                super::PROGRAM
+            );
             false
         })
     }

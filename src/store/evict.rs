@@ -102,8 +102,7 @@ impl Store {
         let named: HashSet<Digest> = names.into_iter().map(|(_, root)| root).collect();
         // A name that cannot be read may be that of any image.
         let has_name = |root| !unreadable.is_empty() || named.contains(&root);
-        let age =
-            |root| self.last_use(root).or_else(|| (!has_name(root)).then_some(SystemTime::UNIX_EPOCH));
+        let age = |root| self.last_use(root).or_else(|| (!has_name(root)).then_some(SystemTime::UNIX_EPOCH));
         let mut candidates: Vec<(SystemTime, Digest)> =
             self.roots()?.into_iter().filter_map(|root| Some((age(root)?, root))).collect();
         candidates.sort();

@@ -64,6 +64,10 @@ kill -9 $keeper
 usleep 300000
 bootcache attached 2>/dev/null | grep -q unattended || fail "a dead keeper is not seen"
 [ "$(attach)" = /dev/nbd0 ] || fail "not taken over"
+said=$(wc -l </tmp/store/attached/overlay.log)
+sleep 3
+said=$(($(wc -l </tmp/store/attached/overlay.log) - said))
+[ $said -lt 3 ] || fail "the next keeper said $said lines in three seconds"
 kill -9 $(cat /tmp/one.pid); wait $(cat /tmp/one.pid)
 serve one
 dd if=/dev/urandom of=/tmp/mnt/c bs=64k count=16 conv=fsync 2>/dev/null || fail "write after the second restart"
