@@ -282,11 +282,14 @@ mod tests {
         fs::write(dir.path().join("rubbish"), b"rubbish").unwrap();
         fs::rename(dir.path().join("rubbish"), &tree).unwrap();
         drop(writer);
-        let rest = runtime.block_on(tokio::time::timeout(limit, async {
-            while let Some(found) = asking.join_next().await {
-                assert!(found.unwrap().is_none());
-            }
-        }));
+        let rest = runtime.block_on(async {
+            let all = async {
+                while let Some(found) = asking.join_next().await {
+                    assert!(found.unwrap().is_none());
+                }
+            };
+            tokio::time::timeout(limit, all).await
+        });
         runtime.shutdown_background();
         assert!(early.is_none(), "nobody opened it");
         assert_eq!(other.expect("there are threads left"), (7, true));
