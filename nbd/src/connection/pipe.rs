@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{SeekFrom, seek};
@@ -16,6 +17,8 @@ use crate::limits::PIECE_BYTES;
 
 /// Pipes that are kept for the next use.
 const KEPT_MAX: usize = 16;
+/// Pipes that there are at most, each two descriptors and a piece of page cache: what is more is copied.
+const PIPES_MAX: usize = 64;
 /// Room for the pages of a piece that begins within a page, and for a header. A power of two, as the kernel has them.
 const ROOM_BYTES: usize = 2 * PIECE_BYTES;
 
@@ -27,6 +30,27 @@ const PROBE_BYTES: usize = 32 << 10;
 pub(super) struct Pipe {
     source: OwnedFd,
     sink: OwnedFd,
+    _place: Place,
+}
+
+/// One of the places that there are for pipes.
+#[derive(Debug)]
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>) -> io::Result<Self> {
+        let place = Self(Arc::clone(taken));
+        match taken.fetch_add(1, Ordering::Relaxed) < PIPES_MAX {
+            true => Ok(place),
+            false => Err(io::ErrorKind::QuotaExceeded.into()),
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Whether a range of a file is in the page cache, by a byte of every [`PROBE_BYTES`]: one page between that is not makes
@@ -50,11 +74,11 @@ pub(super) enum Content {
 }
 
 impl Pipe {
-    fn new() -> io::Result<Self> {
+    fn new(place: Place) -> io::Result<Self> {
         let (source, sink) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // Fails for users that are not privileged and have many.
         fcntl_setpipe_size(&sink, ROOM_BYTES)?;
-        Ok(Self { source, sink })
+        Ok(Self { source, sink, _place: place })
     }
 
     /// Puts `header` and then `length` bytes at `offset` of a file into the pipe, which is empty. Blocks while the device
@@ -100,13 +124,14 @@ impl Pipe {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Pipes {
     kept: Arc<Mutex<Vec<Pipe>>>,
+    taken: Arc<AtomicUsize>,
 }
 
 impl Pipes {
     /// An empty pipe; its user drops it, or gives it back empty.
     pub(super) fn take(&self) -> io::Result<Pipe> {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        kept.map_or_else(Pipe::new, Ok)
+        kept.map_or_else(|| Pipe::new(Place::take(&self.taken)?), Ok)
     }
 
     /// Keeps an empty pipe for the next.
@@ -159,12 +184,26 @@ mod tests {
     }
 
     #[test]
+    fn there_are_only_so_many_pipes() {
+        let pipes = Pipes::default();
+        let mut taken: Vec<Pipe> = (0..PIPES_MAX).map(|_| pipes.take().unwrap()).collect();
+        assert!(pipes.take().is_err());
+        taken.pop();
+        let again = pipes.take().unwrap();
+        assert!(pipes.take().is_err());
+        pipes.give_back(again);
+        assert!(pipes.take().is_ok());
+        drop(taken);
+        assert_eq!(pipes.taken.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
     fn a_hole_is_told_and_a_file_that_ends_early_is_an_error() {
         let mut file = tempfile::tempfile().unwrap();
         file.set_len(4 << 20).unwrap();
         file.seek(SeekFrom::Start(1 << 20)).unwrap();
         file.write_all(&[1; 4096]).unwrap();
-        let pipe = Pipe::new().unwrap();
+        let pipe = Pipes::default().take().unwrap();
         assert_eq!(pipe.fill(b"h", &file, 0, PIECE_BYTES).unwrap(), Content::Hole);
         assert_eq!(pipe.fill(b"h", &file, 3 << 20, PIECE_BYTES).unwrap(), Content::Hole);
         assert_eq!(pipe.fill(b"h", &file, (1 << 20) - 4096, 8192).unwrap(), Content::Bytes);
