@@ -45,6 +45,24 @@ impl std::fmt::Display for InstanceType {
     }
 }
 
+/// Whose NBD client brings a VM its disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskBy {
+    /// QEMU's own, on the VM's Unix socket.
+    #[default]
+    Socket,
+    /// The one of the host's kernel: the disk is a `/dev/nbdX`.
+    Kernel,
+}
+
+impl DiskBy {
+    /// Whether it is the default, which orders leave out.
+    pub fn is_socket(&self) -> bool {
+        *self == Self::Socket
+    }
+}
+
 /// A network card of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::hypervisor::InstanceType;
+use crate::hypervisor::{DiskBy, InstanceType};
 use crate::name::{HostName, ImageName};
 
 pub mod check;
@@ -111,6 +111,9 @@ pub struct Group {
     /// Size of a VM's disk, such as `8G`, the image's at least; without it, as large as the image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskSize>,
+    /// Whose NBD client brings a VM its disk: `socket`, QEMU's own, or `kernel`, as a `/dev/nbdX` of its node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_by: Option<DiskBy>,
     /// Network cards, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<Card>,

@@ -4,12 +4,15 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::guest::{Tiny, disk, payload};
+use support::process::Process;
 
 /// TCG on shared cores.
 const DEADLINE: Duration = Duration::from_secs(400);
+/// What takes moments.
+const SOON: Duration = Duration::from_secs(60);
 
 fn serve_overlay() -> PathBuf {
     let profile = Path::new(env!("CARGO_BIN_EXE_bootcache")).parent().expect("in a folder");
@@ -80,4 +83,53 @@ fn a_boot_from_a_kernel_device_needs_the_module_and_leaves_nothing_without_it() 
     let overlays = store.run(["overlay", "list", "--json"]);
     assert_eq!(overlays.trim(), "[]", "the VM's overlay is left");
     assert!(!store.path().join("vms/vm").exists());
+}
+
+/// The same for a VM of a plan: its agent says so, and nothing is left before the plan ends. libvirt pretends; where there
+/// is a module after all, it refuses the domain, and the device goes again.
+#[test]
+fn a_plan_that_wants_kernel_devices_fails_clearly_where_there_are_none_and_leaves_nothing() {
+    if !support::require(&["qemu-system-x86_64"]) {
+        return;
+    }
+    let store = support::store::Store::new();
+    let raw = store.beside("disk.raw");
+    std::fs::write(&raw, support::noise(1, 1 << 20)).expect("a file");
+    store.run(["image", "add", "disk", raw.to_str().expect("UTF-8")]);
+    let _serve = store.serve([""; 0]);
+    let daemon = |words: &[&str]| {
+        let process = Process::start(store.command(words).env_remove("BOOTCACHE_CONTROLLER"));
+        process.wait_for("ready", SOON);
+        process
+    };
+    let node = format!("attach-{}", std::process::id());
+    let _controller = daemon(&["controller", "--poll", "0.2", "--offline-after", "5"]);
+    let _agent = daemon(&["agent", "--name", &node, "--connect", "test:///default", "--no-containers"]);
+    let plan = store.beside("plan.toml");
+    let text = "name = 'lab'\n[[groups]]\nname = 'g'\ntype = 'vm'\nimage = 'disk'\nmemory = 16\ndisk_by = 'kernel'\n";
+    std::fs::write(&plan, text).expect("a file");
+
+    let eventually = |words: [&str; 2], part: &str| {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let said = store.run(words);
+            if said.contains(part) {
+                return said;
+            }
+            assert!(Instant::now() < deadline, "no {part}: {said}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    eventually(["--json", "images"], "disk");
+    store.run(["deploy", plan.to_str().expect("UTF-8")]);
+    let failed = eventually(["--json", "instances"], "failed");
+    let reasons = ["no NBD client", "only root may", "libvirt: "];
+    assert!(reasons.iter().any(|reason| failed.contains(reason)), "{failed}");
+    assert_eq!(store.run(["overlay", "list", "--json"]).trim(), "[]", "the VM's overlay is left");
+    for folder in ["vms", "attached"] {
+        let left = std::fs::read_dir(store.path().join(folder)).into_iter().flatten().flatten();
+        let left: Vec<_> = left.map(|entry| entry.path()).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    store.run(["end", "1"]);
 }

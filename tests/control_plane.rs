@@ -325,7 +325,8 @@ fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
     let (cluster, node, image) = (cluster.to_owned(), "n1", "debian");
     let plan = bootcache::plan::read::parse(
         "name = \"fuzz\"\n[networks.lan]\nsubnet = \"10.0.0.0/24\"\n[[groups]]\nname = \"g\"\ntype = \"vm\"\n\
-         image = \"debian\"\nmemory = 16\ndisk = \"2G\"\nuntil = \"serial:x\"\nnetworks = [{ network = \"lan\" }]",
+         image = \"debian\"\nmemory = 16\ndisk = \"2G\"\ndisk_by = \"kernel\"\nuntil = \"serial:x\"\n\
+         networks = [{ network = \"lan\" }]",
     )
     .expect("a sound plan");
     let here = say::ImageHere {
@@ -374,6 +375,7 @@ fn requests(cluster: &str) -> [Vec<(&'static str, Vec<u8>)>; 2] {
         cpus: 1,
         memory_mib: 16,
         disk_bytes: Some(1 << 31),
+        disk_by: bootcache::hypervisor::DiskBy::Kernel,
         nics: Vec::new(),
         env: [("A".to_owned(), "b".to_owned())].into(),
         command: vec!["sh".to_owned()],

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use bootcache::agent::{self, Agent, ContainerImages, DockerImages, MemoryDataPlane, Options, Services};
 use bootcache::digest::Digest;
 use bootcache::hypervisor::docker::Docker;
-use bootcache::hypervisor::{Hypervisor, HypervisorError, InstanceType, Launch, Nic, Root, Running};
+use bootcache::hypervisor::{DiskBy, Hypervisor, HypervisorError, InstanceType, Launch, Nic, Root, Running};
 use bootcache::image::manifest::ImageKind;
 use bootcache::name::ImageName;
 use bootcache::network::{NetworkSpec, Networks};
@@ -168,6 +168,7 @@ fn order(name: &str, script: &str, time_limit_s: u32) -> InstanceOrder {
         cpus: 1,
         memory_mib: 64,
         disk_bytes: None,
+        disk_by: DiskBy::Socket,
         nics: Vec::new(),
         env: BTreeMap::new(),
         command: ["sh", "-c", script].map(str::to_owned).to_vec(),

@@ -1,4 +1,4 @@
-//! A libvirt domain whose disk is `/dev/nbd0`: `boot --disk kernel` where the kernel has the module. By hand
+//! Libvirt domains whose disks are `/dev/nbdX`: one of `boot --disk kernel`, one of a plan. By hand
 //! (`make test-kernel-disk`), since it is a guest in a guest, without KVM: a tiny one that has the module runs a Debian's
 //! libvirtd and QEMU, and they a tiny one.
 
@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_secs(1800);
 
 #[test]
 #[ignore = "minutes of nested emulation: make test-kernel-disk"]
-fn a_libvirt_domain_boots_from_a_kernel_device_and_outlives_a_restart_of_the_server() {
+fn libvirt_domains_boot_from_kernel_devices_and_outlive_restarts_of_the_server_and_the_agent() {
     if !support::require_root() || !support::require(&["qemu-system-x86_64", "mke2fs", "mmdebstrap"]) {
         return;
     }

@@ -8,10 +8,13 @@ use std::time::Duration;
 use bootcache_nbd::BoxFuture;
 use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
 use tokio::sync::OnceCell;
+use tracing::info;
 
 use super::image_bytes::ImageBytes;
 use super::services::{Bytes, DataPlane, OpenDisk, ServiceError};
-use crate::control::{Client, ControlError, ImageStatus, Owner, Reply, Request};
+use crate::attach;
+use crate::control::{Client, ControlError, ImageStatus, Owner, Reply, Request, VmInfo};
+use crate::hypervisor::DiskBy;
 use crate::hypervisor::domain::DomainDisk;
 use crate::hypervisor::libvirt::Libvirt;
 use crate::name::{HostName, ImageName};
@@ -23,6 +26,8 @@ use crate::wire::cluster::{ImageHere, Needed};
 
 /// How long a read of an image waits for a daemon that is started again.
 const RECONNECT: Duration = Duration::from_secs(30);
+/// How long the last writes of a device may take, and its end.
+const DETACH: Duration = Duration::from_secs(120);
 
 /// The data plane of a store.
 #[derive(Debug, Clone)]
@@ -34,13 +39,22 @@ pub struct Serve {
     libvirt: Option<Libvirt>,
     /// Who QEMU runs as, when that is somebody else; asked when it is needed first.
     owner: Arc<OnceCell<Option<Owner>>>,
+    /// Bootcache itself, which looks after devices.
+    program: Option<PathBuf>,
 }
 
 impl Serve {
     /// The daemon that runs on `store` and serves peers on `peer`; VMs' sockets are for the user as whom `libvirt` runs
     /// QEMU.
     pub fn new(store: Store, peer: Option<SocketAddr>, libvirt: Option<Libvirt>) -> Self {
-        Self { store, peer, libvirt, owner: Arc::default() }
+        Self { store, peer, libvirt, owner: Arc::default(), program: None }
+    }
+
+    /// Has disks be devices of the host where plans want that. `program` is bootcache: a process of it looks after each,
+    /// and outlives this one.
+    #[must_use]
+    pub fn with_devices(self, program: PathBuf) -> Self {
+        Self { program: Some(program), ..self }
     }
 
     /// Who QEMU runs as, when that is somebody else.
@@ -62,6 +76,7 @@ impl Serve {
         image: &ImageName,
         vm: &HostName,
         size: Option<u64>,
+        by: DiskBy,
     ) -> Result<OpenDisk, ServiceError> {
         let owner = self.owner().await?;
         // It is there already when a start was interrupted: the VM's disk stays what it was.
@@ -69,17 +84,63 @@ impl Serve {
             let request = Request::OverlayCreate { image: image.clone(), name: vm.clone(), size };
             self.call(&request).await?;
         }
-        let open = Request::VmOpen { name: vm.clone(), owner };
-        let Reply::Vm(info) = self.call(&open).await? else {
-            return Err(ControlError::Unexpected.into());
-        };
+        let info = self.open_socket(vm, owner).await?;
         let serial = self.serial(vm);
         make_serial(&serial, owner)
             .map_err(|error| ServiceError::Refused(format!("{}: {error}", serial.display())))?;
-        Ok(OpenDisk { disk: DomainDisk::Nbd { socket: info.socket, export: info.export }, serial })
+        let disk = match by {
+            DiskBy::Socket => DomainDisk::Nbd { socket: info.socket, export: info.export },
+            DiskBy::Kernel => DomainDisk::Block(self.attach(vm, info, false).await?.path()),
+        };
+        Ok(OpenDisk { disk, serial })
+    }
+
+    /// Opens a VM's socket; one that is open stays as it is.
+    async fn open_socket(&self, vm: &HostName, owner: Option<Owner>) -> Result<VmInfo, ServiceError> {
+        match self.call(&Request::VmOpen { name: vm.clone(), owner }).await? {
+            Reply::Vm(info) => Ok(info),
+            _ => Err(ControlError::Unexpected.into()),
+        }
+    }
+
+    /// Has the disk behind a VM's socket be a device of the host, and be looked after; with `again`, only if it is one.
+    async fn attach(&self, vm: &HostName, info: VmInfo, again: bool) -> Result<attach::Device, ServiceError> {
+        let Some(program) = &self.program else {
+            let reason = "this node's agent makes no devices: leave `disk_by` out of the plan";
+            return Err(ServiceError::Refused(reason.to_owned()));
+        };
+        let options = attach::Options { again, ..attach::Options::of_vm(vm, info.socket) };
+        Ok(attach::ensure(program, self.store.dir(), &options).await?.device)
+    }
+
+    async fn keep(&self, vm: &HostName) -> Result<(), ServiceError> {
+        if attach::Table::is_unattended(self.store.dir(), vm.as_str())? {
+            let info = self.open_socket(vm, self.owner().await?).await?;
+            let device = self.attach(vm, info, true).await?;
+            info!("{vm}: {device} is looked after again");
+        }
+        Ok(())
+    }
+
+    async fn detach(&self, vm: &HostName) -> Result<(), ServiceError> {
+        if attach::Table::live(self.store.dir(), vm.as_str())?.is_some() {
+            // Its last writes go to the daemon: without one, they would be waited for here.
+            match self.call(&Request::OverlayShow { name: vm.clone() }).await {
+                Ok(_) | Err(ControlError::Refused(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let forgotten = attach::forget(self.store.dir(), vm.as_str());
+        match tokio::time::timeout(DETACH, forgotten).await {
+            Ok(forgotten) => Ok(forgotten?),
+            Err(_) => {
+                Err(ServiceError::Away(format!("its device was not detached within {} s", DETACH.as_secs())))
+            }
+        }
     }
 
     async fn remove(&self, vm: &HostName) -> Result<(), ServiceError> {
+        self.detach(vm).await?;
         let dir = self.store.vm_dir(vm);
         let refusable = |result: Result<Reply, ControlError>| match result {
             Ok(_) | Err(ControlError::Refused(_)) => Ok(()),
@@ -141,8 +202,17 @@ impl DataPlane for Serve {
         image: &'a ImageName,
         vm: &'a HostName,
         size: Option<u64>,
+        by: DiskBy,
     ) -> BoxFuture<'a, Result<OpenDisk, ServiceError>> {
-        Box::pin(self.open(image, vm, size))
+        Box::pin(self.open(image, vm, size, by))
+    }
+
+    fn keep_device<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>> {
+        Box::pin(self.keep(vm))
+    }
+
+    fn detach<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>> {
+        Box::pin(self.detach(vm))
     }
 
     fn serial(&self, vm: &HostName) -> PathBuf {

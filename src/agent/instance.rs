@@ -3,6 +3,7 @@
 //! Every step can be taken again: after a kill, the instance goes on from the step that was written down last, and what
 //! an interrupted step has left is found and used, not made twice.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use super::journal::Step;
 use super::output::Output;
 use super::services::ServiceError;
 use super::{Shared, facts, parts};
-use crate::hypervisor::{Hypervisor, InstanceType, Launch, Root, Running};
+use crate::hypervisor::{DiskBy, Hypervisor, InstanceType, Launch, Root, Running};
 use crate::network::NetworkSpec;
 use crate::wire::cluster::{InstanceOrder, Needed, UpWhen, shortened};
 
@@ -27,6 +28,8 @@ const LAST_LOOK: Duration = Duration::from_secs(2);
 const SWEPT_PATIENCE: Duration = Duration::from_secs(2);
 /// Pause between two tries to start an instance.
 const START_PAUSE: Duration = Duration::from_secs(2);
+/// How often is looked whether somebody looks after the device that is a VM's disk.
+const KEEP: Duration = Duration::from_secs(10);
 
 /// Something that all instances of a part need, made by the first that comes.
 pub(super) type Once = Arc<OnceCell<()>>;
@@ -54,7 +57,7 @@ pub(super) async fn run(job: Job, step: Step) {
     };
     let result = match result {
         Ok(()) if step == Step::Up => Ok(()),
-        Ok(()) => job.wait_until_up(ordered).await,
+        Ok(()) => job.with_device(job.wait_until_up(ordered)).await,
         Err(reason) => Err(reason),
     };
     match result {
@@ -134,8 +137,9 @@ impl Job {
             InstanceType::Vm => {
                 let (owner, image, name) =
                     (Arc::clone(data_plane), image.name.clone(), self.order.name.clone());
-                let size = self.order.disk_bytes;
-                let open = self.whole(async move { owner.open_disk(&image, &name, size).await }).await??;
+                let (size, by) = (self.order.disk_bytes, self.order.disk_by);
+                let open = self.whole(async move { owner.open_disk(&image, &name, size, by).await });
+                let open = open.await??;
                 (Root::Disk(open.disk), open.serial)
             }
             InstanceType::Container => {
@@ -225,11 +229,47 @@ impl Job {
         }
     }
 
-    /// Watches the instance until it has ended.
+    /// Watches the instance until it has ended. Its disk stays, but is no device of the host any longer.
     async fn watch(&self) {
-        self.ended().await;
+        self.with_device(self.ended()).await;
         info!("{}: has ended", self.order.name);
+        if self.has_device()
+            && let Err(error) = self.shared.services.data_plane.detach(&self.order.name).await
+        {
+            warn!("{}: its device stays until its task ends: {error}", self.order.name);
+        }
         self.come_to(Step::Stopped).await;
+    }
+
+    /// Whether its disk is a device of the host.
+    fn has_device(&self) -> bool {
+        self.order.kind == InstanceType::Vm && self.order.disk_by == DiskBy::Kernel
+    }
+
+    /// Does `work`, and meanwhile has the device that is the instance's disk looked after, if it is one.
+    async fn with_device<T>(&self, work: impl Future<Output = T>) -> T {
+        if !self.has_device() {
+            return work.await;
+        }
+        tokio::select! {
+            done = work => done,
+            never = self.keep_device() => match never {},
+        }
+    }
+
+    /// Has the device looked after, again whenever whoever did so has gone.
+    async fn keep_device(&self) -> Infallible {
+        let mut told = None;
+        loop {
+            let kept = self.shared.services.data_plane.keep_device(&self.order.name).await;
+            let reason = kept.err().map(|error| error.to_string());
+            // Once for each reason: it may be so for long.
+            if let Some(reason) = reason.as_ref().filter(|_| reason != told) {
+                warn!("{}: nobody looks after its device: {reason}", self.order.name);
+            }
+            told = reason;
+            tokio::time::sleep(KEEP).await;
+        }
     }
 
     /// Returns when the instance has ended; notes what its hypervisor says of it until then.

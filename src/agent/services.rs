@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bootcache_nbd::BoxFuture;
 use tokio::io::AsyncRead;
 
+use crate::attach::{AttachError, Device};
 use crate::control::ControlError;
 use crate::hypervisor::domain::DomainDisk;
-use crate::hypervisor::{HypervisorError, LibvirtError};
+use crate::hypervisor::{DiskBy, HypervisorError, LibvirtError};
 use crate::image::manifest::ImageKind;
 use crate::name::{HostName, ImageName};
 use crate::network::NetworkSpec;
@@ -68,7 +69,13 @@ impl From<ControlError> for ServiceError {
     }
 }
 
-/// The node's images and disks. Every call has a deadline of its own.
+impl From<AttachError> for ServiceError {
+    fn from(error: AttachError) -> Self {
+        if error.may_pass() { Self::Away(error.to_string()) } else { Self::Refused(error.to_string()) }
+    }
+}
+
+/// The node's images and disks. Every call has a deadline of its own; those for one VM come one by one.
 pub trait DataPlane: Send + Sync + 'static {
     /// What is here.
     fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, ServiceError>>;
@@ -79,18 +86,27 @@ pub trait DataPlane: Send + Sync + 'static {
     /// Makes the image readable, now or as it comes. An image that is here, or on its way, is left as it is.
     fn fetch<'a>(&'a self, image: &'a Needed, boot_only: bool) -> BoxFuture<'a, Result<(), ServiceError>>;
 
-    /// Opens the disk of a VM, made from the image if there is none yet: of `size` bytes, or as large as the image.
+    /// Opens the disk of a VM, made from the image if there is none yet: of `size` bytes, or as large as the image. One
+    /// that is open `by` the kernel is a device of the host until [`DataPlane::detach`], or until it is removed.
     fn open_disk<'a>(
         &'a self,
         image: &'a ImageName,
         vm: &'a HostName,
         size: Option<u64>,
+        by: DiskBy,
     ) -> BoxFuture<'a, Result<OpenDisk, ServiceError>>;
+
+    /// Has the device that is a VM's disk looked after, if nobody does so any more: otherwise it does not outlive its
+    /// data plane. Nothing but that changes. Dropped, it may be asked for again.
+    fn keep_device<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>>;
+
+    /// Takes the device that is a VM's disk from the host; the VM has ended. What is not there is no error.
+    fn detach<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>>;
 
     /// The file for the serial line of a VM whose disk is open.
     fn serial(&self, vm: &HostName) -> PathBuf;
 
-    /// Closes and removes the disk of a VM. What is not there is no error.
+    /// Detaches, closes and removes the disk of a VM that has ended. What is not there is no error.
     fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>>;
 
     /// The bytes of an image that is here or on its way, from the first to the last: what cuts them short is an error.
@@ -121,7 +137,17 @@ pub trait ContainerImages: Send + Sync + 'static {
 pub struct MemoryDataPlane {
     images: Mutex<BTreeMap<ImageName, ImageHere>>,
     disks: Mutex<BTreeMap<HostName, ImageName>>,
+    devices: Mutex<BTreeMap<HostName, Attached>>,
     away: AtomicBool,
+    no_kernel_client: AtomicBool,
+}
+
+/// The device that is a VM's disk.
+#[derive(Debug)]
+struct Attached {
+    device: Device,
+    /// Somebody looks after it.
+    kept: bool,
 }
 
 impl MemoryDataPlane {
@@ -156,9 +182,47 @@ impl MemoryDataPlane {
         }
     }
 
+    /// Makes it refuse devices, as on a host whose kernel has no NBD client, or no longer.
+    pub fn set_no_kernel_client(&self, none: bool) {
+        self.no_kernel_client.store(none, Ordering::Relaxed);
+    }
+
+    /// Kills whoever looks after devices.
+    pub fn lose_keepers(&self) {
+        self.attached().values_mut().for_each(|attached| attached.kept = false);
+    }
+
     /// The disks that are open.
     pub fn disks(&self) -> Vec<HostName> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
+    /// The disks that are devices, and whether somebody looks after them.
+    pub fn devices(&self) -> Vec<(HostName, Device, bool)> {
+        self.attached().iter().map(|(vm, attached)| (vm.clone(), attached.device, attached.kept)).collect()
+    }
+
+    fn attached(&self) -> MutexGuard<'_, BTreeMap<HostName, Attached>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self, vm: &HostName, by: DiskBy) -> Result<DomainDisk, ServiceError> {
+        match by {
+            DiskBy::Socket => {
+                Ok(DomainDisk::Nbd { socket: PathBuf::from("/nowhere"), export: vm.to_string() })
+            }
+            DiskBy::Kernel if self.no_kernel_client.load(Ordering::Relaxed) => {
+                Err(ServiceError::Refused("this kernel has no NBD client".to_owned()))
+            }
+            DiskBy::Kernel => {
+                let mut attached = self.attached();
+                let is_free = |device: &Device| attached.values().all(|other| other.device != *device);
+                let free = (0..).map(Device).find(is_free).expect("there are fewer VMs than numbers");
+                let ours = attached.entry(vm.clone()).or_insert(Attached { device: free, kept: true });
+                ours.kept = true;
+                Ok(DomainDisk::Block(ours.device.path()))
+            }
+        }
     }
 }
 
@@ -189,11 +253,21 @@ impl DataPlane for MemoryDataPlane {
         image: &'a ImageName,
         vm: &'a HostName,
         _size: Option<u64>,
+        by: DiskBy,
     ) -> BoxFuture<'a, Result<OpenDisk, ServiceError>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), image.clone());
-        let disk = DomainDisk::Nbd { socket: PathBuf::from("/nowhere"), export: vm.to_string() };
-        let open = OpenDisk { disk, serial: self.serial(vm) };
-        Box::pin(async { Ok(open) })
+        let open = self.open(vm, by).map(|disk| OpenDisk { disk, serial: self.serial(vm) });
+        Box::pin(async { open })
+    }
+
+    fn keep_device<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>> {
+        self.attached().entry(vm.clone()).and_modify(|attached| attached.kept = true);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn detach<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>> {
+        self.attached().remove(vm);
+        Box::pin(async { Ok(()) })
     }
 
     fn serial(&self, _vm: &HostName) -> PathBuf {
@@ -201,6 +275,7 @@ impl DataPlane for MemoryDataPlane {
     }
 
     fn remove_disk<'a>(&'a self, vm: &'a HostName) -> BoxFuture<'a, Result<(), ServiceError>> {
+        self.attached().remove(vm);
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
         Box::pin(async { Ok(()) })
     }

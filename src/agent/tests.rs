@@ -7,8 +7,8 @@ use bootcache_nbd::BoxFuture;
 
 use super::*;
 use crate::digest::Digest;
-use crate::hypervisor::InstanceType;
 use crate::hypervisor::memory::{Fault, MemoryHypervisor, Verb};
+use crate::hypervisor::{DiskBy, InstanceType};
 use crate::image::manifest::ImageKind;
 use crate::name::ImageName;
 use crate::network::NetworkSpec;
@@ -33,6 +33,7 @@ fn part(task: i64) -> Part {
         cpus: 1,
         memory_mib: 16,
         disk_bytes: None,
+        disk_by: DiskBy::Socket,
         nics: Vec::new(),
         env: BTreeMap::new(),
         command: Vec::new(),
@@ -54,6 +55,7 @@ fn part(task: i64) -> Part {
 /// An agent, and its controller's end of a connection.
 struct Ordered {
     agent: Agent,
+    data_plane: Arc<MemoryDataPlane>,
     link: Link,
     dir: tempfile::TempDir,
 }
@@ -61,15 +63,16 @@ struct Ordered {
 impl Ordered {
     async fn start(hypervisor: Arc<MemoryHypervisor>, networks: Option<Arc<dyn Networks>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let data_plane = Arc::new(MemoryDataPlane::with_image(image(), ImageKind::Vm, 1 << 30));
         let services = Services {
-            data_plane: Arc::new(MemoryDataPlane::with_image(image(), ImageKind::Vm, 1 << 30)),
+            data_plane: Arc::clone(&data_plane) as _,
             hypervisors: vec![hypervisor],
             networks,
             container_images: None,
         };
         let agent = Agent::start(Options::new("n1".parse().unwrap(), dir.path()), services).await.unwrap();
         let stream = Security::default().connect_to(agent.address(), Role::Node).await.unwrap();
-        Self { agent, link: Link::new(stream), dir }
+        Self { agent, data_plane, link: Link::new(stream), dir }
     }
 
     async fn call<B: Body>(&mut self, body: B) -> B::Answer {
@@ -170,6 +173,50 @@ async fn a_removal_that_hangs_keeps_back_neither_what_went_wrong_with_others_nor
     assert_eq!(hypervisor.running(), 2);
     let stopped = tokio::time::timeout(Duration::from_secs(5), node.agent.stop()).await;
     stopped.expect("it waits for what hangs");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_is_a_device_stays_one_as_long_as_its_vm_may_run_and_no_longer() {
+    let by_kernel = |task| {
+        let mut part = part(task);
+        part.instances[0].disk_by = DiskBy::Kernel;
+        part
+    };
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    let data_plane = Arc::clone(&node.data_plane);
+
+    data_plane.set_no_kernel_client(true);
+    node.run(1, by_kernel(1)).await;
+    node.until("it has failed, and says why", |state| {
+        let reason = state.instances[0].reason.as_deref().unwrap_or_default();
+        has(state, InstanceStatus::Failed) && reason.contains("no NBD client")
+    })
+    .await;
+    assert_eq!((hypervisor.launches(), data_plane.disks()), (0, Vec::new()), "something is left");
+    data_plane.set_no_kernel_client(false);
+
+    hypervisor.fail(Verb::Launch, 1, Fault::Refuse);
+    node.run(2, by_kernel(2)).await;
+    node.until("both have failed", |state| state.instances.len() == 2 && has(state, InstanceStatus::Failed))
+        .await;
+    assert_eq!((data_plane.devices(), data_plane.disks()), (Vec::new(), Vec::new()), "half a launch is left");
+
+    node.run(3, by_kernel(3)).await;
+    node.until("it runs", |state| {
+        state.instances.iter().any(|instance| instance.status == InstanceStatus::Running)
+    })
+    .await;
+    hypervisor.fail(Verb::Delete, 1, Fault::Refuse);
+    node.call(EndPart { cluster: "lab".to_owned(), task: 3 }).await;
+    node.until("it cannot be ended yet", |state| {
+        state.troubles.iter().any(|trouble| trouble.starts_with("task 3 "))
+    })
+    .await;
+    assert_eq!(data_plane.devices().len(), 1, "its VM may still run");
+    node.until("it has ended", |state| !state.tasks.contains(&3)).await;
+    assert_eq!((data_plane.devices(), data_plane.disks()), (Vec::new(), Vec::new()));
+    node.agent.stop().await;
 }
 
 /// The bridges that were made and not removed.

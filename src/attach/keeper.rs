@@ -10,6 +10,7 @@ mod connections;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -32,6 +33,10 @@ const OFFER: Duration = Duration::from_secs(1);
 const KEEPER_END: Duration = Duration::from_secs(10);
 /// How long the next keeper of a name waits for the last one, which may be about to end.
 const KEEPER_START: Duration = Duration::from_secs(1);
+/// How long who has a device open, though what used it has ended, is waited for: udev looks at what was just closed.
+const LAST_USER: Duration = Duration::from_secs(10);
+/// How long a keeper may take to attach a device, or to give it up, before its name is left to it.
+const FORGET: Duration = Duration::from_secs(60);
 /// Logical block size: what the images' partition tables count in.
 const BLOCK_SIZE: u32 = 512;
 
@@ -65,6 +70,8 @@ pub async fn keep(
     };
     match kernel {
         Some(kernel) => keeper.by_netlink(kernel, stop, ready).await,
+        // Such a device has gone with its keeper.
+        None if options.again => Err(AttachError::NotAttached(options.name.clone())),
         None => keeper.by_ioctl(stop, ready).await,
     }
 }
@@ -114,6 +121,31 @@ pub async fn detach(table: &Table, entry: &Entry) -> Result<(), AttachError> {
     table.remove(entry)
 }
 
+/// Detaches what is attached under `name` in the store in `store`, if anything is, and removes what the table has of it:
+/// what used it has ended. A keeper that is just attaching it is waited for.
+///
+/// # Errors
+///
+/// As [`detach`]; [`AttachError::Attaching`] when a keeper neither attaches it nor ends.
+pub async fn forget(store: &Path, name: &str) -> Result<(), AttachError> {
+    let (table, began) = (Table::of(store), Instant::now());
+    while table.knows(name) {
+        match table.get(name)? {
+            Some(entry) => match detach(&table, &entry).await {
+                Err(AttachError::Busy { .. }) if began.elapsed() < LAST_USER => {}
+                detached => detached?,
+            },
+            None if table.clear(name)? => return Ok(()),
+            None => {}
+        }
+        if began.elapsed() > FORGET {
+            return Err(AttachError::Attaching(name.to_owned()));
+        }
+        sleep(LOOK / 4).await;
+    }
+    Ok(())
+}
+
 async fn disconnect(entry: &Entry) -> Result<(), AttachError> {
     let device = entry.device;
     let device_error = move |error: io::Error| AttachError::Device { device, error };
@@ -146,6 +178,9 @@ impl Keeper<'_> {
         ready: impl FnOnce(&Entry),
     ) -> Result<(), AttachError> {
         let Some(old) = self.table.get(&self.options.name)?.filter(Entry::is_live) else {
+            if self.options.again {
+                return Err(AttachError::NotAttached(self.options.name.clone()));
+            }
             return self.attach(kernel, stop, ready).await;
         };
         let Some(spare) = self.open_while(|| old.is_live(), stop).await? else {
@@ -356,6 +391,32 @@ mod tests {
         };
         let (next, ()) = tokio::join!(become_keeper(&table, "vm"), end);
         assert!(next.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_forgotten_leaves_no_file_and_waits_for_a_keeper_that_is_attaching() {
+        let folder = tempfile::tempdir().unwrap();
+        forget(folder.path(), "vm").await.unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was attached here");
+
+        let table = Table::open(folder.path()).unwrap();
+        let keeper = table.lock("vm").unwrap().unwrap();
+        std::fs::write(table.log_path("vm"), "it says").unwrap();
+        let mut entry = super::super::table::tests::entry("vm", u32::MAX);
+        let attaching = async {
+            sleep(FORGET / 4).await;
+            table.put(&entry).unwrap();
+            drop(keeper);
+        };
+        let (forgotten, ()) = tokio::join!(forget(folder.path(), "vm"), attaching);
+        forgotten.unwrap();
+        assert_eq!(std::fs::read_dir(folder.path().join("attached")).unwrap().count(), 0);
+
+        // One that hangs keeps its name.
+        entry.name = "other".to_owned();
+        let _keeper = table.lock("other").unwrap().unwrap();
+        let error = forget(folder.path(), "other").await.unwrap_err();
+        assert!(matches!(error, AttachError::Attaching(name) if name == "other"));
     }
 
     #[test]

@@ -2,10 +2,12 @@
 //!
 //! The lock (`flock`) is held by the name's keeper for as long as it lives, so that a name has one keeper at most and a
 //! dead one is known without trusting a process id. Files are replaced atomically. An entry may be older than the host's
-//! last start: whether its device is still the one it names is checked against the kernel ([`Entry::is_live`]).
+//! last start: whether its device is still the one it names is checked against the kernel ([`Entry::is_live`]). What a
+//! keeper says goes to a log beside them.
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -67,9 +69,24 @@ impl Table {
         Ok(Self(folder))
     }
 
+    /// The same without making anything: what is not there has no entries.
+    pub(super) fn of(store: &Path) -> Self {
+        Self(store.join(FOLDER))
+    }
+
     /// What the kernel has of the store in `store` under `name`, whether somebody keeps it or not. Makes no folder.
     pub fn live(store: &Path, name: &str) -> Result<Option<Entry>, AttachError> {
-        Ok(Self(store.join(FOLDER)).get(name)?.filter(Entry::is_live))
+        Ok(Self::of(store).get(name)?.filter(Entry::is_live))
+    }
+
+    /// Whether the kernel has something of the store in `store` under `name` that nobody keeps. Makes no folder.
+    pub fn is_unattended(store: &Path, name: &str) -> Result<bool, AttachError> {
+        Ok(Self::live(store, name)?.is_some() && !Self::of(store).is_kept(name)?)
+    }
+
+    /// Whether there is anything of a name: a keeper is given its log, and takes its lock first of all. Makes nothing.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.log_path(name).exists() || self.lock_path(name).exists()
     }
 
     /// Everything in it, by device.
@@ -131,14 +148,37 @@ impl Table {
 
     /// Becomes the keeper of a name, if it has none.
     pub(super) fn lock(&self, name: &str) -> Result<Option<KeeperLock>, AttachError> {
-        let path = self.0.join(format!("{name}.lock"));
-        let open = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = open.map_err(|error| at(&path, error))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(KeeperLock { _file: file })),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(at(&path, error.into())),
+        let path = self.lock_path(name);
+        let failed = |error: io::Error| at(&path, error);
+        loop {
+            let file =
+                File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                // It may have been removed since it was opened: whoever comes next would lock another one.
+                Ok(()) if is_at(&file, &path).map_err(failed)? => {
+                    return Ok(Some(KeeperLock { _file: file }));
+                }
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => return Err(failed(error.into())),
+            }
         }
+    }
+
+    /// Removes the lock and the log of a name that has neither a keeper nor an entry; false if it has one.
+    pub(super) fn clear(&self, name: &str) -> Result<bool, AttachError> {
+        let Some(_lock) = self.lock(name)? else { return Ok(false) };
+        if self.get(name)?.is_some() {
+            return Ok(false);
+        }
+        // The lock is held until it has gone.
+        for path in [self.log_path(name), self.lock_path(name)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&path, error)),
+                _ => {}
+            }
+        }
+        Ok(true)
     }
 
     /// Whether a name has a keeper.
@@ -146,8 +186,27 @@ impl Table {
         self.lock(name).map(|lock| lock.is_none())
     }
 
+    /// What the keeper of a name says.
+    pub(super) fn log_path(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.log"))
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.0.join(format!("{name}.json"))
+    }
+
+    fn lock_path(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.lock"))
+    }
+}
+
+/// Whether `file` is what stands at `path`.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -156,10 +215,10 @@ fn at(path: &Path, error: io::Error) -> AttachError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn entry(name: &str, device: u32) -> Entry {
+    pub(in crate::attach) fn entry(name: &str, device: u32) -> Entry {
         let (device, way) = (Device(device), Way::Netlink);
         let holder = device.holder(way);
         Entry { name: name.into(), device, way, size: 4096, read_only: false, keeper: 1, holder }
@@ -208,5 +267,33 @@ mod tests {
         assert!(table.lock("vm").unwrap().is_none());
         drop(lock);
         assert!(!table.is_kept("vm").unwrap());
+    }
+
+    #[test]
+    fn a_name_is_cleared_when_it_has_neither_a_keeper_nor_an_entry() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(dir.path()).unwrap();
+        let lock = table.lock("vm").unwrap();
+        fs::write(table.log_path("vm"), "it says").unwrap();
+        assert!(table.knows("vm") && !table.clear("vm").unwrap());
+        drop(lock);
+        table.put(&entry("vm", 0)).unwrap();
+        assert!(!table.clear("vm").unwrap());
+        table.remove(&entry("vm", 0)).unwrap();
+        assert!(table.clear("vm").unwrap() && !table.knows("vm"));
+        assert_eq!(fs::read_dir(dir.path().join(FOLDER)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_lock_that_was_removed_while_it_was_waited_for_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        let file = File::create(&first).unwrap();
+        assert!(is_at(&file, &first).unwrap());
+        File::create(&second).unwrap();
+        fs::rename(&second, &first).unwrap();
+        assert!(!is_at(&file, &first).unwrap());
+        fs::remove_file(&first).unwrap();
+        assert!(!is_at(&file, &first).unwrap());
     }
 }

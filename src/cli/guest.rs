@@ -7,6 +7,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use bootcache::attach;
 use bootcache::control::{Client, Owner, Reply, Request, VmInfo};
 use bootcache::digest::Digest;
 use bootcache::hypervisor::domain::{Card, Domain, DomainDisk, RECONNECT_SECONDS, install_emulator};
@@ -210,8 +211,8 @@ pub(super) async fn undo(plan: &Plan, name: &HostName) {
     if let Err(error) = stop(&plan.store, name, Duration::ZERO).await {
         eprintln!("{name}: {error:#}");
     }
-    if let Err(error) = super::attach::detach_vm(plan.store.dir(), name).await {
-        eprintln!("{name}: {error:#}");
+    if let Err(error) = attach::forget(plan.store.dir(), name.as_str()).await {
+        eprintln!("{name}: {error}");
     }
     let removed = async {
         let mut client = plan.client().await?;
@@ -269,12 +270,10 @@ async fn end_process(pid: u32, dir: &Path) -> anyhow::Result<()> {
     bail!("QEMU (process {pid}) does not end")
 }
 
-/// Attaches a guest's disk; gives the path of the device.
+/// Attaches a guest's disk, through its own socket; gives the path of the device.
 async fn attached(plan: &Plan, name: &HostName, vm: &VmInfo) -> anyhow::Result<PathBuf> {
-    let (store, name, socket) = (plan.store.dir().to_owned(), name.clone(), vm.socket.clone());
-    let attach = move || super::attach::attach_vm(&store, &name, &socket);
-    let device = tokio::task::spawn_blocking(attach).await??;
-    Ok(device.path())
+    let (program, options) = (super::attach::program()?, attach::Options::of_vm(name, vm.socket.clone()));
+    Ok(attach::start(&program, plan.store.dir(), &options).await?.device.path())
 }
 
 fn domain_xml(

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::bail;
+use bootcache::attach;
 use bootcache::control::{Client, Reply, Request};
 use bootcache::name::HostName;
 use bootcache::store::Store;
@@ -48,7 +49,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         for name in names {
             check_ours(&store, &mut client, &name).await?;
             guest::stop(&store, &name, patience).await?;
-            super::attach::detach_vm(store.dir(), &name).await?;
+            attach::forget(store.dir(), name.as_str()).await?;
             // One that did not come as far as its socket has none to close.
             let _ = client.call(&Request::VmClose { name: name.clone() }).await;
             std::fs::remove_dir_all(store.vm_dir(&name))?;

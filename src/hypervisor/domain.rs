@@ -366,6 +366,24 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_an_export_on_a_socket_or_a_device_and_its_errors_stop_the_guest_either_way() {
+        let export = domain().disk_xml();
+        let device = Domain { disk: DomainDisk::Block("/dev/nbd7".into()), ..domain() }.disk_xml();
+        assert!(export.contains("<disk type=\"network\" device=\"disk\">"), "{export}");
+        assert!(export.contains("<source protocol=\"nbd\" name=\"vm-1\">"), "{export}");
+        assert!(device.contains("<disk type=\"block\" device=\"disk\">"), "{device}");
+        assert!(device.contains("<source dev=\"/dev/nbd7\"/>") && !device.contains("socket"), "{device}");
+        for xml in [export, device] {
+            let driver = xml.lines().find(|line| line.contains("<driver")).unwrap().to_owned();
+            for part in ["type=\"raw\"", "cache=\"none\"", "error_policy=\"stop\"", "rerror_policy=\"stop\""]
+            {
+                assert!(driver.contains(part), "{part}: {driver}");
+            }
+            assert!(xml.contains("<target dev=\"vda\" bus=\"virtio\"/>"), "{xml}");
+        }
+    }
+
+    #[test]
     fn the_uuid_is_the_store_s_and_the_name_s() {
         let name = |text: &str| text.parse::<HostName>().unwrap();
         let uuid = |store: &str, text| Domain::uuid(Path::new(store), &name(text));

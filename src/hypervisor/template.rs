@@ -3,7 +3,7 @@
 //! | place | what stands there afterwards |
 //! |---|---|
 //! | `@NAME@` `@UUID@` | what libvirt knows the domain by; in `<name>` and `<uuid>` |
-//! | `@DISK@` | the `<disk>` element |
+//! | `@DISK@` | the `<disk>` element: an NBD export on a socket, or a `/dev/nbdX`, as the plan says |
 //! | `@NICS@` | an `<interface>` element for each card |
 //! | `@FACTS@` | the `<sysinfo>` element; wants `<smbios mode='sysinfo'/>` in `<os>` |
 //! | `@TYPE@` | `kvm` or `qemu` |
@@ -204,6 +204,13 @@ mod tests {
         }
         assert!(!xml.contains('@') && !xml.contains("<evil"), "{xml}");
         assert!(xml.contains(&Domain::uuid(Path::new("/s"), &domain().name)));
+    }
+
+    #[test]
+    fn the_place_for_the_disk_takes_a_device_too() {
+        let domain = Domain { disk: DomainDisk::Block("/dev/nbd0".into()), ..domain() };
+        let xml = fill(TEMPLATE, &domain, Path::new("/s")).unwrap();
+        assert!(xml.contains("<source dev=\"/dev/nbd0\"/>") && !xml.contains("nbd.sock"), "{xml}");
     }
 
     #[test]

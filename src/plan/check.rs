@@ -283,6 +283,9 @@ fn only_for_one_kind(group: &Group, place: &mut Place<'_>) {
             if group.disk.is_some() {
                 place.key("disk").wrong("this is for VMs: a container has no disk of its own");
             }
+            if group.disk_by.is_some() {
+                place.key("disk_by").wrong("this is for VMs: a container has no disk of its own");
+            }
             let sound = |name: &String| {
                 !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("BOOTCACHE_")
             };
@@ -347,6 +350,7 @@ fn enough_addresses(plan: &Plan, place: &mut Place<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hypervisor::DiskBy;
 
     fn plan(change: impl Fn(&mut Plan)) -> Vec<String> {
         let text = r#"
@@ -405,7 +409,7 @@ mod tests {
     #[test]
     fn every_mistake_is_told_with_its_place() {
         type Change = fn(&mut Plan);
-        let cases: [(&str, Change); 26] = [
+        let cases: [(&str, Change); 27] = [
             ("groups: a plan has 1 to 256 groups", |p| p.groups.clear()),
             ("groups: a plan has at most 10000 instances", |p| p.groups[0].count = Some(1_000_000_000)),
             ("groups[0].count: 0 instances", |p| p.groups[0].count = Some(0)),
@@ -457,6 +461,7 @@ mod tests {
                 p.groups[0].disk = Some(super::super::DiskSize(0))
             }),
             ("groups[1].disk: this is for VMs", |p| p.groups[1].disk = Some(super::super::DiskSize(64))),
+            ("groups[1].disk_by: this is for VMs", |p| p.groups[1].disk_by = Some(DiskBy::Socket)),
             ("groups[0].command: this is for containers", |p| p.groups[0].command = vec!["sh".into()]),
             ("groups[1].template: this is for VMs", |p| p.groups[1].template = Some("x".into())),
             ("groups[1].networks[0]: its addresses are IPv6", |p| {

@@ -133,6 +133,7 @@ fn order(
         cpus: group.cpus,
         memory_mib: group.memory.0,
         disk_bytes: group.disk.map(DiskSize::bytes),
+        disk_by: group.disk_by.unwrap_or_default(),
         nics,
         env: group.env.clone(),
         command: group.command.clone(),
@@ -232,6 +233,7 @@ impl Addresses {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hypervisor::DiskBy;
 
     fn names(names: &[&str]) -> Vec<HostName> {
         names.iter().map(|name| name.parse().unwrap()).collect()
@@ -258,6 +260,7 @@ mod tests {
             name = "router"
             type = "vm"
             image = "debian"
+            disk_by = "kernel"
             networks = [{ network = "lan", address = "10.0.0.1" }]
             "#,
         )
@@ -295,6 +298,8 @@ mod tests {
         let router = all.iter().find(|instance| instance.name.as_str() == "lab-7-router-1").unwrap();
         assert_eq!(router.nics[0].gateway, None);
         assert_eq!(router.nics[0].address, Some(("10.0.0.1".parse().unwrap(), 24)));
+        let by_kernel: Vec<_> = all.iter().filter(|one| one.disk_by == DiskBy::Kernel).collect();
+        assert_eq!(by_kernel, [router]);
     }
 
     #[test]

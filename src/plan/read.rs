@@ -108,6 +108,7 @@ image = "debian"
 count = 2
 memory = "1G"
 disk = "8G"
+disk_by = "kernel"
 until = "report"
 networks = [{ network = "lan", address = "10.0.0.10" }]
 "#;
@@ -121,6 +122,7 @@ networks = [{ network = "lan", address = "10.0.0.10" }]
         let plan = parse(GOOD).unwrap();
         assert_eq!(plan.groups[0].memory.0, 1024);
         assert_eq!(plan.groups[0].disk.map(crate::plan::DiskSize::bytes), Some(8 << 30));
+        assert_eq!(plan.groups[0].disk_by, Some(crate::hypervisor::DiskBy::Kernel));
         let json = serde_json::to_string(&plan).unwrap();
         assert_eq!(parse(&json).unwrap(), plan);
         let packed = rmp_serde::to_vec_named(&plan).unwrap();
@@ -139,7 +141,12 @@ networks = [{ network = "lan", address = "10.0.0.10" }]
         let odd = errors(&GOOD.replace("8G", "8X"));
         assert!(odd[0].starts_with("line 11: disk is a number of MiB"), "{odd:?}");
         let outside = errors(&GOOD.replace("10.0.0.10", "10.0.1.10"));
-        assert!(outside[0].starts_with("line 13: ") && outside[0].contains("10.0.0.0/24"), "{outside:?}");
+        assert!(outside[0].starts_with("line 14: ") && outside[0].contains("10.0.0.0/24"), "{outside:?}");
+        let nobody = errors(&GOOD.replace("\"kernel\"", "\"nobody\""));
+        assert!(
+            nobody[0].starts_with("line 12: ") && nobody[0].contains("`socket` or `kernel`"),
+            "{nobody:?}"
+        );
     }
 
     #[test]

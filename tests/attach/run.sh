@@ -162,6 +162,52 @@ done
 [ "$(bootcache attach vm)" = $device ] || fail "vm is not taken over"
 bootcache detach vm || fail "detach vm"
 bootcache overlay remove vm || fail "overlay remove"
+
+step VMs of a plan, though libvirt pretends
+made() { dmesg | grep -c 'nbd[0-9]*: detected capacity change from 0 '; }
+becomes() {
+	for try in $(seq 300); do bootcache --json instances >/tmp/out 2>&1; grep -q "$1" /tmp/out && return; usleep 100000; done
+	cat /tmp/agent.said; fail "no instance is $1: $(cat /tmp/out)"
+}
+nothing_of() {
+	bootcache attached 2>&1 | grep -q 'nothing is attached' || fail "$1: a device is left: $(bootcache attached)"
+	[ -z "$(ls $BOOTCACHE_STORE/attached | grep lab-)" ] || fail "$1: left: $(ls $BOOTCACHE_STORE/attached)"
+}
+mkdir -p /tmp/bin
+export PATH=/tmp/bin:$PATH
+bootcache controller --allow-privileged >/tmp/controller.said 2>&1 &
+bootcache -v agent --name n1 --connect test:///default --no-containers >/tmp/agent.said 2>&1 &
+for try in $(seq 300); do bootcache --json images 2>/dev/null | grep -q golden && break; usleep 100000; done
+cat >/tmp/plan.toml <<'PLAN'
+name = "lab"
+[[groups]]
+name = "g"
+type = "vm"
+image = "golden"
+memory = 16
+disk_by = "kernel"
+PLAN
+before=$(made)
+bootcache deploy /tmp/plan.toml >/tmp/out 2>&1 || fail "deploy: $(cat /tmp/out)"
+becomes failed # its launch: there is no QEMU here
+grep -q 'is not installed' /tmp/out || fail "it failed otherwise: $(cat /tmp/out)"
+[ $(made) = $((before + 1)) ] || fail "it had no device: $(cat /tmp/out)"
+nothing_of "a launch that failed"
+bootcache end 1 || fail "end 1"
+printf '#!/bin/sh\n' >/tmp/bin/qemu-system-x86_64; chmod 755 /tmp/bin/qemu-system-x86_64
+echo 'template = "domain.xml"' >>/tmp/plan.toml
+cat >/tmp/domain.xml <<'XML'
+<domain type='test'><name>@NAME@</name><uuid>@UUID@</uuid><memory>4096</memory><os><type>hvm</type></os>
+<devices>@DISK@@NICS@</devices></domain>
+XML
+bootcache deploy /tmp/plan.toml >/tmp/out 2>&1 || fail "deploy again: $(cat /tmp/out)"
+becomes stopped # such a domain ends with the connection that made it
+[ $(made) = $((before + 2)) ] || fail "it had no device the second time: $(cat /tmp/out)"
+nothing_of "a VM that has ended"
+bootcache overlay list | grep -q lab-2-g-1 || fail "its overlay has gone before its task"
+bootcache end 2 || fail "end 2"
+bootcache overlay list | grep -q lab- && fail "its overlay is left"
+quiet_log "after the plans"
 kill $daemon; wait $daemon
 step done
 echo ATTACH-OK

@@ -277,7 +277,7 @@ impl Cluster {
             let open = status[kind].as_array().expect("a list").iter();
             left.extend(open.map(|one| format!("export {}", one["name"])));
         }
-        for folder in ["overlays", "vms", "agent/tasks"] {
+        for folder in ["overlays", "vms", "attached", "agent/tasks"] {
             let entries = fs::read_dir(self.store(node).join(folder)).into_iter().flatten().flatten();
             left.extend(entries.map(|entry| entry.path().display().to_string()));
         }

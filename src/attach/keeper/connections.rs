@@ -111,6 +111,7 @@ mod tests {
             connections: 1,
             patience: Duration::from_secs(3600),
             way: None,
+            again: false,
         };
         let lock = table.lock("vm").unwrap().unwrap();
         let keeper = Keeper { table: &table, options: &options, _lock: lock };

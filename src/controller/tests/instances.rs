@@ -1,6 +1,8 @@
 //! Instances from the order to their end: up, failed, reported, forgotten.
 
 use super::*;
+use crate::hypervisor::domain::DomainDisk;
+use crate::hypervisor::{DiskBy, Root};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plan_comes_up_is_seen_and_goes_without_a_trace() {
@@ -24,6 +26,48 @@ async fn a_plan_comes_up_is_seen_and_goes_without_a_trace() {
         assert_eq!(std::fs::read_dir(node.dir.path().join("tasks")).unwrap().count(), 0);
     }
     assert!(matches!(controller.end(task).await, Err(DeployError::NoTask(_))));
+    controller.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plan_s_disks_by_the_kernel_are_devices_that_outlive_the_agent_and_go_with_their_vms() {
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
+    let node = &mut members[0];
+    let mut by_kernel = plan(2, "started");
+    by_kernel.groups[0].disk_by = Some(DiskBy::Kernel);
+    let task = controller.deploy("r1", by_kernel).await.unwrap();
+    controller.deploy("r2", plan(1, "started")).await.unwrap();
+    eventually("all run", async || count(&controller, InstanceStatus::Running).await == 3).await;
+    let disk = |name: &HostName| match node.hypervisor.launched(name).unwrap().root {
+        Root::Disk(disk) => disk,
+        Root::Image(image) => panic!("{image}"),
+    };
+    let devices = node.data_plane.devices();
+    assert_eq!(devices.len(), 2);
+    for (vm, device, kept) in devices {
+        assert!(kept && vm.as_str().starts_with("lab-1-"), "{vm}");
+        assert_eq!(disk(&vm), DomainDisk::Block(device.path()));
+    }
+    assert!(matches!(disk(&"lab-2-g-1".parse().unwrap()), DomainDisk::Nbd { .. }));
+
+    // Whoever looks after the devices is killed with the agent, as a service manager may do; the next agent mends that.
+    node.stop_agent().await;
+    node.data_plane.lose_keepers();
+    node.start_agent(controller.addresses()[0]).await;
+    eventually("they are looked after again", async || {
+        node.data_plane.devices().iter().all(|(_, _, kept)| *kept)
+    })
+    .await;
+    assert_eq!((node.data_plane.devices().len(), node.hypervisor.launches()), (2, 3));
+
+    assert!(node.hypervisor.end(&"lab-1-g-1".parse().unwrap()));
+    eventually("it is told", async || count(&controller, InstanceStatus::Stopped).await == 1).await;
+    assert_eq!((node.data_plane.devices().len(), node.data_plane.disks().len()), (1, 3));
+    controller.end(task).await.unwrap();
+    eventually("the task has gone", async || tasks(&controller).await.len() == 1).await;
+    assert_eq!((node.data_plane.devices().len(), node.data_plane.disks().len()), (0, 1));
+    node.stop_agent().await;
     controller.stop().await;
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Body;
 use crate::digest::Digest;
-use crate::hypervisor::{InstanceType, Nic};
+use crate::hypervisor::{DiskBy, InstanceType, Nic};
 use crate::name::{HostName, ImageName};
 use crate::network::NetworkSpec;
 use crate::wire::frame::FrameType;
@@ -57,6 +57,9 @@ pub struct InstanceOrder {
     /// Bytes of a VM's disk, as many as its image has at least; left out, just as many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+    /// Whose NBD client brings a VM its disk; left out, QEMU's own.
+    #[serde(default, skip_serializing_if = "DiskBy::is_socket")]
+    pub disk_by: DiskBy,
     /// Network cards.
     pub nics: Vec<Nic>,
     /// Environment of a container.
@@ -158,3 +161,37 @@ pub struct Ended {
 }
 
 body!(EndPart, FrameType::END_PART, Ended);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_says_nothing_of_what_an_older_agent_does_not_know_unless_it_asks_for_that() {
+        let mut order = InstanceOrder {
+            name: "vm-1".parse().unwrap(),
+            kind: InstanceType::Vm,
+            image: "debian".parse().unwrap(),
+            cpus: 1,
+            memory_mib: 16,
+            disk_bytes: None,
+            disk_by: DiskBy::Socket,
+            nics: Vec::new(),
+            env: BTreeMap::new(),
+            command: Vec::new(),
+            privileged: false,
+            template: None,
+            common: None,
+            up_when: UpWhen::Started,
+            time_limit_s: 60,
+        };
+        for (by, told) in [(DiskBy::Socket, None), (DiskBy::Kernel, Some("kernel"))] {
+            order.disk_by = by;
+            let json = serde_json::to_value(&order).unwrap();
+            assert_eq!(json.get("disk_by").and_then(serde_json::Value::as_str), told);
+            assert_eq!(json.get("disk_bytes"), None);
+            let packed = rmp_serde::to_vec_named(&order).unwrap();
+            assert_eq!(rmp_serde::from_slice::<InstanceOrder>(&packed).unwrap(), order);
+        }
+    }
+}
