@@ -42,7 +42,7 @@ soak-control: guests ## 200 kills of the controller and of agents each, with rea
 bench-cluster: guests ## 20 VMs and 80 containers on four nodes, as in the thesis, beside copy-then-boot and containers only
 	$(CARGO) test --release --locked --test cluster_bench -- --ignored --nocapture
 
-test-kernel-disk: guests ## libvirt's domain on /dev/nbd0, in a guest that has the kernel's NBD client (5 minutes)
+test-kernel-disk: guests ## libvirt's domains on /dev/nbdX, in a guest that has the kernel's NBD client (5 minutes)
 	@scripts/guest libvirt >/dev/null
 	$(CARGO) test --locked --test kernel_disk -- --ignored --nocapture
 

@@ -135,7 +135,7 @@ for try in $(seq 240); do [ "$(virsh domstate vm 2>/dev/null)" = running ] || br
 [ "$(virsh domstate vm 2>/dev/null)" != running ] || fail "the guest does not shut down ($before writes before)"
 quiet_log "after the restart"
 
-step the plan's VM has ended
+step the VM of the plan has ended
 becomes stopped 240
 [ -z "$(device lab-2-g-1)" ] || fail "it is attached still"
 nbd-client -c $lab >/dev/null && fail "$lab is taken still"
