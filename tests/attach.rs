@@ -57,6 +57,15 @@ fn exports_become_block_devices_that_outlive_their_server() {
     assert!(said.contains("ATTACH-OK") && said.contains("RUN-DONE rc=0"), "{said}");
 }
 
+/// A store with the image `disk`.
+fn store_with_an_image() -> support::store::Store {
+    let store = support::store::Store::new();
+    let raw = store.beside("disk.raw");
+    std::fs::write(&raw, support::noise(1, 1 << 20)).expect("a file");
+    store.run(["image", "add", "disk", raw.to_str().expect("UTF-8")]);
+    store
+}
+
 /// Where there is no module the message says so and how to go on without, and nothing of the VM is left. The domain and
 /// command line with a device are tested where they are written; QEMU itself does not fit into the guest above.
 #[test]
@@ -64,10 +73,7 @@ fn a_boot_from_a_kernel_device_needs_the_module_and_leaves_nothing_without_it() 
     if !support::require(&["qemu-system-x86_64"]) {
         return;
     }
-    let store = support::store::Store::new();
-    let raw = store.beside("disk.raw");
-    std::fs::write(&raw, support::noise(1, 1 << 20)).expect("a file");
-    store.run(["image", "add", "disk", raw.to_str().expect("UTF-8")]);
+    let store = store_with_an_image();
     let _serve = store.serve([""; 0]);
     let boot = ["boot", "disk", "--name", "vm", "--disk", "kernel", "--qemu", "--no-wait", "--accel", "tcg"];
     let with_module = Path::new("/sys/block/nbd0").exists();
@@ -92,10 +98,7 @@ fn a_plan_that_wants_kernel_devices_fails_clearly_where_there_are_none_and_leave
     if !support::require(&["qemu-system-x86_64"]) {
         return;
     }
-    let store = support::store::Store::new();
-    let raw = store.beside("disk.raw");
-    std::fs::write(&raw, support::noise(1, 1 << 20)).expect("a file");
-    store.run(["image", "add", "disk", raw.to_str().expect("UTF-8")]);
+    let store = store_with_an_image();
     let _serve = store.serve([""; 0]);
     let daemon = |words: &[&str]| {
         let process = Process::start(store.command(words).env_remove("BOOTCACHE_CONTROLLER"));

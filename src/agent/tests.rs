@@ -1,6 +1,5 @@
 //! An agent that is given its orders by hand, with instances in memory.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bootcache_nbd::BoxFuture;
@@ -14,7 +13,7 @@ use crate::name::ImageName;
 use crate::network::NetworkSpec;
 use crate::tls::Role;
 use crate::wire::cluster::{
-    AskNode, Body, EndPart, InstanceOrder, InstanceStatus, Needed, NodeState, Part, RunPart, UpWhen,
+    AskNode, Body, EndPart, InstanceOrder, InstanceStatus, Needed, NodeState, Part, RunPart,
 };
 use crate::wire::link::Link;
 
@@ -26,23 +25,7 @@ fn image() -> ImageName {
 fn part(task: i64) -> Part {
     let root = Digest::of(b"debian");
     let needed = Needed { name: image(), root, boot: None, size: 1 << 30, sources: Vec::new() };
-    let order = InstanceOrder {
-        name: format!("vm-{task}").parse().unwrap(),
-        kind: InstanceType::Vm,
-        image: image(),
-        cpus: 1,
-        memory_mib: 16,
-        disk_bytes: None,
-        disk_by: DiskBy::Socket,
-        nics: Vec::new(),
-        env: BTreeMap::new(),
-        command: Vec::new(),
-        privileged: false,
-        template: None,
-        common: None,
-        up_when: UpWhen::Started,
-        time_limit_s: 60,
-    };
+    let order = InstanceOrder::of_vm(&format!("vm-{task}"));
     Part {
         networks: Vec::new(),
         images: vec![needed],

@@ -163,13 +163,11 @@ pub struct Ended {
 body!(EndPart, FrameType::END_PART, Ended);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_order_says_nothing_of_what_an_older_agent_does_not_know_unless_it_asks_for_that() {
-        let mut order = InstanceOrder {
-            name: "vm-1".parse().unwrap(),
+impl InstanceOrder {
+    /// A small VM of the image `debian`, with nothing else.
+    pub(crate) fn of_vm(name: &str) -> Self {
+        Self {
+            name: name.parse().unwrap(),
             kind: InstanceType::Vm,
             image: "debian".parse().unwrap(),
             cpus: 1,
@@ -184,7 +182,17 @@ mod tests {
             common: None,
             up_when: UpWhen::Started,
             time_limit_s: 60,
-        };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_says_nothing_of_what_an_older_agent_does_not_know_unless_it_asks_for_that() {
+        let mut order = InstanceOrder::of_vm("vm-1");
         for (by, told) in [(DiskBy::Socket, None), (DiskBy::Kernel, Some("kernel"))] {
             order.disk_by = by;
             let json = serde_json::to_value(&order).unwrap();
