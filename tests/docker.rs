@@ -137,6 +137,15 @@ async fn a_container_is_started_once_limited_watched_and_forgotten() {
     assert_eq!(docker(&address, &["inspect", "-f", "{{.State.Running}}", "other"]), "true");
     assert_eq!(engine.list().await.unwrap(), std::slice::from_ref(&one.name));
 
+    // Whoever asked for it was killed, and it is made all the same.
+    for patience in (0..60).step_by(4).map(Duration::from_millis) {
+        let three = launch("three", &image);
+        let _given_up = tokio::time::timeout(patience, engine.launch(&three)).await;
+        engine.launch(&three).await.unwrap();
+        assert_eq!(engine.info(&three.name).await.unwrap().unwrap().state, Running::Running);
+        engine.delete(&three.name).await.unwrap();
+    }
+
     let error = engine.launch(&launch("two", "bootcache/none:1")).await.unwrap_err().to_string();
     assert!(error.contains("No such image"), "{error}");
     assert_eq!(engine.list().await.unwrap().len(), 1, "what did not start is not left behind");

@@ -26,6 +26,8 @@ const WATCH: Duration = Duration::from_secs(2);
 const LAST_LOOK: Duration = Duration::from_secs(2);
 /// How long a try to start an instance waits for what an earlier agent left to be ended.
 const SWEPT_PATIENCE: Duration = Duration::from_secs(2);
+/// A step of a launch that takes longer than this is told of.
+const SLOW: Duration = Duration::from_secs(5);
 /// Pause between two tries to start an instance.
 const START_PAUSE: Duration = Duration::from_secs(2);
 /// How often is looked whether somebody looks after the device that is a VM's disk.
@@ -129,9 +131,10 @@ impl Job {
         let image =
             self.image.as_ref().ok_or_else(|| refused("the order does not say where its image is"))?;
         let data_plane = &self.shared.services.data_plane;
-        data_plane.fetch(image, false).await?;
+        self.told("its image is asked for", data_plane.fetch(image, false)).await?;
         let fetched = ordered.elapsed();
-        self.networks_ready.get_or_try_init(|| self.make_networks()).await?;
+        let networks = self.networks_ready.get_or_try_init(|| self.make_networks());
+        self.told("its networks are made", networks).await?;
         let opening = Instant::now();
         let (root, serial) = match self.order.kind {
             InstanceType::Vm => {
@@ -139,7 +142,7 @@ impl Job {
                     (Arc::clone(data_plane), image.name.clone(), self.order.name.clone());
                 let (size, by) = (self.order.disk_bytes, self.order.disk_by);
                 let open = self.whole(async move { owner.open_disk(&image, &name, size, by).await });
-                let open = open.await??;
+                let open = self.told("its disk is opened", open).await??;
                 (Root::Disk(open.disk), open.serial)
             }
             InstanceType::Container => {
@@ -167,9 +170,21 @@ impl Job {
         };
         let place = self.shared.starts.acquire().await.map_err(|_| refused("the agent ends"))?;
         let runner = Arc::clone(hypervisor);
-        self.whole(async move { runner.launch(&launch).await }).await??;
+        let launched = self.whole(async move { runner.launch(&launch).await });
+        self.told("its hypervisor is asked to start it", launched).await??;
         drop(place);
         Ok(())
+    }
+
+    /// Does `work`, a step of the launch; has it told what the instance waits for when that takes long.
+    async fn told<T>(&self, step: &str, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        if let Ok(done) = tokio::time::timeout(SLOW, work.as_mut()).await {
+            return done;
+        }
+        warn!("{}: {step}, for {SLOW:?} already", self.order.name);
+        self.shared.parts.set_live(self.task, &self.order.name, None, Some(step.to_owned()));
+        work.await
     }
 
     async fn make_networks(&self) -> Result<(), ServiceError> {

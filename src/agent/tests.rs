@@ -159,6 +159,24 @@ async fn a_removal_that_hangs_keeps_back_neither_what_went_wrong_with_others_nor
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_agent_that_was_killed_had_asked_for_is_ended_when_it_comes_late() {
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    let late = crate::hypervisor::memory::tests::launch("late");
+    tokio::time::timeout(Duration::from_secs(5), parts::swept(&node.agent.shared, InstanceType::Vm))
+        .await
+        .expect("nothing is there to be swept");
+    hypervisor.launch(&late).await.unwrap();
+    let gone = async {
+        while hypervisor.running() > 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), gone).await.expect("it is swept later");
+    node.agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_is_a_device_stays_one_as_long_as_its_vm_may_run_and_no_longer() {
     let by_kernel = |task| {
         let mut part = part(task);

@@ -36,6 +36,8 @@ pub use images::LoadError;
 pub const DEFAULT_SOCKET: &str = "unix:///var/run/docker.sock";
 /// Longest wait for a call. Starting one of fifty containers at once has taken 12 s on two cores.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// How often a name that is taken is looked at.
+const TICK: Duration = Duration::from_millis(100);
 /// The label of what belongs to a node.
 const LABEL: &str = "bootcache.node";
 /// The first version of the API in which each card has an address of its own; before, the container has one.
@@ -78,15 +80,22 @@ impl Docker {
         failed(&self.address, action, error)
     }
 
+    /// The container of that name, whosoever it is.
+    async fn find(&self, name: &HostName) -> Result<Option<ContainerInspectResponse>, HypervisorError> {
+        match self.client().await?.inspect_container(name.as_str(), None).await {
+            Err(error) if status(&error) == Some(404) => Ok(None),
+            other => other.map(Some).map_err(|error| self.failed("inspect a container", error)),
+        }
+    }
+
+    fn is_ours(&self, container: &ContainerInspectResponse) -> bool {
+        let labels = container.config.as_ref().and_then(|config| config.labels.as_ref());
+        labels.and_then(|labels| labels.get(LABEL)).is_some_and(|node| node == self.node.as_str())
+    }
+
     /// The container of that name, if it is the node's.
     async fn inspect(&self, name: &HostName) -> Result<Option<ContainerInspectResponse>, HypervisorError> {
-        let found = match self.client().await?.inspect_container(name.as_str(), None).await {
-            Err(error) if status(&error) == Some(404) => return Ok(None),
-            other => other.map_err(|error| self.failed("inspect a container", error))?,
-        };
-        let labels = found.config.as_ref().and_then(|config| config.labels.as_ref());
-        let ours = labels.and_then(|labels| labels.get(LABEL)).is_some_and(|node| node == self.node.as_str());
-        Ok(ours.then_some(found))
+        Ok(self.find(name).await?.filter(|found| self.is_ours(found)))
     }
 
     /// Makes the container and connects its cards.
@@ -101,8 +110,20 @@ impl Docker {
             name: Some(launch.name.to_string()),
             ..CreateContainerOptions::default()
         };
-        let created = creator.create_container(Some(options), body).await;
-        created.map_err(|error| self.failed(&format!("make the container {}", launch.name), error))?;
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            match creator.create_container(Some(options.clone()), body.clone()).await {
+                Ok(_) => break,
+                Err(error)
+                    if status(&error) == Some(409)
+                        && Instant::now() < deadline
+                        && self.clear(&launch.name).await? =>
+                {
+                    tokio::time::sleep(TICK).await;
+                }
+                Err(error) => return Err(self.failed(&format!("make the container {}", launch.name), error)),
+            }
+        }
         for nic in launch.nics.iter().skip(1) {
             let request = NetworkConnectRequest {
                 container: launch.name.to_string(),
@@ -114,6 +135,16 @@ impl Docker {
             })?;
         }
         Ok(())
+    }
+
+    /// Sees to it that a name that is taken becomes free: false if somebody else's container has it. What an agent that was
+    /// killed has asked for is made all the same, and has its name before there is anything to be seen of it.
+    async fn clear(&self, name: &HostName) -> Result<bool, HypervisorError> {
+        match self.find(name).await? {
+            None => Ok(true),
+            Some(found) if self.is_ours(&found) => self.remove(name).await.map(|()| true),
+            Some(_) => Ok(false),
+        }
     }
 
     fn body(&self, launch: &Launch) -> Result<ContainerCreateBody, HypervisorError> {
@@ -200,7 +231,7 @@ impl Docker {
                 Err(error) if status(&error) == Some(404) => return Ok(()),
                 // "removal is already in progress": its end is waited for, since the name is taken until then.
                 Err(error) if status(&error) == Some(409) && Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    tokio::time::sleep(TICK).await;
                 }
                 other => {
                     return other

@@ -237,7 +237,7 @@ impl Instance {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::PathBuf;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -245,7 +245,8 @@ mod tests {
     use super::*;
     use crate::hypervisor::Root;
 
-    fn launch(name: &str) -> Launch {
+    /// What there is to say of an instance of that name that needs nothing.
+    pub(crate) fn launch(name: &str) -> Launch {
         Launch {
             name: name.parse().unwrap(),
             root: Root::Image("image".to_owned()),

@@ -236,8 +236,20 @@ impl Cluster {
         }
     }
 
+    /// What the daemons have said and which processes the nodes run: for whoever reads of a failure.
     fn agents_said(&self) -> String {
-        (0..self.hosts.len()).map(|node| format!("{}:\n{}\n", name(node), self.agent_said(node))).collect()
+        let of = |node: usize| {
+            let ps = ["ps", "axf", "-o", "pid,stat,wchan:20,etime,args", "--cols", "250"];
+            let processes = output(self.hosts[node].command(ps));
+            let mut status = bootcache(&self.store(node));
+            status.arg("status");
+            let serve = fs::read_to_string(self.store(node).join("serve.log")).unwrap_or_default();
+            let (name, agent, libvirtd) =
+                (name(node), self.agent_said(node), self.hosts[node].libvirtd_said());
+            let status = output(status);
+            format!("{name}:\n{agent}\nserve:\n{serve}\n{status}\nlibvirtd:\n{libvirtd}\n{processes}\n")
+        };
+        (0..self.hosts.len()).map(of).collect()
     }
 
     #[track_caller]
@@ -329,4 +341,10 @@ pub fn eventually(what: &str, within: Duration, mut condition: impl FnMut() -> b
         assert!(Instant::now() < deadline, "did not come true within {within:?}: {what}");
         std::thread::sleep(Duration::from_millis(300));
     }
+}
+
+fn output(mut command: Command) -> String {
+    command
+        .output()
+        .map_or_else(|error| error.to_string(), |output| String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -44,6 +44,11 @@ impl Host {
         format!("unix://{}", self.folder.join("docker/docker.sock").display())
     }
 
+    /// The warnings of its libvirtd.
+    pub fn libvirtd_said(&self) -> String {
+        std::fs::read_to_string(self.folder.join("log/libvirtd.log")).unwrap_or_default()
+    }
+
     /// Where its dockerd's process id is.
     pub fn docker_pid_file(&self) -> PathBuf {
         self.folder.join("docker/docker.pid")

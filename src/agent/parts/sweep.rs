@@ -2,6 +2,7 @@
 //! started.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::{debug, warn};
 
@@ -9,14 +10,22 @@ use super::{RETRY, hypervisor, remove};
 use crate::agent::Shared;
 use crate::hypervisor::{Hypervisor, InstanceType};
 
-/// Sweeps every hypervisor, again until it was there and nothing is left.
+/// Pauses before the hypervisors are swept again: what an agent has asked for just before it was killed is made all the
+/// same, maybe after its task has ended, and is not seen before it is made.
+const LATER: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(60)];
+
+/// Sweeps every hypervisor, again until it was there and nothing is left, and some time later.
 pub(super) fn begin(shared: &Arc<Shared>) {
     for hypervisor in &shared.services.hypervisors {
         let (owner, hypervisor) = (Arc::clone(shared), Arc::clone(hypervisor));
         shared.parts.ends.spawn(async move {
             let sweep = async {
-                while !sweep(&owner, hypervisor.as_ref()).await {
-                    tokio::time::sleep(RETRY).await;
+                for pause in LATER.map(Some).into_iter().chain([None]) {
+                    while !sweep(&owner, hypervisor.as_ref()).await {
+                        tokio::time::sleep(RETRY).await;
+                    }
+                    let Some(pause) = pause else { return };
+                    tokio::time::sleep(pause).await;
                 }
             };
             tokio::select! {
