@@ -25,10 +25,11 @@ demo: ## the main job, with figures: import, record and boot a real Debian, thro
 test: guests ## all tests, the end-to-end ones with real QEMU, libvirt and Docker too
 	$(CARGO) test --locked --workspace --no-fail-fast
 
-soak: guests ## 200 rounds of kill -9 and 200 power losses under writing guests (an hour), NBD clients against a model (half an hour)
+soak: guests ## 200 rounds of kill -9 and 200 power losses under writing guests (an hour), NBD clients against a model (half an hour), 6,000 VMs that come and go (ten minutes)
 	BOOTCACHE_MODEL_SECONDS=1800 $(CARGO) test --locked -p bootcache-nbd --test model -- --nocapture
 	BOOTCACHE_ATTACK=full $(CARGO) test --locked -p bootcache-nbd --test attack -- --nocapture
 	BOOTCACHE_ROUNDS=200 $(CARGO) test --locked --test crash -- --nocapture
+	BOOTCACHE_ROUNDS=1500 $(CARGO) test --locked --test churn -- --nocapture
 
 soak-transfer: ## 500 faults of peers, 100 rounds of kill -9 of a node's daemon, 30 deaths of the origin (half an hour)
 	BOOTCACHE_ROUNDS=500 $(CARGO) test --locked --test transfer_faults -- --nocapture

@@ -11,6 +11,7 @@
 //! agent that was killed at any moment goes on, adopts what runs and cleans up what was half-done. Instances do not
 //! notice whether it, or the controller, runs.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::controller::client::Target;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{Hypervisor, InstanceType};
 use crate::load::Sampler;
 use crate::name::HostName;
 use crate::peer::transport::{PlainRefused, Security};
@@ -61,7 +62,7 @@ pub struct Options {
     pub controller: Option<Target>,
     /// What protects connections.
     pub security: Security,
-    /// Instances that are started at once.
+    /// Instances of a type that are started at once.
     pub starts: usize,
 }
 
@@ -155,7 +156,7 @@ struct Shared {
     sampler: Sampler,
     /// Says that instances have changed.
     changes: tokio::sync::mpsc::UnboundedSender<HostName>,
-    starts: tokio::sync::Semaphore,
+    starts: BTreeMap<InstanceType, tokio::sync::Semaphore>,
     cancel: CancellationToken,
     /// Everything that runs but the parts, connections too.
     tasks: TaskTracker,
@@ -180,8 +181,10 @@ impl Agent {
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let (changes, changed) = tokio::sync::mpsc::unbounded_channel();
+        // VMs whose disks hang do not keep containers back.
+        let starts = || tokio::sync::Semaphore::new(options.starts.max(1));
         let shared = Arc::new(Shared {
-            starts: tokio::sync::Semaphore::new(options.starts.max(1)),
+            starts: services.hypervisors.iter().map(|one| (one.instance_type(), starts())).collect(),
             options,
             services,
             parts: parts::Parts::new(journal)?,

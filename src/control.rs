@@ -361,6 +361,11 @@ impl Client {
         }
     }
 
+    /// The process at the other end; `None` where the kernel does not tell, as from another PID namespace.
+    pub fn pid(&self) -> Option<rustix::process::Pid> {
+        rustix::process::Pid::from_raw(self.stream.peer_cred().ok()?.pid()?)
+    }
+
     /// Sends a request and waits for its answer. A refusal is an error here.
     ///
     /// Dropping the future leaves the connection unusable; the request may be carried out all the same.

@@ -123,6 +123,8 @@ pub struct Launch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Running {
+    /// It is being started: nothing is known yet of how that will end.
+    Starting,
     /// It runs.
     Running,
     /// It stands still, by hand or since its disk failed, and can go on.

@@ -6,10 +6,13 @@ mod support;
 
 use std::fs;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use bootcache::control::{Client, Reply, Request};
 use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use support::process::Process;
 use support::store::Store;
 
 fn json(text: &str) -> Value {
@@ -98,6 +101,41 @@ async fn a_vm_that_runs_and_that_boot_did_not_start_is_not_stopped() {
     assert!(said.contains("`boot` did not start it") && said.contains("`bootcache end TASK`"), "{said}");
     assert_eq!(guest.read(0, 4096).await.unwrap(), before);
     assert!(store.run(["overlay", "list"]).contains("vm") && store.path().join("vms/vm").exists());
+}
+
+/// Ends a daemon that an agent has started, which outlives it.
+struct Daemon(Pid);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _best_effort = kill_process(self.0, Signal::KILL);
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_that_hangs_is_replaced_by_its_agent() {
+    let store = store();
+    let socket = store.path().join(bootcache::serve::CONTROL_SOCKET);
+    let mut agent =
+        store.command(["agent", "--name", "n1", "--no-vms", "--no-containers", "--daemon-patience", "5"]);
+    let agent = Process::start(&mut agent);
+    agent.wait_for("ready", Duration::from_secs(20));
+    let first = Daemon(Client::connect(&socket).await.unwrap().pid().unwrap());
+    kill_process(first.0, Signal::STOP).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let second = loop {
+        assert!(Instant::now() < deadline, "{}", agent.said());
+        if let Ok(mut client) = Client::connect(&socket).await
+            && let Some(pid) = client.pid().filter(|pid| *pid != first.0)
+        {
+            let daemon = Daemon(pid);
+            client.call(&Request::Status).await.unwrap();
+            break daemon;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    assert!(agent.said().contains("was silent for 5s: it was killed"), "{}", agent.said());
+    drop((agent, second));
 }
 
 #[test]

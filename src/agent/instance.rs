@@ -168,7 +168,8 @@ impl Job {
             serial,
             template: self.order.template.clone(),
         };
-        let place = self.shared.starts.acquire().await.map_err(|_| refused("the agent ends"))?;
+        let starts = &self.shared.starts[&self.order.kind];
+        let place = starts.acquire().await.map_err(|_| refused("the agent ends"))?;
         let runner = Arc::clone(hypervisor);
         let launched = self.whole(async move { runner.launch(&launch).await });
         self.told("its hypervisor is asked to start it", launched).await??;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bootcache::agent::{Agent, DockerImages, HostNetworks, NameLock, Options, Serve, Services};
+use bootcache::control::Request;
 use bootcache::controller::SOCKET;
 use bootcache::controller::client::Target;
 use bootcache::hypervisor::Hypervisor;
@@ -54,9 +55,12 @@ pub(crate) struct Args {
     /// Run no containers
     #[arg(long)]
     no_containers: bool,
-    /// Instances that are started at once
+    /// Instances of a type that are started at once
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
     starts: u32,
+    /// How long this node's daemon may be silent before it is killed and another started, for which guests wait
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(5..=3600))]
+    daemon_patience: u32,
     #[command(flatten)]
     security: SecurityArgs,
 }
@@ -118,25 +122,26 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             starts: usize::try_from(args.starts).context("a small number")?,
             ..Options::new(name.clone(), dir.join("agent"))
         };
+        let patience = Duration::from_secs(args.daemon_patience.into());
         let agent = Agent::start(options, services).await?;
         // Whoever started us may have gone away: that is no reason to end.
         let _ = writeln!(std::io::stdout(), "ready: agent of node '{name}' on {}", agent.address());
         tokio::select! {
             () = ending.wait() => {}
-            never = keep_daemon(&dir, &more) => match never {},
+            never = keep_daemon(&dir, &more, patience) => match never {},
         }
         agent.stop().await;
         Ok(ExitCode::SUCCESS)
     })
 }
 
-/// Starts the node's daemon again when it has ended: nothing can be started here without.
-async fn keep_daemon(dir: &Path, more: &[String]) -> Infallible {
+/// Starts the node's daemon again when it has ended or hangs: nothing can be started here without.
+async fn keep_daemon(dir: &Path, more: &[String], patience: Duration) -> Infallible {
     let mut told = String::new();
     loop {
         tokio::time::sleep(DAEMON_PAUSE).await;
-        let text = match super::daemon::daemon_with(dir, more).await {
-            Ok(_) => String::new(),
+        let text = match look_after_daemon(dir, more, patience).await {
+            Ok(()) => String::new(),
             Err(error) => format!("{error:#}"),
         };
         // Once for each reason: it may be away for long.
@@ -145,6 +150,21 @@ async fn keep_daemon(dir: &Path, more: &[String]) -> Infallible {
         }
         told = text;
     }
+}
+
+/// Starts the daemon if there is none; kills one that is silent. Guests wait for the next, as they do for an update.
+async fn look_after_daemon(dir: &Path, more: &[String], patience: Duration) -> anyhow::Result<()> {
+    let mut daemon = super::daemon::daemon_with(dir, more).await?;
+    // Whatever it answers.
+    if tokio::time::timeout(patience, daemon.call(&Request::Status)).await.is_ok() {
+        return Ok(());
+    }
+    let pid = daemon.pid().context("the daemon hangs, and cannot be seen from here: kill it")?;
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL)
+        .with_context(|| format!("the daemon hangs: kill {pid:?}"))?;
+    bail!(
+        "the daemon, process {pid}, was silent for {patience:?}: it was killed, and another takes its place"
+    );
 }
 
 /// The host's name, where it can be a node's.

@@ -23,6 +23,9 @@ use crate::qemu::Accelerator;
 /// How often a guest that was asked to end is looked at.
 const TICK: Duration = Duration::from_millis(200);
 
+/// Longest wait for a guest that somebody else has begun to start.
+const STARTING: Duration = Duration::from_secs(60);
+
 /// The VMs of a node.
 #[derive(Debug)]
 pub struct Domains {
@@ -123,13 +126,21 @@ impl Hypervisor for Domains {
 
     fn launch<'a>(&'a self, instance: &'a Launch) -> BoxFuture<'a, Result<(), HypervisorError>> {
         Box::pin(async move {
-            match self.find(&instance.name).await? {
-                Some(guest) if guest.state != Running::Stopped => Ok(()),
-                _ => {
-                    let xml = self.xml(instance).await?;
-                    Ok(self.libvirt.launch(xml).await?)
+            let deadline = Instant::now() + STARTING;
+            loop {
+                match self.find(&instance.name).await?.map(|guest| guest.state) {
+                    // Another try was given up, or its agent killed, after it had asked for the same.
+                    Some(Running::Starting) if Instant::now() < deadline => tokio::time::sleep(TICK).await,
+                    Some(Running::Starting) => {
+                        let reason = "is still being started: see whether its disk can be read";
+                        return Err(HypervisorError::TimedOut(format!("{} {reason}", instance.name)));
+                    }
+                    Some(Running::Running | Running::Paused) => return Ok(()),
+                    Some(Running::Stopped) | None => break,
                 }
             }
+            let xml = self.xml(instance).await?;
+            Ok(self.libvirt.launch(xml).await?)
         })
     }
 
@@ -154,7 +165,7 @@ impl Hypervisor for Domains {
             Ok(found.map(|guest| Info {
                 state: guest.state,
                 cpu: match guest.state {
-                    Running::Stopped => 0.0,
+                    Running::Stopped | Running::Starting => 0.0,
                     _ => self.cpu.since_last(name, Instant::now(), guest.cpu_ns),
                 },
                 memory_bytes: guest.memory_bytes,

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use virt::connect::Connect;
-use virt::domain::Domain;
+use virt::domain::{Domain, DomainStateReason};
+use virt::enumutil::Enum;
 use virt::error::{Error, clear_error_callback};
 use virt::sys;
 
@@ -18,7 +19,8 @@ use crate::control::Owner;
 
 /// Longest wait for a call. Destroying a guest that hangs takes libvirt 10 s.
 const DEADLINE: Duration = Duration::from_secs(60);
-/// How many calls may be under way, those that hang among them.
+/// How many launches may be under way, and how many other calls, those that hang among them. They are counted apart: a
+/// launch hangs as long as its guest's disk does, and what ends it is another call.
 const CALLS_MAX: usize = 32;
 
 /// A libvirt daemon.
@@ -26,6 +28,7 @@ const CALLS_MAX: usize = 32;
 pub struct Libvirt {
     uri: String,
     deadline: Duration,
+    launches: Arc<Semaphore>,
     calls: Arc<Semaphore>,
 }
 
@@ -33,7 +36,8 @@ impl Libvirt {
     /// The daemon at `uri`, such as `qemu:///system`. Nothing is connected yet.
     pub fn new(uri: impl Into<String>) -> Self {
         clear_error_callback();
-        Self { uri: uri.into(), deadline: DEADLINE, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+        let places = || Arc::new(Semaphore::new(CALLS_MAX));
+        Self { uri: uri.into(), deadline: DEADLINE, launches: places(), calls: places() }
     }
 
     /// The same with another limit for every call; without, it is a minute.
@@ -44,7 +48,7 @@ impl Libvirt {
 
     /// Defines a domain from XML and starts it; returns when its QEMU runs. A domain that does not start is undefined.
     pub async fn launch(&self, xml: String) -> Result<(), LibvirtError> {
-        self.call_while_wanted(move |connect, is_wanted| {
+        self.call_while_wanted(&self.launches, move |connect, is_wanted| {
             let domain = connect.define_domain_xml(&xml).map_err(refused)?;
             let started = match is_wanted() {
                 true => domain.create().map_err(refused),
@@ -112,12 +116,14 @@ impl Libvirt {
                 sys::VIR_DOMAIN_RUNNING | sys::VIR_DOMAIN_BLOCKED | sys::VIR_DOMAIN_SHUTDOWN => {
                     Running::Running
                 }
+                sys::VIR_DOMAIN_PAUSED if is_starting(domain) => Running::Starting,
                 sys::VIR_DOMAIN_PAUSED | sys::VIR_DOMAIN_PMSUSPENDED => Running::Paused,
                 _ => Running::Stopped,
             };
             let mut guest =
                 LibvirtGuest { state, cpu_ns: info.cpu_time, memory_bytes: 0, network_bytes: [0; 2] };
-            if state == Running::Stopped {
+            // One that is being started has nobody yet who answers.
+            if matches!(state, Running::Stopped | Running::Starting) {
                 return Ok(guest);
             }
             let statistics = domain.memory_stats(0).unwrap_or_default();
@@ -171,21 +177,21 @@ impl Libvirt {
         T: Send + 'static,
         F: FnOnce(&Connect) -> Result<T, LibvirtError> + Send + 'static,
     {
-        self.call_while_wanted(|connect, _| work(connect)).await
+        self.call_while_wanted(&self.calls, |connect, _| work(connect)).await
     }
 
     /// Makes a call. One that hangs and is given up does not happen later, when it was tried again or its guest has been
     /// ended: `work` is not begun then, and can ask whether somebody still waits for it.
-    async fn call_while_wanted<T, F>(&self, work: F) -> Result<T, LibvirtError>
+    async fn call_while_wanted<T, F>(&self, places: &Arc<Semaphore>, work: F) -> Result<T, LibvirtError>
     where
         T: Send + 'static,
         F: FnOnce(&Connect, &dyn Fn() -> bool) -> Result<T, LibvirtError> + Send + 'static,
     {
         let uri = self.uri.clone();
-        let calls = Arc::clone(&self.calls);
+        let places = Arc::clone(places);
         let called = async move {
             // Kept by the thread until its call ends, however long this waits.
-            let turn = calls.acquire_owned().await;
+            let turn = places.acquire_owned().await;
             let (send, receive) = tokio::sync::oneshot::channel();
             std::thread::spawn(move || {
                 let _turn = turn;
@@ -205,6 +211,16 @@ impl Libvirt {
             Ok(Err(_)) => Err(LibvirtError::Refused("its client library failed".to_owned())),
             Err(_) => Err(LibvirtError::TimedOut { uri: self.uri.clone(), after: self.deadline }),
         }
+    }
+}
+
+/// Whether a paused domain is one whose QEMU is being started.
+fn is_starting(domain: &Domain) -> bool {
+    match domain.state() {
+        Ok((_, Enum::Known(DomainStateReason::Paused(reason)))) => {
+            reason.to_raw() == sys::VIR_DOMAIN_PAUSED_STARTING_UP
+        }
+        _ => false,
     }
 }
 
@@ -300,7 +316,7 @@ mod tests {
         let libvirt = Libvirt::new(URI).with_deadline(Duration::from_secs(1));
         let (go_on, waits) = std::sync::mpsc::channel();
         let (tell, told) = std::sync::mpsc::channel();
-        let called = libvirt.call_while_wanted(move |_, is_wanted| {
+        let called = libvirt.call_while_wanted(&libvirt.launches, move |_, is_wanted| {
             tell.send(is_wanted()).unwrap();
             waits.recv().unwrap();
             tell.send(is_wanted()).unwrap();

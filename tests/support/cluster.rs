@@ -27,12 +27,13 @@ const CARDS: [&str; 3] = ["lo", "eth0", "eth1"];
 
 /// Everything in it is gone on drop. One at a time in a process: there are two cores.
 pub struct Cluster {
-    pub folder: tempfile::TempDir,
-    pub net: Net,
+    controller: Option<Process>,
+    agents: Vec<Option<Process>>,
     pub hosts: Vec<Host>,
     docker: Vec<String>,
-    agents: Vec<Option<Process>>,
-    controller: Option<Process>,
+    pub net: Net,
+    // After those who would make it anew.
+    pub folder: tempfile::TempDir,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -112,8 +113,10 @@ impl Cluster {
     pub fn start_agent(&mut self, node: usize) {
         let address = self.net.address(node);
         let store = self.store(node);
+        // Its daemon's log is for whoever reads of a failure.
         let mut command = self.hosts[node].command([super::store::bootcache(), "--store"]);
-        command.arg(store).args(["-v", "agent", "--plain", "--name", &name(node)]);
+        command.env("BOOTCACHE_LOG", "bootcache=debug,bootcache_nbd=debug");
+        command.arg(store).args(["agent", "--plain", "--name", &name(node)]);
         command.args(["--controller", &format!("{}:7600", self.net.address(self.controller_host()))]);
         command.args(["--listen", &format!("{address}:7601"), "--peer-listen", &format!("{address}:7602")]);
         command.args(["--connect", self.hosts[node].libvirt(), "--docker", &self.docker[node]]);
@@ -241,9 +244,11 @@ impl Cluster {
         let of = |node: usize| {
             let ps = ["ps", "axf", "-o", "pid,stat,wchan:20,etime,args", "--cols", "250"];
             let processes = output(self.hosts[node].command(ps));
-            let mut status = bootcache(&self.store(node));
-            status.arg("status");
+            let mut status = Command::new("timeout"); // one that hangs may be what is looked for
+            status.args(["10", super::store::bootcache(), "--store"]).arg(self.store(node)).arg("status");
             let serve = fs::read_to_string(self.store(node).join("serve.log")).unwrap_or_default();
+            let lines: Vec<_> = serve.lines().collect();
+            let serve = lines[lines.len().saturating_sub(80)..].join("\n");
             let (name, agent, libvirtd) =
                 (name(node), self.agent_said(node), self.hosts[node].libvirtd_said());
             let status = output(status);
