@@ -9,6 +9,7 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bootcache::digest::Digest;
@@ -220,4 +221,57 @@ async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_ho
             networks.remove("br-lab").await.unwrap();
         });
     }
+}
+
+/// An emulator that takes its time to start the guest `vm-1`.
+const SLOW: &str = r#"#!/bin/sh
+case "$*" in *guest=vm-1*) sleep 5 ;; esac
+exec qemu-system-x86_64 "$@"
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_an_agent_had_begun_to_start_is_waited_for_by_the_next() {
+    if !support::require(&["libvirtd", "unshare", "busybox", "qemu-system-x86_64"])
+        || !support::require_root()
+    {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let net = Net::new(1, Rate::Unlimited);
+    let host = Host::up(folder.path(), &net, 0);
+    let emulator = folder.path().join("slow");
+    std::fs::write(&emulator, SLOW).unwrap();
+    std::fs::set_permissions(&emulator, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let store = Store::new();
+    store.run(["image", "add", "tiny", guest::disk("tiny").to_str().unwrap()]);
+    let _serve = store.serve::<&str>([]);
+    store.run(["overlay", "create", "tiny", "vm-1"]);
+    let disk = DomainDisk::Nbd { socket: store.path().join("nbd.sock"), export: "vm-1".to_owned() };
+    let mut vm = launch("vm-1", Root::Disk(disk), 11, &folder.path().join("serial.log"));
+    vm.nics.clear();
+    vm.template = Some(format!(
+        "<domain type='@TYPE@'><name>@NAME@</name><uuid>@UUID@</uuid><memory unit='MiB'>@MEMORY_MIB@</memory>\
+         <os><type arch='x86_64'>hvm</type></os><devices><emulator>{}</emulator>@DISK@@NICS@</devices></domain>",
+        emulator.display()
+    ));
+    let agent = || {
+        Arc::new(
+            Domains::new(Libvirt::new(host.libvirt()), &"n1".parse().unwrap(), folder.path())
+                .with_accelerator(Accelerator::Tcg),
+        )
+    };
+    let (killed, next) = (agent(), agent());
+    let begun = tokio::spawn({
+        let (killed, vm) = (Arc::clone(&killed), vm.clone());
+        async move { killed.launch(&vm).await }
+    });
+    let state = async || next.info(&vm.name).await.unwrap().map(|info| info.state);
+    while state().await != Some(Running::Starting) {
+        assert!(!begun.is_finished(), "it was not seen to start");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    next.launch(&vm).await.unwrap();
+    assert_eq!(state().await, Some(Running::Running));
+    begun.await.unwrap().unwrap();
+    next.delete(&vm.name).await.unwrap();
 }
