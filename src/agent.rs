@@ -235,11 +235,7 @@ fn lock(dir: &Path) -> Result<std::fs::File, AgentError> {
     let path = dir.join("agent.lock");
     let at = |source| AgentError::Io { path: path.clone(), source };
     let file = std::fs::File::options().create(true).truncate(false).write(true).open(&path).map_err(at)?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(AgentError::Locked(dir.to_owned())),
-        Err(error) => Err(at(error.into())),
-    }
+    crate::store::lock::exclusive(file).map_err(at)?.ok_or_else(|| AgentError::Locked(dir.to_owned()))
 }
 
 #[cfg(test)]

@@ -361,11 +361,7 @@ fn lock(dir: &Path) -> Result<File, ControllerError> {
     let path = dir.join(LOCK_FILE);
     let at = |source| ControllerError::Io { path: path.clone(), source };
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(at)?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(ControllerError::Locked(dir.to_owned())),
-        Err(error) => Err(at(error.into())),
-    }
+    crate::store::lock::exclusive(file).map_err(at)?.ok_or_else(|| ControllerError::Locked(dir.to_owned()))
 }
 
 #[cfg(test)]

@@ -184,7 +184,7 @@ impl Job {
             return done;
         }
         warn!("{}: {step}, for {SLOW:?} already", self.order.name);
-        self.shared.parts.set_live(self.task, &self.order.name, None, Some(step.to_owned()));
+        self.shared.parts.set_note(self.task, &self.order.name, step);
         work.await
     }
 

@@ -140,6 +140,14 @@ impl Parts {
         }
     }
 
+    /// Has a word for people on an instance that there is none on yet: why it has to wait says more than for what.
+    pub(super) fn set_note(&self, task: i64, name: &HostName, note: &str) {
+        if let Some(part) = self.inner().parts.get_mut(&task) {
+            let live = part.live.entry(name.clone()).or_default();
+            live.note.get_or_insert_with(|| note.to_owned());
+        }
+    }
+
     /// Notes how long an instance took to be up.
     pub(super) fn set_up(&self, task: i64, name: &HostName, up_ms: u64) {
         if let Some(part) = self.inner().parts.get_mut(&task) {

@@ -10,12 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use bootcache_nbd::Attempt;
-use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev};
 
-/// How often, and how far apart, a lock that is held is tried.
-const LOCK_ATTEMPTS: u32 = 25;
-const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+use crate::store::lock::exclusive;
 
 /// The diff: as long as the disk, sparse, each block at its own offset.
 pub trait DiffFile: Send + Sync + std::fmt::Debug + 'static {
@@ -106,16 +104,9 @@ impl FileDiff {
         &self.0
     }
 
-    /// Takes the file for this process. A child that was forked while another handle was open shares that one's lock
-    /// until it runs its own program, so a lock that is held is tried again for a moment.
+    /// Takes the file for this process.
     fn lock(file: File) -> io::Result<Self> {
-        for _ in 0..LOCK_ATTEMPTS {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
-                other => return Ok(other.map(|()| Self(file))?),
-            }
-        }
-        Err(io::ErrorKind::WouldBlock.into())
+        exclusive(file)?.map(Self).ok_or_else(|| io::ErrorKind::WouldBlock.into())
     }
 }
 

@@ -15,6 +15,9 @@ use crate::digest::Digest;
 use super::{StoreError, at};
 
 const POLL: Duration = Duration::from_millis(50);
+/// How often, and how far apart, a lock that is held is tried by who does not wait for it.
+const ATTEMPTS: u32 = 25;
+const PAUSE: Duration = Duration::from_millis(10);
 /// A process id and the spaces behind it.
 const HOLDER_BYTES: usize = 20;
 
@@ -27,7 +30,7 @@ pub struct StoreLock {
 impl StoreLock {
     pub(super) fn take(dir: &Path) -> Result<Self, StoreError> {
         let path = dir.join("lock");
-        match try_exclusive(&path).map_err(at(&path))? {
+        match patiently(|| try_exclusive(&path)).map_err(at(&path))? {
             Some(file) => Ok(Self { _file: file }),
             None => Err(StoreError::Locked { dir: dir.to_owned(), holder: holder(&path) }),
         }
@@ -87,6 +90,24 @@ fn holder(path: &Path) -> String {
     }
 }
 
+/// Has `attempt` take a lock, again for a moment while another has it: a child that was forked while a handle of that one
+/// was open shares its lock until it runs its own program, although it has been closed here.
+pub(crate) fn patiently<T>(mut attempt: impl FnMut() -> io::Result<Option<T>>) -> io::Result<Option<T>> {
+    for _ in 1..ATTEMPTS {
+        if let Some(locked) = attempt()? {
+            return Ok(Some(locked));
+        }
+        std::thread::sleep(PAUSE);
+    }
+    attempt()
+}
+
+/// Takes the exclusive lock of a file, if nobody has it.
+pub(crate) fn exclusive(file: File) -> io::Result<Option<File>> {
+    let locked = patiently(|| Ok(try_flock(&file, FlockOperation::NonBlockingLockExclusive)?.then_some(())))?;
+    Ok(locked.map(|()| file))
+}
+
 /// Whether the lock was got; not when another has it.
 pub(super) fn try_flock(file: &File, operation: FlockOperation) -> io::Result<bool> {
     match flock(file, operation) {
@@ -122,7 +143,8 @@ impl Hold {
             io::ErrorKind::NotFound => StoreError::NoSuchRoot(root),
             _ => at(path)(error),
         })?;
-        if !try_flock(&dir, operation).map_err(at(path))? {
+        let locked = patiently(|| Ok(try_flock(&dir, operation)?.then_some(()))).map_err(at(path))?;
+        if locked.is_none() {
             return Err(StoreError::InUse(root));
         }
         // It may have been removed, and added again, between open and lock.
@@ -137,6 +159,21 @@ impl Hold {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_that_a_child_has_a_moment_longer_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Digest::of(b"root");
+        let closed = Hold::exclusive(dir.path(), root).unwrap().into_lock();
+        let of_the_child = closed.try_clone().unwrap();
+        drop(closed);
+        let child = std::thread::spawn(move || {
+            std::thread::sleep(5 * PAUSE);
+            drop(of_the_child);
+        });
+        Hold::shared(dir.path(), root).unwrap();
+        child.join().unwrap();
+    }
 
     #[test]
     fn the_second_daemon_is_told_who_has_the_store() {

@@ -117,6 +117,7 @@ impl Cluster {
         let mut command = self.hosts[node].command([super::store::bootcache(), "--store"]);
         command.env("BOOTCACHE_LOG", "bootcache=debug,bootcache_nbd=debug");
         command.arg(store).args(["agent", "--plain", "--name", &name(node)]);
+        command.args(["--daemon-patience", "3600"]); // one that hangs is to be seen
         command.args(["--controller", &format!("{}:7600", self.net.address(self.controller_host()))]);
         command.args(["--listen", &format!("{address}:7601"), "--peer-listen", &format!("{address}:7602")]);
         command.args(["--connect", self.hosts[node].libvirt(), "--docker", &self.docker[node]]);

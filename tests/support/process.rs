@@ -72,12 +72,13 @@ impl Process {
         self.lines.said.lock().unwrap_or_else(PoisonError::into_inner).lines.join("\n")
     }
 
-    /// Waits for the end.
+    /// Waits for the end, and for its last words.
     #[track_caller]
     pub fn wait(&mut self, within: Duration) -> ExitStatus {
         let deadline = Instant::now() + within;
         loop {
             if let Some(status) = self.child.try_wait().expect("it is our child") {
+                self.wait_for_last_words();
                 return status;
             }
             assert!(
@@ -88,6 +89,13 @@ impl Process {
             );
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// A child that it left behind may keep the pipes open: those are not waited for.
+    fn wait_for_last_words(&self) {
+        let said = self.lines.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let patience = Duration::from_secs(2);
+        let _said = self.lines.more.wait_timeout_while(said, patience, |said| said.open > 0);
     }
 
     /// SIGTERM, then waits for the end.

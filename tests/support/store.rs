@@ -51,7 +51,6 @@ impl Store {
         let mut command = self.command(arguments);
         let mut process = Process::start(&mut command);
         let status = process.wait(Duration::from_secs(60));
-        std::thread::sleep(Duration::from_millis(50)); // its last lines
         let said = process.said();
         assert!(!status.success(), "{command:?} succeeded:\n{said}");
         assert!(status.code().is_some(), "{command:?} ended by {status}:\n{said}");
