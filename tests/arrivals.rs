@@ -124,21 +124,21 @@ async fn a_name_that_waits_for_a_change_of_the_store_holds_up_nothing_else() {
     let change = node.store().change(|_| ()).unwrap();
     let began = Instant::now();
     arrivals.pull(&target(&sample.name), &plan(&[slow.address])).await.unwrap();
-    assert!(began.elapsed() < Duration::from_secs(1), "a name that is known changes nothing");
+    assert!(began.elapsed() < Duration::from_secs(5), "a name that is known changes nothing");
     let began = Instant::now();
     let release = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_secs(8));
         drop(change);
     });
     let other: ImageName = "other".parse().unwrap();
     let by_root = Target { root: Some(root), ..target(&other) };
     arrivals.pull(&by_root, &plan(&[slow.address])).await.unwrap();
-    assert!(began.elapsed() > Duration::from_millis(1900), "it did not wait for the change");
+    assert!(began.elapsed() > Duration::from_millis(7900), "it did not wait for the change");
     release.join().unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
     ticker.abort();
     let longest_ms = longest_ms.load(Ordering::Relaxed);
-    assert!(longest_ms < 1000, "everything stood still for {longest_ms} ms");
+    assert!(longest_ms < 5000, "everything stood still for {longest_ms} ms");
     arrivals.stop().await;
 }
 

@@ -123,9 +123,15 @@ async fn a_container_is_started_once_limited_watched_and_forgotten() {
 
     assert_eq!(engine.info(&one.name).await.unwrap().unwrap().state, Running::Running);
     docker(&address, &["exec", "-d", "one", "sh", "-c", "while :; do :; done"]);
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let info = engine.info(&one.name).await.unwrap().unwrap();
-    assert!(info.cpu > 0.05 && info.memory_bytes > 0, "{info:?}");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let info = engine.info(&one.name).await.unwrap().unwrap();
+        if info.cpu > 0.05 && info.memory_bytes > 0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{info:?}");
+    }
 
     // Somebody else's container of a name that is asked for: refused, and left alone.
     docker(&address, &["run", "-d", "--network", "none", "--name", "other", &image, "sleep", "100"]);
@@ -215,7 +221,7 @@ async fn a_container_is_up_when_its_log_says_so() {
         order("slow", "echo starting; sleep 3; echo service is ready; sleep 1000", 60),
         order("errs", "head -c 300000 /bin/busybox; echo service is ready >&2; sleep 1000", 60),
         order("brief", "echo the service is ready", 60),
-        order("mute", "echo; echo no configuration >&2; sleep 1000", 2),
+        order("mute", "echo; echo no configuration >&2; sleep 1000", 10),
         order("dead", "echo no memory", 60),
     ];
     let part =
@@ -229,11 +235,11 @@ async fn a_container_is_up_when_its_log_says_so() {
         (
             "mute",
             InstanceStatus::Failed,
-            "it was not up after 2 s: the last that it wrote is: no configuration",
+            "it was not up after 10 s: the last that it wrote is: no configuration",
         ),
         ("slow", InstanceStatus::Running, ""),
     ];
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     let found = loop {
         let mut found = link.call(&AskNode {}, Duration::from_secs(10)).await.unwrap().instances;
         found.sort_by(|a, b| a.name.cmp(&b.name));
@@ -358,9 +364,14 @@ async fn archives_with_the_same_name_in_them_that_load_at_once_stay_what_they_ar
     for patience_ms in [5, 50, 150, 300] {
         let (patience, body) = (Duration::from_millis(patience_ms), std::io::Cursor::new(bytes.clone()));
         let given_up = tokio::time::timeout(patience, engine.load(&name, root, body)).await;
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        let names = docker(&address, &["images", "--format", "{{.Repository}}"]);
-        assert!(!names.contains("app"), "{names}: {given_up:?} after {patience_ms} ms");
+        // An engine that is slow may have it for a moment.
+        let (mut absent, deadline) = (0, Instant::now() + Duration::from_secs(60));
+        while absent < 10 {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let names = docker(&address, &["images", "--format", "{{.Repository}}"]);
+            absent = if names.contains("app") { 0 } else { absent + 1 };
+            assert!(Instant::now() < deadline, "{names}: {given_up:?} after {patience_ms} ms");
+        }
         engine.remove_image(&Docker::reference(&name, root)).await.unwrap();
     }
 }

@@ -187,7 +187,15 @@ async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_ho
         assert!(matches!(&error, HypervisorError::TimedOut(_)), "{error}");
     }
     libvirtd("CONT");
-    assert_eq!(hasty.info(&vm.name).await.unwrap().unwrap().state, Running::Running);
+    // Behind the calls that waited.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let state = loop {
+        match hasty.info(&vm.name).await {
+            Err(HypervisorError::TimedOut(_)) if Instant::now() < deadline => {}
+            other => break other.unwrap().unwrap().state,
+        }
+    };
+    assert_eq!(state, Running::Running);
     tokio::time::sleep(Duration::from_secs(3)).await;
     let all = support::run(Command::new("virsh").args(["-c", hosts[0].libvirt(), "list", "--all", "--name"]));
     assert!(!all.contains("late"), "{all}");

@@ -20,7 +20,7 @@ use support::process::Process;
 use support::store::Store;
 
 /// Two shared cores boot twenty guests in two minutes.
-const ALL_BOOTED: Duration = Duration::from_secs(420);
+const ALL_BOOTED: Duration = Duration::from_secs(1200);
 
 /// Twenty guests at a time are enough for a machine.
 static ALONE: Mutex<()> = Mutex::new(());

@@ -5,7 +5,7 @@ mod support;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use support::example;
@@ -219,8 +219,17 @@ fn a_flush_and_a_fua_write_are_answered_after_data_then_index_are_synced() {
         let mut qemu_io = Command::new("qemu-io");
         qemu_io.args(["-t", "none", "-f", "raw"]).args(commands.iter().flat_map(|command| ["-c", command]));
         support::run(qemu_io.arg(uri(&socket)));
-        std::thread::sleep(Duration::from_millis(300)); // strace writes behind
-        events(&fs::read_to_string(&trace).expect("a trace")).split_off(before)
+        // strace writes behind.
+        let (mut all, deadline) = (Vec::new(), Instant::now() + START);
+        loop {
+            std::thread::sleep(Duration::from_millis(300));
+            let now = events(&fs::read_to_string(&trace).expect("a trace"));
+            if now.len() > before && now == all {
+                return all.split_off(before);
+            }
+            assert!(Instant::now() < deadline, "{now:?} after {before}");
+            all = now;
+        }
     };
     use Event::{Answered, DiffSynced, DiffWritten, IndexSynced, IndexWritten};
     let after_write = |events: &[Event]| {

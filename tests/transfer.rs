@@ -189,7 +189,7 @@ async fn reads_wait_while_every_source_is_gone_and_go_on_when_one_is_back() {
     origin.serve_again().await;
     let back = Instant::now();
     assert!(reader.await.unwrap().unwrap()[..] == *sample.bytes(offset, 4096));
-    assert!(back.elapsed() < Duration::from_secs(1), "{:?}", back.elapsed());
+    assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -220,7 +220,10 @@ async fn a_partial_peer_is_enough_for_what_it_has_when_the_origin_dies() {
     first_engine.boot_complete().await;
     let second = Node::empty(None).await;
     let second_engine = second.pull(&[origin.address], |options| options.fill = false).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The origin told it of the first.
+    let knows =
+        || second_engine.progress().sources.iter().any(|from| from.up && from.address == first.address);
+    until(knows).await;
     origin.stop_serving().await;
     tokio::time::timeout(Duration::from_secs(30), second_engine.boot_complete()).await.unwrap();
     for block in &sample.boot_blocks {
@@ -300,7 +303,7 @@ async fn a_block_that_another_guest_has_read_comes_from_its_node_when_the_origin
     origin.stop_serving().await;
     until(|| !up(&origin)).await;
     let (disk, mut bytes) = (first.disk(), [0; 4096]);
-    let read = tokio::time::timeout(Duration::from_secs(5), disk.read(offset, &mut bytes)).await;
+    let read = tokio::time::timeout(Duration::from_secs(30), disk.read(offset, &mut bytes)).await;
     read.expect("the second node is asked").unwrap();
     assert!(bytes[..] == *sample.bytes(offset, 4096));
 }

@@ -147,13 +147,18 @@ async fn a_source_that_is_late_once_keeps_its_connections() {
     let connections = || links.each_ref().map(SlowLink::connections);
     let (before, made) = (hedges(), connections());
     // Whichever of the two is asked, every other answer or so is late.
+    let mut late = Duration::from_millis(60);
     for link in links.iter().cycle().take(200) {
         if hedges() >= before + 3 {
             break;
         }
-        link.hold(Duration::from_millis(60));
+        // How late that is depends on how long answers took until now.
+        if hedges() == before {
+            late = (late + Duration::from_millis(4)).min(Duration::from_millis(300));
+        }
+        link.hold(late);
         read_until(&engine, &sample, &mut seed, after(1)).await;
-        tokio::time::sleep(Duration::from_millis(70)).await;
+        tokio::time::sleep(late + Duration::from_millis(10)).await;
     }
     assert!(hedges() >= before + 3, "no answer was late");
     // Longer than a connection may stand still.

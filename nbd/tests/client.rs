@@ -105,7 +105,7 @@ struct Slow;
 impl Gate for Slow {
     fn pass(&self, _: Operation) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
             Ok(())
         })
     }
