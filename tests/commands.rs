@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bootcache::control::{Client, Reply, Request};
@@ -13,7 +13,7 @@ use bootcache_nbd::client::{Address, Client as NbdClient, Policy};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use support::process::Process;
-use support::store::Store;
+use support::store::{Store, bootcache};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
@@ -113,14 +113,18 @@ impl Drop for Daemon {
 }
 
 #[tokio::test]
-async fn a_daemon_that_hangs_is_replaced_by_its_agent() {
+async fn a_daemon_that_hangs_is_replaced_by_its_agent_also_after_an_update() {
     let store = store();
+    let (program, update) = (store.beside("bootcache"), store.beside("update"));
+    fs::copy(bootcache(), &program).unwrap();
     let socket = store.path().join(bootcache::serve::CONTROL_SOCKET);
-    let mut agent =
-        store.command(["agent", "--name", "n1", "--no-vms", "--no-containers", "--daemon-patience", "5"]);
-    let agent = Process::start(&mut agent);
+    let mut agent = Command::new(&program);
+    agent.args(["agent", "--name", "n1", "--no-vms", "--no-containers", "--daemon-patience", "5"]);
+    let agent = Process::start(agent.env("BOOTCACHE_STORE", store.path()));
     agent.wait_for("ready", Duration::from_secs(20));
     let first = Daemon(Client::connect(&socket).await.unwrap().pid().unwrap());
+    fs::copy(bootcache(), &update).unwrap();
+    fs::rename(&update, &program).unwrap();
     kill_process(first.0, Signal::STOP).unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     let second = loop {

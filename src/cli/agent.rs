@@ -102,7 +102,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             (!args.no_containers).then(|| Arc::new(Docker::new(args.docker.to_string_lossy(), name.clone())));
         hypervisors.extend(docker.clone().map(|docker| docker as _));
         // As it is called now: an update may put another one in its place.
-        let program = super::attach::program()?;
+        let program = super::daemon::program()?;
         let networks = HostNetworks::new(Networks::new(name.clone()), docker.clone());
         let services = Services {
             data_plane: Arc::new(Serve::new(store, args.peer_listen, libvirt).with_devices(program)),

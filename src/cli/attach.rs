@@ -85,7 +85,7 @@ pub(crate) fn attach(globals: &Globals, args: &AttachArgs) -> anyhow::Result<Exi
         return stay(globals, &store, &options, args.keeper);
     }
     super::block_on(async {
-        let entry = attach::start(&program()?, &store, &options).await?;
+        let entry = attach::start(&super::daemon::program()?, &store, &options).await?;
         println!("{}", line(globals, &entry)?);
         Ok(ExitCode::SUCCESS)
     })
@@ -131,11 +131,6 @@ fn stay(globals: &Globals, store: &Path, options: &Options, keeper: bool) -> any
         }
         kept => Ok(kept.map(|()| ExitCode::SUCCESS)?),
     }
-}
-
-/// This program, which keepers are made of.
-pub(super) fn program() -> anyhow::Result<PathBuf> {
-    std::env::current_exe().context("cannot find this program")
 }
 
 /// Runs `detach`.

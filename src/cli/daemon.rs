@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -36,6 +37,18 @@ pub(crate) async fn daemon_with(dir: &Path, more: &[String]) -> anyhow::Result<C
     }
 }
 
+/// This program, where it was when this was asked first: an update may have put another one in its place since.
+pub(super) fn program() -> anyhow::Result<PathBuf> {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    match PROGRAM.get() {
+        Some(program) => Ok(program.clone()),
+        None => {
+            let program = std::env::current_exe().context("cannot find this program")?;
+            Ok(PROGRAM.get_or_init(|| program).clone())
+        }
+    }
+}
+
 /// Starts `bootcache serve` in a process group of its own and waits until it says that it is ready.
 async fn start(dir: &Path, more: &[String]) -> anyhow::Result<PathBuf> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
@@ -45,7 +58,7 @@ async fn start(dir: &Path, more: &[String]) -> anyhow::Result<PathBuf> {
         .append(true)
         .open(&path)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    let mut command = std::process::Command::new(std::env::current_exe()?);
+    let mut command = std::process::Command::new(program()?);
     command
         .arg("--store")
         .arg(dir)

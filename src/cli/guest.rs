@@ -272,7 +272,7 @@ async fn end_process(pid: u32, dir: &Path) -> anyhow::Result<()> {
 
 /// Attaches a guest's disk, through its own socket; gives the path of the device.
 async fn attached(plan: &Plan, name: &HostName, vm: &VmInfo) -> anyhow::Result<PathBuf> {
-    let (program, options) = (super::attach::program()?, attach::Options::of_vm(name, vm.socket.clone()));
+    let (program, options) = (super::daemon::program()?, attach::Options::of_vm(name, vm.socket.clone()));
     Ok(attach::start(&program, plan.store.dir(), &options).await?.device.path())
 }
 
