@@ -182,6 +182,37 @@ fn a_reader_that_has_gone_is_no_reason_to_panic() {
 }
 
 #[test]
+fn a_script_for_a_shell_that_nobody_reads_to_its_end_is_no_reason_to_panic() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Store::new().command(["completions", "bash"]);
+    let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(141), b"".as_slice()));
+}
+
+#[test]
+fn logs_in_a_file_have_no_colours() {
+    let store = store();
+    fs::create_dir_all(store.path().join("tmp/left")).unwrap();
+    let output = store.command(["-v", "image", "list"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("removing") && !said.contains('\u{1b}'), "{said:?}");
+}
+
+#[test]
+fn a_full_disk_under_stdout_is_an_error_like_others() {
+    let store = store();
+    let simulate = ["--json", "simulate", "--nodes", "4", "--boot-seconds", "1"];
+    for words in [&["image", "list"][..], &["completions", "bash"], &simulate] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = store.command(words).stdout(full).stderr(Stdio::piped()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {said}");
+        assert!(said.starts_with("bootcache: cannot write to stdout: No space left"), "{words:?}: {said}");
+    }
+}
+
+#[test]
 fn an_example_fits_on_a_page() {
     let folder = support::checkout("examples");
     let mut seen = 0;
