@@ -213,6 +213,26 @@ fn a_full_disk_under_stdout_is_an_error_like_others() {
 }
 
 #[test]
+fn what_a_command_cannot_do_is_said_with_what_it_can() {
+    let store = store();
+    fs::write(store.beside("c.tar.gz"), [&b"\x1f\x8b"[..], &[9; 5000]].concat()).unwrap();
+    let archive = store.beside("c.tar.gz");
+    store.run(["image", "add", "box", archive.to_str().unwrap(), "--type", "container"]);
+    for command in ["boot", "record", "analyze"] {
+        let said = store.refused([command, "box"]);
+        assert!(said.contains("'box' is a container image"), "{said}");
+    }
+    for until in ["exit", "bad"] {
+        let said = store.refused(["boot", "golden", "--until", until]);
+        assert!(said.ends_with("serial:REGEX, tcp:PORT or idle:SECONDS"), "{said}");
+    }
+    for command in ["instances", "tasks", "end"] {
+        assert!(store.refused([command, "abc"]).contains("a task's number is expected"), "{command}");
+    }
+    assert!(store.refused(["prefetch"]).contains("<IMAGE|--standing <on|off>>"));
+}
+
+#[test]
 fn an_example_fits_on_a_page() {
     let folder = support::checkout("examples");
     let mut seen = 0;
