@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bootcache::control::{Client, Reply, Request};
@@ -147,7 +147,17 @@ fn what_was_made_issued_and_detached_is_told_as_json_too() {
         json(&store.run(begin.iter().chain(words)))
     };
     assert_eq!(run(&["init"]), json!({ "ca": ca }));
-    assert_eq!(run(&["issue", "n1"]), json!({ "name": "n1", "role": "node", "dir": node }));
+    assert_eq!(
+        run(&["issue", "n1"]),
+        json!({ "name": "n1", "role": "node", "dir": node, "replaced": false })
+    );
+    assert_eq!(run(&["issue", "n1"])["replaced"], true);
+    let said = store.refused(["ca", "--ca-dir", ca.to_str().unwrap(), "issue", "n2", "--address", "foo bar"]);
+    assert!(said.contains("neither an IP address nor a host name"), "{said}");
+    run(&["issue", "c", "--role", "controller"]);
+    let of_controller = ca.join("c");
+    let serve = ["serve", "--peer-listen", "127.0.0.1:0", "--tls-dir", of_controller.to_str().unwrap()];
+    assert!(store.refused(serve).contains("is not a node's"));
     // What the kernel has not is detached too: it is forgotten.
     let attached = store.path().join("attached");
     fs::create_dir_all(&attached).unwrap();
@@ -214,9 +224,14 @@ fn a_full_disk_under_stdout_is_an_error_like_others() {
 
 #[test]
 fn what_a_command_cannot_do_is_said_with_what_it_can() {
+    if !support::require(&["tar"]) {
+        return;
+    }
     let store = store();
-    fs::write(store.beside("c.tar.gz"), [&b"\x1f\x8b"[..], &[9; 5000]].concat()).unwrap();
-    let archive = store.beside("c.tar.gz");
+    let archive = store.beside("c.tar");
+    support::run(
+        Command::new("tar").arg("-C").arg(store.beside("")).arg("-cf").arg(&archive).arg("golden.raw"),
+    );
     store.run(["image", "add", "box", archive.to_str().unwrap(), "--type", "container"]);
     for command in ["boot", "record", "analyze"] {
         let said = store.refused([command, "box"]);
@@ -230,6 +245,21 @@ fn what_a_command_cannot_do_is_said_with_what_it_can() {
         assert!(store.refused([command, "abc"]).contains("a task's number is expected"), "{command}");
     }
     assert!(store.refused(["prefetch"]).contains("<IMAGE|--standing <on|off>>"));
+}
+
+#[test]
+fn a_pull_is_complete_in_each_of_its_words() {
+    let origin = store();
+    fs::write(origin.beside("zeroes.raw"), vec![0; 1 << 20]).unwrap();
+    origin.run(["image", "add", "zeroes", origin.beside("zeroes.raw").to_str().unwrap()]);
+    let serve = origin.serve(["--peer-listen", "127.0.0.1:0"]);
+    let ready = serve.wait_for("peers=", Duration::from_secs(20));
+    let address = ready.split("peers=").nth(1).unwrap().split(' ').next().unwrap();
+    let node = Store::new();
+    for image in ["zeroes", "golden"] {
+        let told = json(&node.run(["--json", "pull", image, "--from", address]));
+        assert_eq!((&told["complete"], &told["status"]["complete"]), (&true.into(), &true.into()), "{told}");
+    }
 }
 
 #[test]

@@ -56,8 +56,10 @@ async fn two_overlays_of_one_image_never_see_each_other() {
 async fn a_container_image_takes_no_overlay_and_one_it_had_makes_no_image() {
     let dir = tempfile::tempdir().unwrap();
     let node = node(dir.path());
-    let archive = dir.path().join("c.tar.gz");
-    fs::write(&archive, [&b"\x1f\x8b"[..], &[9; 5000]].concat()).unwrap();
+    let archive = dir.path().join("c.tar");
+    fs::write(dir.path().join("sh"), "a shell").unwrap();
+    let tar = std::process::Command::new("tar").arg("-C").arg(dir.path()).args(["-c", "sh"]).output();
+    fs::write(&archive, tar.unwrap().stdout).unwrap();
     let options = ImportOptions { kind: Some(ImageKind::Container), ..ImportOptions::default() };
     let (name, watch) = ("box".parse().unwrap(), crate::image::scan::Watch::default());
     let entry = import(node.store(), &name, &archive, options, &watch).unwrap();
@@ -66,7 +68,7 @@ async fn a_container_image_takes_no_overlay_and_one_it_had_makes_no_image() {
     assert!(matches!(&error, NodeError::Container(image) if image == "box"), "{error}");
     // As earlier releases have made it.
     let made = node.store().overlay_dir(&"old".parse().unwrap());
-    crate::overlay::Overlay::create(&made, entry.root, 8192).unwrap();
+    crate::overlay::Overlay::create(&made, entry.root, entry.manifest.size).unwrap();
     crate::serve::overlay_meta::OverlayMeta::new(entry.root).write(&made).unwrap();
     let request = Request::OverlayCommit { name: "old".parse().unwrap(), image: "new".parse().unwrap() };
     let error = node.handle(request).await.unwrap_err();
