@@ -14,6 +14,7 @@ mod completions;
 mod controller;
 mod daemon;
 mod deploy;
+mod fold;
 mod guest;
 mod image;
 mod list;
