@@ -14,6 +14,7 @@ mod completions;
 mod controller;
 mod daemon;
 mod deploy;
+mod fold;
 mod guest;
 mod image;
 mod list;
@@ -34,6 +35,7 @@ mod status;
 mod stop;
 mod web;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -172,7 +174,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Logs go to stderr: warnings by default, more with `-v`, or what `BOOTCACHE_LOG` says.
+/// Logs go to stderr: warnings by default, more with `-v`, or what `BOOTCACHE_LOG` says. Colours are for terminals.
 pub(crate) fn set_up_logging(verbose: u8) {
     let default = match verbose {
         0 => "warn",
@@ -180,7 +182,9 @@ pub(crate) fn set_up_logging(verbose: u8) {
         _ => "debug",
     };
     let filter = EnvFilter::try_from_env("BOOTCACHE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let ansi = std::io::stderr().is_terminal() && !no_color;
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
 }
 
 /// Runs a subcommand that waits for sockets.

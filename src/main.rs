@@ -11,7 +11,7 @@ use clap::error::ErrorKind;
 const CLOSED_PIPE: i32 = 128 + 13;
 
 fn main() -> ExitCode {
-    end_quietly_on_a_closed_pipe();
+    end_when_stdout_cannot_be_written();
     let arguments = match cli::Cli::try_parse() {
         Ok(arguments) => arguments,
         // What is wrong with a value is all there is to say.
@@ -34,14 +34,17 @@ fn main() -> ExitCode {
 }
 
 /// `print!` panics when stdout cannot be written. That its reader has gone, as `head` does, is no fault of ours. The
-/// signal that ends other programs then stays ignored: it would also end a daemon whose client has gone.
-fn end_quietly_on_a_closed_pipe() {
+/// signal that ends other programs then stays ignored: it would also end a daemon whose client has gone. Anything else,
+/// such as a full disk, is an error like others.
+fn end_when_stdout_cannot_be_written() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let what = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
-        if what.starts_with("failed printing to stdout") && what.contains("Broken pipe") {
+        let Some(error) = what.strip_prefix("failed printing to stdout: ") else { return report(panic) };
+        if error.contains("Broken pipe") {
             std::process::exit(CLOSED_PIPE);
         }
-        report(panic);
+        eprintln!("bootcache: cannot write to stdout: {error}");
+        std::process::exit(1);
     }));
 }

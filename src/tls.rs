@@ -89,6 +89,9 @@ pub enum TlsError {
     /// There is an authority already, and it must not be lost.
     #[error("{0} already holds a certificate authority: nothing was changed")]
     Exists(PathBuf),
+    /// Something that nobody can be reached under.
+    #[error("'{0}' is neither an IP address nor a host name")]
+    Address(String),
     /// A certificate could not be made.
     #[error("cannot make the certificate: {0}")]
     Generate(#[from] rcgen::Error),
@@ -146,9 +149,10 @@ pub fn issue(
         params.subject_alt_names.push(SanType::DnsName(dns.try_into()?));
     }
     for address in addresses {
-        params.subject_alt_names.push(match address.parse::<IpAddr>() {
-            Ok(ip) => SanType::IpAddress(ip),
-            Err(_) => SanType::DnsName(address.as_str().try_into()?),
+        params.subject_alt_names.push(match ServerName::try_from(address.as_str()) {
+            Ok(ServerName::IpAddress(ip)) => SanType::IpAddress(IpAddr::from(ip)),
+            Ok(ServerName::DnsName(name)) => SanType::DnsName(name.as_ref().try_into()?),
+            _ => return Err(TlsError::Address(address.clone())),
         });
     }
     let key = KeyPair::generate()?;
@@ -163,12 +167,19 @@ pub fn issue(
     Ok(())
 }
 
+/// Whether `dir` holds a member's files, which [`issue`] would replace.
+pub fn holds_member(dir: &Path) -> bool {
+    MEMBER_FILES.iter().any(|(certificate, key)| dir.join(certificate).exists() || dir.join(key).exists())
+}
+
 /// A member's certificate and the authority it trusts, ready for connections both ways.
 #[derive(Debug, Clone)]
 pub struct Identity {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
     nbd: Arc<ServerConfig>,
+    /// What this member shows to those who connect.
+    shown: Vec<CertificateDer<'static>>,
 }
 
 impl Identity {
@@ -205,7 +216,13 @@ impl Identity {
             .with_root_certificates(roots)
             .with_client_auth_cert(certificates(&client_certificate)?, private_key(&client_key)?)
             .map_err(unusable)?;
-        Ok(Self { server, client: Arc::new(client), nbd })
+        let shown = certificates(&server_certificate)?;
+        Ok(Self { server, client: Arc::new(client), nbd, shown })
+    }
+
+    /// Whether others take this member for one that has `role`.
+    pub fn is(&self, role: Role) -> bool {
+        has_role(Some(&self.shown), role)
     }
 
     /// Takes connections from members of the cluster, and from nobody else.
@@ -353,6 +370,25 @@ mod tests {
         assert!(matches!(init_ca(ca.path()), Err(TlsError::Exists(_))));
         let mode = fs::metadata(ca.path().join(CA_KEY)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn an_address_is_an_ip_address_or_a_host_name() {
+        let ca = tempfile::tempdir().unwrap();
+        init_ca(ca.path()).unwrap();
+        let out = ca.path().join("n1");
+        let issue =
+            |address: &str| issue(ca.path(), &"n1".parse().unwrap(), Role::Node, &[address.to_owned()], &out);
+        for bad in ["foo bar", "", "10.0.0.300", "a/b", "n1:80"] {
+            assert!(matches!(issue(bad), Err(TlsError::Address(_))), "{bad}");
+            assert!(!holds_member(&out));
+        }
+        for good in ["10.0.0.3", "fd00::1", "n1.example.org", "n1"] {
+            issue(good).unwrap();
+            assert!(holds_member(&out), "{good}");
+        }
+        let identity = Identity::load(&out).unwrap();
+        assert!(identity.is(Role::Node) && !identity.is(Role::Controller));
     }
 
     #[test]

@@ -173,6 +173,13 @@ fn a_second_server_on_a_store_is_refused_and_the_first_goes_on() {
 }
 
 #[test]
+fn a_node_that_would_serve_in_the_clear_says_what_to_give() {
+    let said = Store::new().refused(["serve", "--peer-listen", "0.0.0.0:7681"]);
+    one_line(&said, "--peer-listen: 0.0.0.0:7681 is beyond loopback");
+    assert!(said.contains("--tls-dir") && said.contains("--plain"), "{said}");
+}
+
+#[test]
 fn commands_without_a_daemon_wait_for_each_other_and_start_one_daemon_together() {
     let store = Store::new();
     let raw = small_disk(&store, "small.raw", 1);

@@ -151,7 +151,17 @@ fn what_was_made_issued_and_detached_is_told_as_json_too() {
         json(&store.run(begin.iter().chain(words)))
     };
     assert_eq!(run(&["init"]), json!({ "ca": ca }));
-    assert_eq!(run(&["issue", "n1"]), json!({ "name": "n1", "role": "node", "dir": node }));
+    assert_eq!(
+        run(&["issue", "n1"]),
+        json!({ "name": "n1", "role": "node", "dir": node, "replaced": false })
+    );
+    assert_eq!(run(&["issue", "n1"])["replaced"], true);
+    let said = store.refused(["ca", "--ca-dir", ca.to_str().unwrap(), "issue", "n2", "--address", "foo bar"]);
+    assert!(said.contains("neither an IP address nor a host name"), "{said}");
+    run(&["issue", "c", "--role", "controller"]);
+    let of_controller = ca.join("c");
+    let serve = ["serve", "--peer-listen", "127.0.0.1:0", "--tls-dir", of_controller.to_str().unwrap()];
+    assert!(store.refused(serve).contains("is not a node's"));
     // What the kernel has not is detached too: it is forgotten.
     let attached = store.path().join("attached");
     fs::create_dir_all(&attached).unwrap();
@@ -183,6 +193,77 @@ fn a_reader_that_has_gone_is_no_reason_to_panic() {
     let mut command = store.command(["image", "list"]);
     let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(141), b"".as_slice()));
+}
+
+#[test]
+fn a_script_for_a_shell_that_nobody_reads_to_its_end_is_no_reason_to_panic() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Store::new().command(["completions", "bash"]);
+    let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(141), b"".as_slice()));
+}
+
+#[test]
+fn logs_in_a_file_have_no_colours() {
+    let store = store();
+    fs::create_dir_all(store.path().join("tmp/left")).unwrap();
+    let output = store.command(["-v", "image", "list"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("removing") && !said.contains('\u{1b}'), "{said:?}");
+}
+
+#[test]
+fn a_full_disk_under_stdout_is_an_error_like_others() {
+    let store = store();
+    let simulate = ["--json", "simulate", "--nodes", "4", "--boot-seconds", "1"];
+    for words in [&["image", "list"][..], &["completions", "bash"], &simulate] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = store.command(words).stdout(full).stderr(Stdio::piped()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {said}");
+        assert!(said.starts_with("bootcache: cannot write to stdout: No space left"), "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn what_a_command_cannot_do_is_said_with_what_it_can() {
+    if !support::require(&["tar"]) {
+        return;
+    }
+    let store = store();
+    let archive = store.beside("c.tar");
+    support::run(
+        Command::new("tar").arg("-C").arg(store.beside("")).arg("-cf").arg(&archive).arg("golden.raw"),
+    );
+    store.run(["image", "add", "box", archive.to_str().unwrap(), "--type", "container"]);
+    for command in ["boot", "record", "analyze"] {
+        let said = store.refused([command, "box"]);
+        assert!(said.contains("'box' is a container image"), "{said}");
+    }
+    for until in ["exit", "bad"] {
+        let said = store.refused(["boot", "golden", "--until", until]);
+        assert!(said.ends_with("serial:REGEX, tcp:PORT or idle:SECONDS"), "{said}");
+    }
+    for command in ["instances", "tasks", "end"] {
+        assert!(store.refused([command, "abc"]).contains("a task's number is expected"), "{command}");
+    }
+    assert!(store.refused(["prefetch"]).contains("<IMAGE|--standing <on|off>>"));
+}
+
+#[test]
+fn a_pull_is_complete_in_each_of_its_words() {
+    let origin = store();
+    fs::write(origin.beside("zeroes.raw"), vec![0; 1 << 20]).unwrap();
+    origin.run(["image", "add", "zeroes", origin.beside("zeroes.raw").to_str().unwrap()]);
+    let serve = origin.serve(["--peer-listen", "127.0.0.1:0"]);
+    let ready = serve.wait_for("peers=", Duration::from_secs(20));
+    let address = ready.split("peers=").nth(1).unwrap().split(' ').next().unwrap();
+    let node = Store::new();
+    for image in ["zeroes", "golden"] {
+        let told = json(&node.run(["--json", "pull", image, "--from", address]));
+        assert_eq!((&told["complete"], &told["status"]["complete"]), (&true.into(), &true.into()), "{told}");
+    }
 }
 
 #[test]

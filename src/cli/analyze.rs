@@ -73,7 +73,11 @@ pub(crate) fn run(globals: &Globals, args: &Args) -> anyhow::Result<ExitCode> {
 impl Subject {
     fn open(globals: &Globals, args: &Args) -> anyhow::Result<Self> {
         let image = match &args.image {
-            Some(name) => Some(Store::open(&globals.store_dir())?.resolve(name)?),
+            Some(name) => {
+                let entry = Store::open(&globals.store_dir())?.resolve(name)?;
+                super::image::refuse_container(name, &entry)?;
+                Some(entry)
+            }
             None => None,
         };
         let mut files: Vec<(String, PathBuf)> =

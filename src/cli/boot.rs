@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use bootcache::control::{Reply, Request};
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
+use bootcache::qemu::until::ParseUntilError;
 use bootcache::qemu::{Accelerator, Until};
 use bootcache::store::Store;
 use futures_util::StreamExt;
@@ -54,7 +55,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "qemu")]
     bridge: Vec<String>,
     /// When it has booted: serial:REGEX, tcp:PORT (of one VM) or idle:SECONDS [default: what the recording used]
-    #[arg(long, value_name = "CONDITION")]
+    #[arg(long, value_name = "CONDITION", value_parser = condition)]
     until: Option<Until>,
     /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS", default_value = "300")]
@@ -93,6 +94,16 @@ impl Outcome {
     }
 }
 
+/// A condition that can be waited for: a VM's QEMU does not exit when its guest has booted.
+fn condition(text: &str) -> Result<Until, String> {
+    match text.parse() {
+        Ok(Until::Exit) | Err(ParseUntilError::Form(_)) => {
+            Err("a VM can be waited for by serial:REGEX, tcp:PORT or idle:SECONDS".to_owned())
+        }
+        parsed => parsed.map_err(|error| error.to_string()),
+    }
+}
+
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
     super::block_on(boot(globals, args))
 }
@@ -101,6 +112,7 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
     let dir = globals.store_dir();
     let store = Store::open(&dir)?;
     let entry = store.resolve(&args.image)?;
+    super::image::refuse_container(&args.image, &entry)?;
     let recorded = entry.manifest.boot.as_ref().and_then(|boot| boot.until.as_ref());
     let until = match (&args.until, recorded) {
         (Some(until), _) => Some(until.clone()),

@@ -66,13 +66,17 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         }
         Command::Issue { name, role, address, out } => {
             let out = out.unwrap_or_else(|| ca_dir.join(name.as_str()));
+            let replaced = tls::holds_member(&out);
             tls::issue(&ca_dir, &name, role.into(), &address, &out)?;
             if globals.json {
-                println!(
-                    "{}",
-                    serde_json::json!({ "name": name, "role": role, "dir": out.to_string_lossy() })
-                );
+                let dir = out.to_string_lossy();
+                let told =
+                    serde_json::json!({ "name": name, "role": role, "dir": dir, "replaced": replaced });
+                println!("{told}");
             } else {
+                if replaced {
+                    println!("the certificate that was in {} is replaced", out.display());
+                }
                 println!("{}: copy this folder to {name} and name it with --tls-dir there", out.display());
             }
         }

@@ -41,12 +41,18 @@ pub(crate) struct DeployArgs {
 #[derive(Debug, clap::Args)]
 pub(crate) struct EndArgs {
     /// The task's number, as `deploy` said it
+    #[arg(value_parser = task_number)]
     task: i64,
     /// Return at once instead of when nothing is left of it
     #[arg(long)]
     background: bool,
     #[command(flatten)]
     controller: ControllerArgs,
+}
+
+/// The number of a task in `text`.
+pub(crate) fn task_number(text: &str) -> Result<i64, String> {
+    text.parse().map_err(|_| "a task's number is expected: `bootcache tasks` lists them".to_owned())
 }
 
 pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Result<ExitCode> {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::bail;
 use bootcache::digest::Digest;
 use bootcache::image::export::{ExportError, export};
 use bootcache::image::import::{ImportError, ImportOptions, import};
@@ -116,6 +117,14 @@ impl From<KindArg> for ImageKind {
             KindArg::Container => Self::Container,
         }
     }
+}
+
+/// Refuses the image of a container, for commands that boot or look at a boot.
+pub(crate) fn refuse_container(name: &ImageName, entry: &ImageEntry) -> anyhow::Result<()> {
+    if entry.manifest.kind == ImageKind::Container {
+        bail!("'{name}' is a container image, in which nothing boots: a plan starts it (`bootcache deploy`)");
+    }
+    Ok(())
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {

@@ -43,6 +43,7 @@ enum NodesCommand {
 #[derive(Debug, clap::Args)]
 pub(crate) struct OfTask {
     /// Only this task's
+    #[arg(value_parser = super::deploy::task_number)]
     task: Option<i64>,
     #[command(flatten)]
     controller: ControllerArgs,

@@ -9,9 +9,9 @@ use bootcache::wire::cluster::Prefetch;
 use super::remote::ControllerArgs;
 
 #[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["image", "standing"]))]
 pub(crate) struct Args {
     /// The image
-    #[arg(required_unless_present = "standing")]
     image: Option<ImageName>,
     /// The nodes that are to get it [default: all that are online]
     #[arg(value_name = "NODE")]
@@ -20,7 +20,7 @@ pub(crate) struct Args {
     #[arg(long)]
     boot_only: bool,
     /// From now on, keep the boot caches of all images on all nodes; `off` ends that
-    #[arg(long, value_name = "on|off", conflicts_with_all = ["image", "nodes"])]
+    #[arg(long, value_name = "on|off", conflicts_with = "nodes")]
     standing: Option<Switch>,
     #[command(flatten)]
     controller: ControllerArgs,

@@ -121,21 +121,20 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
             _ = interrupt.recv() => return Ok(ExitCode::from(INTERRUPTED)),
         };
         let bar = bar(&args.name);
-        let mut status = None;
-        let code = loop {
+        let mut transfer = None;
+        let (code, image) = loop {
             let image = image_status(&mut session, root).await?;
-            let over = image.present >= image.allocated
-                || (args.boot_only && image.transfer.as_ref().is_some_and(|transfer| transfer.boot_complete));
-            if let Some(transfer) = &image.transfer {
-                show(&bar, &image, transfer);
-                status = Some(image);
+            if let Some(current) = &image.transfer {
+                show(&bar, &image, current);
+                transfer = Some(current.clone());
             }
-            if over || args.background {
-                break ExitCode::SUCCESS;
+            let boots = image.transfer.as_ref().is_some_and(|transfer| transfer.boot_complete);
+            if image.complete || (args.boot_only && boots) || args.background {
+                break (ExitCode::SUCCESS, image);
             }
             tokio::select! {
                 () = tokio::time::sleep(TICK) => {}
-                _ = interrupt.recv() => break ExitCode::from(INTERRUPTED),
+                _ = interrupt.recv() => break (ExitCode::from(INTERRUPTED), image),
             }
         };
         bar.finish_and_clear();
@@ -144,8 +143,9 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
             name: &args.name,
             root,
             seconds: began.elapsed().as_secs_f64(),
-            complete: status.as_ref().is_none_or(|status| status.present >= status.allocated),
-            status,
+            complete: image.complete,
+            // The transfer may have ended since its last numbers.
+            status: transfer.map(|transfer| ImageStatus { transfer: Some(transfer), ..image }),
         };
         report(globals.json, &outcome, code)?;
         Ok(code)

@@ -10,7 +10,6 @@ use anyhow::{Context, bail};
 use bootcache::analyze::Summary;
 use bootcache::boot_cache::LEVEL_DEFAULT;
 use bootcache::boot_cache::kept;
-use bootcache::image::manifest::ImageKind;
 use bootcache::name::ImageName;
 use bootcache::qemu::{Accelerator, Aio, Until};
 use bootcache::record::{self, Options, Progress, RecordError, Recorded, Subject, Via};
@@ -86,9 +85,7 @@ enum AioArg {
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<ExitCode> {
     let store = Store::open(&globals.store_dir())?;
     let entry = store.resolve(&args.image)?;
-    if entry.manifest.kind == ImageKind::Container {
-        bail!("'{}' is a container archive: there is nothing in it to boot", args.image);
-    }
+    super::image::refuse_container(&args.image, &entry)?;
     let name = args.image.clone();
     if !args.merge_misses.is_empty() {
         return merge(globals, &store, &entry, &args);

@@ -5,9 +5,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::bail;
 use bootcache::peer::server::ServerOptions;
 use bootcache::serve::{self, Node, Options};
 use bootcache::store::Store;
+use bootcache::tls::Role;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +47,13 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
     super::block_on(async {
         let transfer = args.peers.options(&globals.store_dir(), args.peer_listen)?;
         let identity = transfer.security.identity.clone();
+        let is_no_node = identity.as_ref().is_some_and(|identity| !identity.is(Role::Node));
+        if args.peer_listen.is_some() && is_no_node {
+            bail!(
+                "the certificate is not a node's, and no node would take anything from here: \
+                 make one with `bootcache ca issue NAME`, and name its folder with --tls-dir"
+            );
+        }
         let server = ServerOptions {
             security: transfer.security.clone(),
             node: transfer.node.clone(),

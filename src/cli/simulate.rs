@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// Decides all that is random: the same seed gives the same result
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// How a source is chosen; may be repeated, or 'all' [default: least-load]
+    /// How a source is chosen; may be repeated, or 'all'
     #[arg(long, value_name = "NAME", default_value = "least-load")]
     chooser: Vec<String>,
     /// Each node's link, full duplex
@@ -160,31 +160,7 @@ fn print(args: &Args, profile: &Profile, results: &[(Report, f64)]) {
         profile.bytes() as f64 / 1e6,
         profile.end_ms as f64 / 1000.0,
     );
-    let mut table = Table::new();
-    table.load_preset(UTF8_HORIZONTAL_ONLY);
-    table.set_header(["chooser", "last", "÷bound", "p50", "p99", "origin", "waste", "fair", "failed", "ran"]);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 1));
-    }
-    for (report, ran) in results {
-        let seconds = |ms: f64| format!("{:.2}s", ms / 1000.0);
-        table.add_row([
-            report.chooser.to_owned(),
-            seconds(report.last_ms),
-            format!("{:.2}", report.last_ms / report.bound_ms),
-            seconds(report.p50_ms),
-            seconds(report.p99_ms),
-            format!("{:.2}x", report.origin_copies),
-            format!("{:.1}%", report.wasted * 100.0),
-            format!("{:.2}", report.fairness),
-            report.failovers.to_string(),
-            format!("{ran:.1}s"),
-        ]);
-    }
-    println!("{table}");
+    println!("{}", compared(results));
     if let Some((first, _)) = results.first() {
         println!("lower bound of the last boot: {:.2} s; origin: in boot sets", first.bound_ms / 1000.0);
         let lost: Vec<String> = results
@@ -193,7 +169,80 @@ fn print(args: &Args, profile: &Profile, results: &[(Report, f64)]) {
             .map(|(report, _)| format!("{}: {} died, {} stuck", report.chooser, report.died, report.stuck))
             .collect();
         if !lost.is_empty() {
-            println!("{}", lost.join("; "));
+            println!("{}", lost.join("\n"));
         }
+    }
+}
+
+/// One row a chooser, within 80 columns.
+fn compared(results: &[(Report, f64)]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(UTF8_HORIZONTAL_ONLY);
+    table.set_header(["chooser", "last", "÷bound", "p50", "p99", "origin", "waste", "fair", "failed", "ran"]);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 0));
+    }
+    for (report, ran) in results {
+        let seconds = |ms: f64| format!("{}s", narrow(ms / 1000.0));
+        table.add_row([
+            report.chooser.to_owned(),
+            seconds(report.last_ms),
+            narrow(report.last_ms / report.bound_ms),
+            seconds(report.p50_ms),
+            seconds(report.p99_ms),
+            format!("{}x", narrow(report.origin_copies)),
+            format!("{:.1}%", report.wasted * 100.0),
+            format!("{:.2}", report.fairness),
+            report.failovers.to_string(),
+            format!("{ran:.1}s"),
+        ]);
+    }
+    table
+}
+
+/// With as many digits as five columns have room for.
+fn narrow(value: f64) -> String {
+    let digits = if value < 99.995 {
+        2
+    } else if value < 999.95 {
+        1
+    } else {
+        0
+    };
+    format!("{value:.digits$}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_results_fit_on_a_terminal() {
+        let report = simulate(
+            &Scenario { nodes: 2, ..Scenario::default() },
+            &Profile::synthetic(1_000_000, 1000),
+            by_name("least-load-reported", &Weights::default()).unwrap().as_ref(),
+        );
+        let report = Report {
+            last_ms: 998_765.4,
+            bound_ms: 1000.0,
+            p50_ms: 998_765.4,
+            p99_ms: 998_765.4,
+            origin_copies: 1000.0,
+            wasted: 1.0,
+            failovers: 123_456,
+            ..report
+        };
+        let table = compared(&[(report, 123.4)]).to_string();
+        assert!(table.contains("998.8s") && table.contains("1000x"), "{table}");
+        assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    }
+
+    #[test]
+    fn digits_go_as_numbers_grow() {
+        assert_eq!([1.0, 99.99, 99.999, 1234.4].map(narrow), ["1.00", "99.99", "100.0", "1234"]);
     }
 }

@@ -8,6 +8,7 @@ use bootcache::serve::CONTROL_SOCKET;
 use indicatif::HumanBytes;
 
 use super::boot_report;
+use super::fold::fold;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}
@@ -33,11 +34,7 @@ fn show(status: &Status) {
     images.load_preset(comfy_table::presets::NOTHING);
     images.set_header(["IMAGE", "SIZE", "DATA", "HERE", "OPEN"]);
     for image in &status.images {
-        let here = if image.present >= image.allocated {
-            "all".to_owned()
-        } else {
-            format!("{}", HumanBytes(image.present))
-        };
+        let here = if image.complete { "all".to_owned() } else { format!("{}", HumanBytes(image.present)) };
         images.add_row([
             image.name.to_string(),
             HumanBytes(image.size).to_string(),
@@ -68,7 +65,8 @@ fn show(status: &Status) {
         if let Some(waits) = &overlay.waits {
             let image = status.images.iter().find(|image| Some(image.root) == overlay.base);
             let bound = image.and_then(|image| image.transfer.as_ref()?.waiting_min_ms);
-            println!("\n{}: waited {}", overlay.name, boot_report::waited(waits, bound));
+            let waited = boot_report::waited(waits, bound);
+            println!("\n{}", fold(&format!("{}: waited {waited}", overlay.name)));
         }
     }
 }
@@ -77,8 +75,8 @@ fn show(status: &Status) {
 fn show_transfer(image: &ImageStatus) {
     let Some(transfer) = &image.transfer else { return };
     let [stream, demand, fill, tree] = transfer.bytes;
-    println!(
-        "\n{}: boot frames {}/{}, {} of {} here; came: stream {}, demand {}, fill {}, digests {}",
+    let came = format!(
+        "{}: boot frames {}/{}, {} of {} here; came: stream {}, demand {}, fill {}, digests {}",
         image.name,
         transfer.frames,
         transfer.frames_total,
@@ -89,7 +87,8 @@ fn show_transfer(image: &ImageStatus) {
         HumanBytes(fill),
         HumanBytes(tree),
     );
-    println!(
+    println!("\n{}", fold(&came));
+    let troubles = format!(
         "  {} hedges, {} failovers, {} lies, {} bans; {} copied from other images; {} reads wait",
         transfer.hedges,
         transfer.failovers,
@@ -98,6 +97,7 @@ fn show_transfer(image: &ImageStatus) {
         HumanBytes(transfer.similar_bytes),
         transfer.waits.waiting,
     );
+    println!("{}", fold(&troubles));
     for source in &transfer.sources {
         let state = match (source.banned, source.up, source.complete) {
             (true, _, _) => "banned",
@@ -105,6 +105,7 @@ fn show_transfer(image: &ImageStatus) {
             (_, _, true) => "has everything",
             (_, _, false) => "has a part",
         };
-        println!("  {} {}: {state}, sent {}", source.address, source.node, HumanBytes(source.bytes));
+        let sent = HumanBytes(source.bytes);
+        println!("{}", fold(&format!("  {} {}: {state}, sent {sent}", source.address, source.node)));
     }
 }

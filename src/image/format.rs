@@ -25,11 +25,14 @@ const VMDK_DESCRIPTION_BYTES: usize = 20 * 512;
 #[derive(Debug, thiserror::Error)]
 pub enum FormatError {
     /// It must be made into something else first.
-    #[error("it is {what}, which cannot be imported: {advice}")]
+    #[error("it is {what}, which is no disk image: {advice}")]
     Foreign { what: &'static str, advice: &'static str },
     /// It does not begin as the stated format does.
     #[error("it does not begin like a {0} image: leave --format out, or state the right one")]
     NotAsStated(SourceFormat),
+    /// It does not begin as its name says, and no known format does.
+    #[error("its name says {0} but it does not begin so: state --format raw, or rename the file")]
+    NotAsNamed(SourceFormat),
     /// Name and content contradict each other.
     #[error("its name says {name} but it begins like {found}: state --format {name} or --format {found}")]
     NameContradicts { name: SourceFormat, found: SourceFormat },
@@ -129,7 +132,8 @@ impl Head {
 
     /// Refuses what is known to be no disk that can be read here.
     fn refuse_foreign(&self) -> Result<(), FormatError> {
-        const DECOMPRESS: &str = "decompress it first";
+        const DECOMPRESS: &str =
+            "decompress a disk first, or state --type container for the archive of a container";
         const CONVERT: &str = "convert it to qcow2 first (`qemu-img convert -O qcow2`)";
         let known: [(&[u8], usize, &str, &str); 11] = [
             (b"\x1f\x8b", 0, "compressed with gzip", DECOMPRESS),
@@ -167,7 +171,7 @@ impl Head {
         match (named, found) {
             (Some(name), Some(found)) if name != found => Err(FormatError::NameContradicts { name, found }),
             (_, Some(found)) => Ok(found),
-            (Some(name), None) if name != SourceFormat::Raw => Err(FormatError::NotAsStated(name)),
+            (Some(name), None) if name != SourceFormat::Raw => Err(FormatError::NotAsNamed(name)),
             _ => self.refuse_foreign().map(|()| SourceFormat::Raw),
         }
     }
@@ -327,8 +331,12 @@ mod tests {
         assert_eq!(choose(b"\0\0\0\0", "disk", None).unwrap(), SourceFormat::Raw);
         assert_eq!(choose(b"vhdxfile", "disk.vhdx", None).unwrap(), SourceFormat::Vhdx);
         assert!(matches!(choose(b"QFI\xfb", "disk.raw", None), Err(FormatError::NameContradicts { .. })));
-        assert!(matches!(choose(b"\0", "disk.qcow2", None), Err(FormatError::NotAsStated(_))));
+        assert!(matches!(choose(b"\0", "disk.qcow2", None), Err(FormatError::NotAsNamed(_))));
+        let said = choose(b"\0", "disk.qcow2", None).unwrap_err().to_string();
+        assert!(said.contains("state --format raw") && !said.contains("out"), "{said}");
         assert!(matches!(choose(b"\x1f\x8b", "disk.img.gz", None), Err(FormatError::Foreign { .. })));
+        let said = choose(b"\x1f\x8b", "c.tar.gz", None).unwrap_err().to_string();
+        assert!(said.contains("decompress") && said.contains("--type container"), "{said}");
     }
 
     #[test]

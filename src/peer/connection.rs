@@ -17,7 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::digest::Digest;
 use crate::wire::frame::{self, BULK_PAYLOAD_MAX, CONTROL_PAYLOAD_MAX, FrameType};
-use crate::wire::io::{WireError, read_frame, write_message};
+use crate::wire::io::{WireError, ended, read_frame, write_message};
 
 use super::message::{Answer, Ask, Have, Hello, NODE_NAME_MAX, PROTOCOL_VERSION, Reply, Request};
 use super::transport::{Security, Transport};
@@ -33,7 +33,7 @@ pub enum ConnectError {
     #[error(transparent)]
     Io(#[from] io::Error),
     /// Something else than bootcache.
-    #[error("no bootcache answers there: {0}")]
+    #[error("it does not answer as a node does: {0}")]
     Wire(#[from] WireError),
     /// Another version.
     #[error("it speaks version {theirs} of the peer protocol, this node {PROTOCOL_VERSION}: use one release")]
@@ -118,7 +118,8 @@ impl Connection {
             write_message(&mut stream, FrameType::PEER_HELLO, hello).await?;
             match read_frame(&mut stream, CONTROL_PAYLOAD_MAX).await? {
                 Some((FrameType::PEER_HELLO, payload)) => Ok(frame::decode::<Hello>(&payload)?),
-                _ => Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+                Some(_) => Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+                None => Err(ended().into()),
             }
         };
         let timed_out = |_| io::Error::from(io::ErrorKind::TimedOut);

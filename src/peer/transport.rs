@@ -41,7 +41,8 @@ impl fmt::Debug for Security {
 /// Why a node may not be spoken to without encryption.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{0} is not on this host: give --tls-dir (see `bootcache ca`), or --plain for a network that you trust"
+    "{0} is beyond loopback and what passes would be neither encrypted nor authenticated: \
+     give --tls-dir (see `bootcache ca`), or --plain for a network that you trust"
 )]
 pub struct PlainRefused(pub SocketAddr);
 
@@ -96,7 +97,7 @@ impl Security {
         let stream = within(CONNECT_TIMEOUT, TcpStream::connect(address)).await?;
         prepare(&stream)?;
         let Some(identity) = &self.identity else { return Ok(Box::new(stream)) };
-        let stream = within(HANDSHAKE_TIMEOUT, identity.connect(stream, role)).await?;
+        let stream = within(HANDSHAKE_TIMEOUT, identity.connect(stream, role)).await.map_err(no_tls)?;
         match name.filter(|name| !has_name(stream.get_ref().1.peer_certificates(), name)) {
             None => Ok(Box::new(stream)),
             Some(name) => Err(io::Error::new(
@@ -159,6 +160,18 @@ impl Caller {
     }
 }
 
+/// Who does not know TLS ends the connection at its first bytes, or answers with something else.
+fn no_tls(error: io::Error) -> io::Error {
+    use io::ErrorKind::{ConnectionReset, UnexpectedEof};
+    let corrupt = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    let nonsense = matches!(corrupt, Some(rustls::Error::InvalidMessage(_)));
+    if nonsense || matches!(error.kind(), UnexpectedEof | ConnectionReset) {
+        let said = "it does not answer with TLS: give --tls-dir there too, or here neither that nor a folder tls in the store";
+        return io::Error::new(error.kind(), said);
+    }
+    error
+}
+
 /// No delay for small messages, and an end to a connection whose other side has lost its power: after half a minute.
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
@@ -186,6 +199,8 @@ mod tests {
         assert!(security.check("[::1]:1".parse().unwrap()).is_ok());
         assert!(security.check("10.0.0.1:1".parse().unwrap()).is_err());
         assert!(security.check("[::ffff:10.0.0.1]:1".parse().unwrap()).is_err());
+        let said = security.check("0.0.0.0:1".parse().unwrap()).unwrap_err().to_string();
+        assert!(said.contains("beyond loopback") && said.contains("--tls-dir"), "{said}");
         let told = Security { plain: true, ..Security::default() };
         assert!(told.check("10.0.0.1:1".parse().unwrap()).is_ok());
     }
@@ -213,5 +228,23 @@ mod tests {
         assert_eq!(other.kind(), io::ErrorKind::PermissionDenied);
         assert!(other.to_string().contains("is not that of node 'n1'"), "{other}");
         accepting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn tls_at_one_end_only_says_so() {
+        let ca = tempfile::tempdir().unwrap();
+        tls::init_ca(ca.path()).unwrap();
+        tls::issue(ca.path(), &"n1".parse().unwrap(), Role::Node, &[], ca.path()).unwrap();
+        let secure = Security { identity: Some(Identity::load(ca.path()).unwrap()), plain: false };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let plain = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // What a node does that reads a frame.
+            crate::wire::io::read_frame(&mut stream, 100).await.map(drop).unwrap_err().to_string()
+        });
+        let said = secure.connect(address).await.map(drop).unwrap_err().to_string();
+        assert!(said.contains("does not answer with TLS"), "{said}");
+        assert!(plain.await.unwrap().contains("give --tls-dir"));
     }
 }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::peer;
+use crate::peer::transport::PlainRefused;
 use crate::tls::Identity;
 
 use super::exports::NodeExports;
@@ -56,6 +57,9 @@ pub enum ServeError {
          give --tls-dir (see `bootcache ca`), listen on 127.0.0.1, use the Unix socket, or say --insecure"
     )]
     Insecure(SocketAddr),
+    /// Neither was it for other nodes.
+    #[error("--peer-listen: {0}")]
+    Plain(#[from] PlainRefused),
     /// The one export that was asked for is not there.
     #[error("cannot export it: {0}")]
     NoExport(String),
@@ -95,6 +99,7 @@ pub async fn run(
     let mut places = vec![format!("nbd+unix:///?socket={}", socket.display())];
     let mut served = None;
     if let Some((address, options)) = options.peers {
+        options.security.check(address)?;
         let server = peer::server::Server::new(Arc::clone(node.catalogue()) as Arc<_>, options);
         let bind = |source| ServeError::Bind { address: address.to_string(), source };
         let (listener, address) = server.listen(address).await.map_err(bind)?;

@@ -266,17 +266,17 @@ impl Node {
         let mut images = Vec::new();
         for (name, root) in self.store.names()? {
             let Ok(entry) = self.store.image(root) else { continue };
-            let allocated = entry.manifest.allocated;
+            let (allocated, complete) = (entry.manifest.allocated, entry.is_complete());
             images.push(ImageStatus {
                 name,
                 root,
                 kind: entry.manifest.kind,
                 boot_bytes: entry.manifest.boot.as_ref().map_or(0, |boot| boot.file_length),
                 boot: entry.manifest.boot.as_ref().map(|boot| boot.heads_digest),
-                complete: entry.is_complete(),
+                complete,
                 size: entry.manifest.size,
                 open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),
-                present: if entry.is_complete() { allocated } else { 0 },
+                present: if complete { allocated } else { 0 },
                 allocated,
                 transfer: self.arrivals.get(root).map(|engine| report::transfer(&engine)),
             });

@@ -86,6 +86,9 @@ pub enum FrameError {
     /// The connection does not speak MFD.
     #[error("not an MFD frame: it begins with {0:02x?}")]
     Magic([u8; 3]),
+    /// The other side speaks TLS, and this connection does not.
+    #[error("TLS is spoken there and not here: give --tls-dir (see `bootcache ca`)")]
+    Tls,
     /// Longer than the limit for this connection.
     #[error("a frame of {length} bytes is over the limit of {limit}")]
     TooLong {
@@ -120,6 +123,9 @@ impl Header {
 
     /// Reads a header and holds its length against `limit`.
     pub fn parse(bytes: [u8; HEADER_BYTES], limit: usize) -> Result<Self, FrameError> {
+        if is_tls(&bytes) {
+            return Err(FrameError::Tls);
+        }
         let [m, f, d, frame_type, length @ ..] = bytes;
         if [m, f, d] != MAGIC {
             return Err(FrameError::Magic([m, f, d]));
@@ -130,6 +136,14 @@ impl Header {
         }
         Ok(Self { frame_type: FrameType(frame_type), length })
     }
+}
+
+/// Whether `bytes` begin a TLS record: an alert, which is less than a header, or a handshake. RFC 8446, section 5.1.
+pub(super) fn is_tls(bytes: &[u8]) -> bool {
+    const ALERT: u8 = 21;
+    const HANDSHAKE: u8 = 22;
+    const VERSION_MAJOR: u8 = 3;
+    matches!(bytes, [ALERT | HANDSHAKE, VERSION_MAJOR, ..])
 }
 
 /// A whole message frame: MessagePack maps with field names, so that other languages can read it.

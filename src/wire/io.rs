@@ -26,18 +26,28 @@ pub async fn read_frame<R: AsyncRead + Unpin>(
     limit: usize,
 ) -> Result<Option<(FrameType, Vec<u8>)>, WireError> {
     let mut bytes = [0; HEADER_BYTES];
-    if reader.read(&mut bytes[..1]).await? == 0 {
-        return Ok(None);
+    let mut filled = 0;
+    while filled < HEADER_BYTES {
+        match reader.read(&mut bytes[filled..]).await? {
+            0 if filled == 0 => return Ok(None),
+            0 if frame::is_tls(&bytes[..filled]) => return Err(FrameError::Tls.into()),
+            0 => return Err(ended().into()),
+            got => filled += got,
+        }
     }
-    reader.read_exact(&mut bytes[1..]).await?;
     let header = Header::parse(bytes, limit)?;
     let mut payload = Vec::new();
     // Grows with what arrives, so that a header alone reserves no memory.
     let got = (&mut *reader).take(header.length as u64).read_to_end(&mut payload).await?;
     if got < header.length {
-        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        return Err(ended().into());
     }
     Ok(Some((header.frame_type, payload)))
+}
+
+/// What is said of a connection that was closed where more was to come.
+pub(crate) fn ended() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the other side ended the connection")
 }
 
 /// Writes one message frame and flushes it.

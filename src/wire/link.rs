@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cluster::{AnyRequest, Body, Fault, FaultCode, PROTOCOL_VERSION, Reply, Request};
 use super::frame::{self, CONTROL_PAYLOAD_MAX, FrameType};
-use super::io::{WireError, read_frame, write_message};
+use super::io::{WireError, ended, read_frame, write_message};
 use crate::peer::transport::Transport;
 
 /// How long a connection may be silent before its answering side closes it.
@@ -71,9 +71,8 @@ impl Link {
         let version = (id == 1).then_some(PROTOCOL_VERSION);
         let exchange = async {
             write_message(&mut self.stream, B::TYPE, &Request { id, version, body }).await?;
-            let closed = || WireError::Io(io::ErrorKind::UnexpectedEof.into());
             let (frame_type, payload) =
-                read_frame(&mut self.stream, CONTROL_PAYLOAD_MAX).await?.ok_or_else(closed)?;
+                read_frame(&mut self.stream, CONTROL_PAYLOAD_MAX).await?.ok_or_else(ended)?;
             if frame_type != FrameType::REPLY {
                 return Err(CallError::OutOfTurn);
             }
@@ -290,6 +289,20 @@ mod tests {
         let fault = Fault::new(FaultCode::NotFound, "there is no task 7");
         let reply = Reply::<Done> { id: 1, ok: None, error: Some(fault) };
         documented(&frame::encode(FrameType::REPLY, &reply).unwrap());
+    }
+
+    #[tokio::test]
+    async fn an_end_that_speaks_tls_or_says_nothing_is_told() {
+        const ALERT: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 0x32];
+        for (bytes, told) in
+            [(&ALERT[..], "give --tls-dir"), (&[], "ended the connection"), (b"MFD", "ended")]
+        {
+            let (near, mut far) = tokio::io::duplex(1 << 16);
+            far.write_all(bytes).await.unwrap();
+            far.shutdown().await.unwrap();
+            let error = Link::new(Box::new(near)).call(&End { task: 1 }, LIMIT).await.unwrap_err();
+            assert!(error.to_string().contains(told), "{error}");
+        }
     }
 
     #[tokio::test]

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use indicatif::HumanBytes;
+
 use super::BASE_DEPTH_MAX;
 use crate::attach::{AttachError, Device};
 use crate::digest::Digest;
@@ -45,8 +47,8 @@ pub enum NodeError {
     Taken(String),
     /// The overlay cannot have that size.
     #[error(
-        "an overlay cannot have {size} bytes on image '{image}': take a multiple of 4096 from {least}, the image's \
-         size, to {SIZE_MAX}"
+        "an overlay cannot have {} on image '{image}': take a multiple of 4 KiB from {}, the image's size, to {}",
+        size_text(*.size), size_text(*.least), size_text(SIZE_MAX)
     )]
     OverlaySize {
         /// What was asked for.
@@ -56,6 +58,9 @@ pub enum NodeError {
         /// The image's size.
         least: u64,
     },
+    /// Containers are not started from overlays.
+    #[error("'{0}' is a container image: overlays are for images of VMs")]
+    Container(String),
     /// Somebody uses the overlay.
     #[error("overlay '{0}' is in use: stop its VM first")]
     InUse(HostName),
@@ -82,4 +87,12 @@ pub enum NodeError {
     /// Increments on increments without end.
     #[error("image {} stands on more than {BASE_DEPTH_MAX} others: its manifest is damaged", .0.short())]
     TooDeep(Digest),
+}
+
+/// A size as commands print it; one that this would round is told to the byte.
+fn size_text(bytes: u64) -> String {
+    let unit = 1_u128 << (bytes.max(1).ilog2() / 10 * 10);
+    let text = HumanBytes(bytes);
+    let is_exact = (u128::from(bytes) * 100).is_multiple_of(unit);
+    if is_exact { text.to_string() } else { format!("{text} ({bytes} bytes)") }
 }

@@ -17,6 +17,7 @@ use crate::control::OverlayInfo;
 use crate::digest::Digest;
 use crate::image::increment::IncrementError;
 use crate::image::increment::publish_sealed;
+use crate::image::manifest::ImageKind;
 use crate::image::tree::SIZE_MAX;
 use crate::local_cache::Reader;
 use crate::name::HostName;
@@ -94,6 +95,9 @@ impl Node {
         size: Option<u64>,
     ) -> Result<OverlayInfo, NodeError> {
         let entry = self.store.resolve(image)?;
+        if entry.manifest.kind == ImageKind::Container {
+            return Err(NodeError::Container(image.to_string()));
+        }
         let least = entry.manifest.size;
         let size = size.unwrap_or(least);
         if size < least || (size != least && !size.is_multiple_of(BLOCK_SIZE)) || size > SIZE_MAX {
@@ -245,7 +249,13 @@ impl Node {
             self.check_idle(&inner, name)?;
             let open = &inner.overlays[name];
             let (overlay, base) = (open.overlay.clone(), open.base);
-            if !self.store.image(base)?.is_complete() {
+            let entry = self.store.image(base)?;
+            if entry.manifest.kind == ImageKind::Container {
+                let image =
+                    self.name_of(base)?.map_or_else(|| base.short().to_string(), |name| name.to_string());
+                return Err(NodeError::Container(image));
+            }
+            if !entry.is_complete() {
                 return Err(NodeError::Commit(IncrementError::BaseIncomplete(base)));
             }
             inner.sealing().insert(name.clone());

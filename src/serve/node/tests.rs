@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::*;
 use crate::image::import::{ImportOptions, import};
+use crate::image::manifest::ImageKind;
 use crate::peer::message::Wanted;
 use crate::peer::server::Provider;
 
@@ -52,6 +53,29 @@ async fn two_overlays_of_one_image_never_see_each_other() {
 }
 
 #[tokio::test]
+async fn a_container_image_takes_no_overlay_and_one_it_had_makes_no_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    let archive = dir.path().join("c.tar");
+    fs::write(dir.path().join("sh"), "a shell").unwrap();
+    let tar = std::process::Command::new("tar").arg("-C").arg(dir.path()).args(["-c", "sh"]).output();
+    fs::write(&archive, tar.unwrap().stdout).unwrap();
+    let options = ImportOptions { kind: Some(ImageKind::Container), ..ImportOptions::default() };
+    let (name, watch) = ("box".parse().unwrap(), crate::image::scan::Watch::default());
+    let entry = import(node.store(), &name, &archive, options, &watch).unwrap();
+    let request = Request::OverlayCreate { image: name, name: "a".parse().unwrap(), size: None };
+    let error = node.handle(request).await.unwrap_err();
+    assert!(matches!(&error, NodeError::Container(image) if image == "box"), "{error}");
+    // As earlier releases have made it.
+    let made = node.store().overlay_dir(&"old".parse().unwrap());
+    crate::overlay::Overlay::create(&made, entry.root, entry.manifest.size).unwrap();
+    crate::serve::overlay_meta::OverlayMeta::new(entry.root).write(&made).unwrap();
+    let request = Request::OverlayCommit { name: "old".parse().unwrap(), image: "new".parse().unwrap() };
+    let error = node.handle(request).await.unwrap_err();
+    assert!(matches!(&error, NodeError::Container(image) if image == "box"), "{error}");
+}
+
+#[tokio::test]
 async fn an_overlay_may_be_larger_than_its_image_and_becomes_an_image_of_its_size() {
     const IMAGE: u64 = 64 << 10;
     const SIZE: u64 = 1 << 20;
@@ -61,6 +85,10 @@ async fn an_overlay_may_be_larger_than_its_image_and_becomes_an_image_of_its_siz
         let error = create_of(&node, "a", Some(bad)).await.unwrap_err();
         assert!(matches!(error, NodeError::OverlaySize { .. }), "{error}");
     }
+    let said = create_of(&node, "a", Some(9 << 40)).await.unwrap_err().to_string();
+    assert!(said.contains("cannot have 9.00 TiB on image 'base'") && said.ends_with("to 8.00 TiB"), "{said}");
+    let said = create_of(&node, "a", Some(IMAGE + 1)).await.unwrap_err().to_string();
+    assert!(said.contains("64.00 KiB (65537 bytes)"), "{said}");
     let Reply::Overlay(info) = create_of(&node, "a", Some(SIZE)).await.unwrap() else { panic!() };
     assert_eq!(info.size, SIZE);
     let disk = node.export("a").await.unwrap().disk;
