@@ -128,7 +128,7 @@ impl Security {
     pub async fn accept_from(&self, stream: TcpStream) -> io::Result<(Box<dyn Transport>, Caller)> {
         prepare(&stream)?;
         let Some(identity) = &self.identity else { return Ok((Box::new(stream), Caller::trusted())) };
-        let stream = within(HANDSHAKE_TIMEOUT, identity.acceptor().accept(stream)).await?;
+        let stream = within(HANDSHAKE_TIMEOUT, identity.acceptor().accept(stream)).await.map_err(no_tls)?;
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let caller =
             Caller { certificates: Some(certificates.iter().map(|c| c.clone().into_owned()).collect()) };
@@ -160,13 +160,13 @@ impl Caller {
     }
 }
 
-/// Who does not know TLS ends the connection at its first bytes, or answers with something else.
+/// Who does not know TLS ends the connection at its first bytes, or says something else.
 fn no_tls(error: io::Error) -> io::Error {
     use io::ErrorKind::{ConnectionReset, UnexpectedEof};
     let corrupt = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     let nonsense = matches!(corrupt, Some(rustls::Error::InvalidMessage(_)));
     if nonsense || matches!(error.kind(), UnexpectedEof | ConnectionReset) {
-        let said = "it does not answer with TLS: give --tls-dir there too, or here neither that nor a folder tls in the store";
+        let said = "it does not speak TLS: give --tls-dir there too, or here neither that nor a folder tls in the store";
         return io::Error::new(error.kind(), said);
     }
     error
@@ -244,7 +244,7 @@ mod tests {
             crate::wire::io::read_frame(&mut stream, 100).await.map(drop).unwrap_err().to_string()
         });
         let said = secure.connect(address).await.map(drop).unwrap_err().to_string();
-        assert!(said.contains("does not answer with TLS"), "{said}");
+        assert!(said.contains("does not speak TLS"), "{said}");
         assert!(plain.await.unwrap().contains("give --tls-dir"));
     }
 }

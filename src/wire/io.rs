@@ -28,7 +28,7 @@ pub async fn read_frame<R: AsyncRead + Unpin>(
     let mut bytes = [0; HEADER_BYTES];
     let mut filled = 0;
     while filled < HEADER_BYTES {
-        match reader.read(&mut bytes[filled..]).await? {
+        match reader.read(&mut bytes[filled..]).await.map_err(plainly)? {
             0 if filled == 0 => return Ok(None),
             0 if frame::is_tls(&bytes[..filled]) => return Err(FrameError::Tls.into()),
             0 => return Err(ended().into()),
@@ -45,9 +45,14 @@ pub async fn read_frame<R: AsyncRead + Unpin>(
     Ok(Some((header.frame_type, payload)))
 }
 
+/// TLS has more to say of a connection that was closed without a word, and nothing that helps.
+fn plainly(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::UnexpectedEof { ended() } else { error }
+}
+
 /// What is said of a connection that was closed where more was to come.
 pub(crate) fn ended() -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, "the other side ended the connection")
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the other side ended the connection: its log may say why")
 }
 
 /// Writes one message frame and flushes it.
