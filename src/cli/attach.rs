@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
 use bootcache::attach::{self, Device, Entry, Options, Table, Way};
 use bootcache::name::{HostName, ImageName};
 use indicatif::HumanBytes;
