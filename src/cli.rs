@@ -26,6 +26,7 @@ mod pull;
 mod record;
 mod remote;
 mod replay;
+mod reuse;
 mod serve;
 mod session;
 mod signals;

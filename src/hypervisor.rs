@@ -63,7 +63,7 @@ impl DiskBy {
     }
 }
 
-/// A network card of an instance.
+/// A network interface of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nic {
@@ -102,7 +102,7 @@ pub struct Launch {
     pub cpus: u32,
     /// Memory in MiB; for a container, the most that it may use.
     pub memory_mib: u32,
-    /// Network cards, in order.
+    /// Network interfaces, in order.
     pub nics: Vec<Nic>,
     /// Environment of a container.
     pub env: BTreeMap<String, String>,

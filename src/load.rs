@@ -1,7 +1,7 @@
 //! This host's load, as the kernel counts it: what the choice of a source weighs (thesis, section 3.3).
 //!
 //! Four items, each scaled to [0, 1]: processor time not idle, memory not available, time in which the busiest disk had
-//! requests, and bytes over the busiest network card against its speed. All but memory are rates between two samples.
+//! requests, and bytes over the busiest network interface against its speed. All but memory are rates between two samples.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::peer::message::Load;
 
 /// Samples closer to each other than this are the same one.
 const INTERVAL: Duration = Duration::from_millis(500);
-/// Speed of a network card that does not say, in bits per second.
+/// Speed of a network interface that does not say, in bits per second.
 const SPEED_UNKNOWN: f64 = 1e9;
 
 /// Takes samples of this host's load. Owner of the last one.
@@ -30,8 +30,8 @@ struct Sample {
     cpu_all: u64,
     /// Milliseconds in which a disk had requests.
     disks: HashMap<String, u64>,
-    /// Bytes in and out of a card, and its speed in bits per second.
-    cards: HashMap<String, (u64, f64)>,
+    /// Bytes in and out of an interface, and its speed in bits per second.
+    interfaces: HashMap<String, (u64, f64)>,
     memory: f64,
 }
 
@@ -59,14 +59,14 @@ impl Sample {
     fn take() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let (cpu_busy, cpu_all) = cpu(&read("/proc/stat"));
-        let cards = cards(&read("/proc/net/dev"))
+        let interfaces = interfaces(&read("/proc/net/dev"))
             .into_iter()
-            .map(|(card, bytes)| {
-                let megabits = fs::read_to_string(Path::new("/sys/class/net").join(&card).join("speed"))
+            .map(|(interface, bytes)| {
+                let megabits = fs::read_to_string(Path::new("/sys/class/net").join(&interface).join("speed"))
                     .ok()
                     .and_then(|text| text.trim().parse::<f64>().ok())
                     .filter(|speed| *speed > 0.0);
-                (card, (bytes, megabits.map_or(SPEED_UNKNOWN, |speed| speed * 1e6)))
+                (interface, (bytes, megabits.map_or(SPEED_UNKNOWN, |speed| speed * 1e6)))
             })
             .collect();
         Self {
@@ -74,7 +74,7 @@ impl Sample {
             cpu_busy,
             cpu_all,
             disks: disks(&read("/proc/diskstats")),
-            cards,
+            interfaces,
             memory: memory(&read("/proc/meminfo")),
         }
     }
@@ -87,8 +87,8 @@ impl Sample {
             let before = earlier.disks.get(name).copied().unwrap_or(*now);
             precise(now.saturating_sub(before)) / 1000.0 / seconds
         });
-        let network = self.cards.iter().map(|(name, (now, speed))| {
-            let before = earlier.cards.get(name).map_or(*now, |(bytes, _)| *bytes);
+        let network = self.interfaces.iter().map(|(name, (now, speed))| {
+            let before = earlier.interfaces.get(name).map_or(*now, |(bytes, _)| *bytes);
             precise(now.saturating_sub(before)) * 8.0 / speed / seconds
         });
         Load {
@@ -131,15 +131,15 @@ fn disks(stats: &str) -> HashMap<String, u64> {
     stats.lines().filter_map(disk).collect()
 }
 
-/// Bytes in and out of each card of `/proc/net/dev` but the loopback.
-fn cards(dev: &str) -> Vec<(String, u64)> {
-    let card = |line: &str| {
+/// Bytes in and out of each interface of `/proc/net/dev` but the loopback.
+fn interfaces(dev: &str) -> Vec<(String, u64)> {
+    let interface = |line: &str| {
         let (name, counts) = line.split_once(':')?;
         let counts: Vec<u64> = counts.split_whitespace().filter_map(|text| text.parse().ok()).collect();
         let name = name.trim();
         if name == "lo" { None } else { Some((name.to_owned(), (*counts.first()?).max(*counts.get(8)?))) }
     };
-    dev.lines().filter_map(card).collect()
+    dev.lines().filter_map(interface).collect()
 }
 
 /// The part of memory that is not available, by `/proc/meminfo`.
@@ -165,7 +165,7 @@ mod tests {
         let stats = "   8 0 sda 1 2 3 4 5 6 7 8 9 1234 11\n   7 0 loop0 1 2 3 4 5 6 7 8 9 99 11\n";
         assert_eq!(disks(stats), HashMap::from([("sda".to_owned(), 1234)]));
         let dev = "Inter-|\n face |\n lo: 5 0 0 0 0 0 0 0 5 0\n eth0: 10 0 0 0 0 0 0 0 30 0\n";
-        assert_eq!(cards(dev), vec![("eth0".to_owned(), 30)]);
+        assert_eq!(interfaces(dev), vec![("eth0".to_owned(), 30)]);
     }
 
     #[test]

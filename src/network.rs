@@ -1,7 +1,7 @@
 //! The layer-2 networks that instances of a plan share (thesis, section 3.6).
 //!
 //! A network is a Linux bridge of the host, over which VMs (taps) and containers (veths) see each other; an uplink, a
-//! card of the host, joins the bridges of several hosts. In a VLAN the uplink's port is an 802.1Q device on that card,
+//! interface of the host, joins the bridges of several hosts. In a VLAN the uplink's port is an 802.1Q device on that interface,
 //! so that one cable carries many networks apart from each other. [`NetworkSpec`] says what there is to be,
 //! [`Networks`] makes and removes it. Routers between networks are instances (thesis, 3.6.2). Open vSwitch is not built.
 //!
@@ -34,7 +34,7 @@ pub struct NetworkSpec {
     pub gateway: Option<IpAddr>,
     /// The address that this node's bridge gets when containers are on it: Docker wants one of its own on every node.
     pub node_address: Option<IpAddr>,
-    /// The host's card that joins the bridges of several hosts.
+    /// The host's interface that joins the bridges of several hosts.
     pub uplink: Option<String>,
     /// VLAN on the uplink: 1 to 4094. Needs a kernel with 802.1Q.
     pub vlan: Option<u16>,
@@ -135,7 +135,7 @@ impl Networks {
             let other = links.name_of(other).await?;
             return Err(refused(format!(
                 "{} is a port of the bridge {other} already: take {other} as the network's bridge, or give the network \
-                 another card or a VLAN",
+                 another interface or a VLAN",
                 port.name
             )));
         }
@@ -169,7 +169,7 @@ impl Networks {
         let all = links.all().await?;
         let ours: Vec<&Link> = all.iter().filter(|link| link.alias.as_deref() == Some(&*mark)).collect();
         for bridge in ours.iter().filter(|link| link.is_bridge) {
-            // A card of the host is a port that stays; taps and veths are instances.
+            // An interface of the host is a port that stays; taps and veths are instances.
             let instances = all.iter().filter(|port| port.bridge == Some(bridge.index) && port.is_instance);
             let ports: Vec<String> = instances.map(|port| port.name.clone()).collect();
             if !ports.is_empty() {
@@ -260,23 +260,23 @@ impl Networks {
     async fn uplink(&self, links: &Links, spec: &NetworkSpec) -> Result<Option<Link>, NetworkError> {
         let Some(name) = &spec.uplink else { return Ok(None) };
         let refused = |reason: String| NetworkError::Host { network: spec.name.clone(), reason };
-        let Some(card) = links.find(name).await? else {
-            return Err(refused(format!("this host has no network card {name} (see `ip link`)")));
+        let Some(interface) = links.find(name).await? else {
+            return Err(refused(format!("this host has no network interface {name} (see `ip link`)")));
         };
         let Some(vlan) = spec.vlan else {
             let mut all = links.addresses().await?.into_iter();
-            let address = all.find(|address| address.link == card.index && !is_link_local(address.ip));
+            let address = all.find(|address| address.link == interface.index && !is_link_local(address.ip));
             // In a bridge its address would stop working, and with it maybe this very connection.
-            if let Some(Address { ip, .. }) = address.filter(|_| card.bridge.is_none()) {
+            if let Some(Address { ip, .. }) = address.filter(|_| interface.bridge.is_none()) {
                 return Err(refused(format!(
                     "{name} has the host's address {ip}, which would stop working in a bridge: give the network a \
-                     card of its own or a VLAN, or name a bridge that has {name} in it"
+                     interface of its own or a VLAN, or name a bridge that has {name} in it"
                 )));
             }
-            return Ok(Some(card));
+            return Ok(Some(interface));
         };
         let mark = self.mark(&spec.bridge);
-        let port = vlan_device(&card, vlan);
+        let port = vlan_device(&interface, vlan);
         match links.find(&port).await? {
             Some(link) if link.alias == Some(mark) => return Ok(Some(link)),
             Some(_) => {
@@ -286,14 +286,14 @@ impl Networks {
         }
         self.remove_half_made(links, &spec.bridge).await?;
         let (half_made, _) = self.half_made(&spec.bridge);
-        if !links.create_vlan(&half_made, &card, vlan).await? {
+        if !links.create_vlan(&half_made, &interface, vlan).await? {
             return Err(refused(
                 "this kernel has no VLANs (CONFIG_VLAN_8021Q, module 8021q): leave vlan out, or give each network a \
-                 card of its own"
+                 interface of its own"
                     .to_owned(),
             ));
         }
-        links.set_up(&card).await?;
+        links.set_up(&interface).await?;
         self.finish(links, spec, &half_made, &port).await.map(Some)
     }
 }
@@ -332,10 +332,10 @@ fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-/// Name of the 802.1Q device for a VLAN on a card: `eth0.10`, or by the card's number where that is too long.
-fn vlan_device(card: &Link, vlan: u16) -> String {
-    let name = format!("{}.{vlan}", card.name);
-    if name.len() <= DEVICE_NAME_MAX { name } else { format!("bc{}.{vlan}", card.index) }
+/// Name of the 802.1Q device for a VLAN on an interface: `eth0.10`, or by the interface's number where that is too long.
+fn vlan_device(interface: &Link, vlan: u16) -> String {
+    let name = format!("{}.{vlan}", interface.name);
+    if name.len() <= DEVICE_NAME_MAX { name } else { format!("bc{}.{vlan}", interface.index) }
 }
 
 /// Whether the kernel can have a device of this name.
@@ -425,12 +425,12 @@ pub(crate) mod tests {
 
     #[test]
     fn the_device_of_a_vlan_has_a_name_that_linux_can_hold() {
-        let card = |name: &str| {
-            let mut card = Link::default();
-            (card.name, card.index) = (name.to_owned(), 7);
-            card
+        let interface = |name: &str| {
+            let mut interface = Link::default();
+            (interface.name, interface.index) = (name.to_owned(), 7);
+            interface
         };
-        assert_eq!(vlan_device(&card("eth0"), 10), "eth0.10");
-        assert_eq!(vlan_device(&card("enp175s0f0np0"), 4094), "bc7.4094");
+        assert_eq!(vlan_device(&interface("eth0"), 10), "eth0.10");
+        assert_eq!(vlan_device(&interface("enp175s0f0np0"), 4094), "bc7.4094");
     }
 }

@@ -54,7 +54,7 @@ pub struct Network {
     /// A bridge that is on the nodes already; without it, one is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
-    /// The nodes' card that joins their bridges; needed when instances on several nodes are to reach each other.
+    /// The nodes' network interface that joins their bridges; needed when instances on several nodes are to reach each other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uplink: Option<Uplink>,
     /// VLAN on the uplink.
@@ -65,7 +65,7 @@ pub struct Network {
     pub mtu: Option<u32>,
 }
 
-/// The card that joins the bridges of nodes.
+/// The network interface that joins the bridges of nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Uplink {
@@ -76,11 +76,11 @@ pub enum Uplink {
 }
 
 impl Uplink {
-    /// The card's name on `node`.
+    /// The interface's name on `node`.
     pub fn on(&self, node: &HostName) -> Option<&str> {
         match self {
-            Self::Same(card) => Some(card),
-            Self::PerNode(cards) => cards.get(node).map(String::as_str),
+            Self::Same(nic) => Some(nic),
+            Self::PerNode(nics) => nics.get(node).map(String::as_str),
         }
     }
 }
@@ -114,9 +114,9 @@ pub struct Group {
     /// Whose NBD client brings a VM its disk: `socket`, QEMU's own, or `kernel`, as a `/dev/nbdX` of its node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_by: Option<DiskBy>,
-    /// Network cards, in order.
+    /// Its network interfaces, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub networks: Vec<Card>,
+    pub networks: Vec<GroupNic>,
     /// Environment of containers.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
@@ -155,10 +155,10 @@ pub enum GroupNodes {
     Counts(BTreeMap<HostName, u32>),
 }
 
-/// A network card of the instances of a group.
+/// A network interface of the instances of a group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Card {
+pub struct GroupNic {
     /// Its network.
     pub network: HostName,
     /// The first instance's address; the others have those that follow. Without it, free ones are taken.

@@ -15,7 +15,7 @@ pub use until::Until;
 /// The program; others can be run as a command of one's own.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
-/// The hardware address of a guest's first card, where QEMU chooses it.
+/// The hardware address of a guest's first interface, where QEMU chooses it.
 pub const FIRST_MAC: &str = "52:54:00:12:34:56";
 
 /// What the guest's disk is.
@@ -80,7 +80,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// QEMU's arguments. The guest has a virtio disk, a virtio network card behind QEMU's own NAT, one serial line, no
+    /// QEMU's arguments. The guest has a virtio disk, a virtio network interface behind QEMU's own NAT, one serial line, no
     /// display; it does not reboot.
     pub fn arguments(&self) -> Vec<OsString> {
         let mut line: Vec<OsString> = Vec::new();

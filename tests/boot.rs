@@ -247,6 +247,40 @@ fn somebody_who_is_not_root_records_and_boots_without_any_setting() {
     assert!(store.join("vms/tiny-vm-1/nbd.sock").exists());
     let daemon = process_of(store.to_str().unwrap(), "\0serve").expect("the daemon that boot started");
     assert_ne!(status_field(&daemon, "Uid"), "0");
+
+    // Stopped, its overlay stays; only asked to does another boot go on with it, and one that fails leaves it there.
+    let refused = |words: &[&str]| {
+        let output = command(words).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let one = |rest: &[&'static str]| -> Vec<&'static str> {
+        let line = ["boot", "tiny", "--qemu", "--memory", "128", "--accel", "tcg", "--name", "tiny-vm-1"];
+        [&line, rest].concat()
+    };
+    let said = refused(&one(&["--reuse"]));
+    assert!(said.contains("VM 'tiny-vm-1' runs: `bootcache stop tiny-vm-1` ends it"), "{said}");
+    run(&["stop", "tiny-vm-1", "--force"]);
+    let said = refused(&one(&[]));
+    assert!(said.contains("'tiny-vm-1' is taken") && said.contains("--reuse"), "{said}");
+    let said = refused(&one(&["--reuse", "--until", "serial:NO SUCH LINE", "--time-limit", "2"]));
+    assert!(said.contains("it had not booted after 2 s"), "{said}");
+    let uri = format!("nbd+unix:///tiny-vm-1?socket={}", store.join("nbd.sock").display());
+    support::run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 77 7M 4k", "-c", "flush", &uri]));
+    run(&one(&["--reuse"]));
+    support::run(Command::new("qemu-io").args(["-r", "-f", "raw", "-c", "read -P 77 7M 4k", &uri]));
+
+    // A guest that went off by itself is none that runs.
+    let record = std::fs::read_to_string(store.join("vms/tiny-vm-1/vm.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    kill(&Path::new("/proc").join(record["runner"]["qemu"]["pid"].to_string()));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let in_use = || run(&["--json", "overlay", "show", "tiny-vm-1"]).contains("\"connections\":1");
+    while in_use() {
+        assert!(Instant::now() < deadline, "its client is still there");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    run(&one(&["--reuse"]));
     run(&["stop", "tiny-vm-1", "tiny-vm-2", "--remove"]);
     let left: Value = serde_json::from_str(&run(&["--json", "overlay", "list"])).unwrap();
     assert_eq!(left, serde_json::json!([]));

@@ -93,7 +93,7 @@ fn a_plan_of_vms_and_containers_comes_up_on_four_nodes_and_survives_its_daemons(
     assert_eq!(cluster.json(&["instances"]), Value::Array(Vec::new()));
 }
 
-/// Two networks, a VM with a card in each that forwards, a container on each side of it and on two nodes, and another
+/// Two networks, a VM with an interface in each that forwards, a container on each side of it and on two nodes, and another
 /// that is told of no router.
 const ROUTED: &str = r#"
     name = "routed"

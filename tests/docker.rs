@@ -494,9 +494,9 @@ async fn containers_of_two_hosts_are_on_one_network_and_report() {
     reports.sort();
     assert_eq!(reports, ["c-0\n", "c-1\n"]);
     docker(&engines[0].1, &["exec", "c-0", "ping", "-c", "1", "-W", "5", "10.55.0.12"]);
-    let card = docker(&engines[0].1, &["exec", "c-0", "ip", "addr", "show", "eth0"]);
-    assert!(card.contains("52:54:00:55:00:0b") && card.contains("10.55.0.11/24"), "{card}");
-    assert!(card.contains("mtu 1400"), "{card}");
+    let interface = docker(&engines[0].1, &["exec", "c-0", "ip", "addr", "show", "eth0"]);
+    assert!(interface.contains("52:54:00:55:00:0b") && interface.contains("10.55.0.11/24"), "{interface}");
+    assert!(interface.contains("mtu 1400"), "{interface}");
     let route = docker(&engines[0].1, &["exec", "c-0", "ip", "route"]);
     assert!(route.contains("default via 10.55.0.1"), "{route}");
     assert!(engines[0].0.info(&"c-0".parse().unwrap()).await.unwrap().unwrap().network_bytes[0] > 0);

@@ -26,7 +26,7 @@ fn spec(name: &str, bridge: &str) -> NetworkSpec {
     }
 }
 
-/// A host with nothing but a card `eth0` that has an address; `None` where namespaces cannot be made.
+/// A host with nothing but an interface `eth0` that has an address; `None` where namespaces cannot be made.
 fn host() -> Option<Net> {
     (support::require(&["ip", "tc", "nsenter"]) && support::require_root())
         .then(|| Net::new(1, Rate::Unlimited))
@@ -150,7 +150,7 @@ fn an_uplink_becomes_a_port_and_one_that_cannot_be_is_refused_with_nothing_made(
         ..spec(name, bridge)
     };
     let refusals = [
-        (with("eth7", "lab", "br-lab"), "no network card eth7"),
+        (with("eth7", "lab", "br-lab"), "no network interface eth7"),
         (with("eth0", "lab", "br-lab"), "has the host's address 10.77.0.1"),
         (spec("lab", "eth0"), "eth0 is there and is no bridge"),
         (spec("lab", "a-name-of-17-bytes"), "no name of a device"),
@@ -162,11 +162,11 @@ fn an_uplink_becomes_a_port_and_one_that_cannot_be_is_refused_with_nothing_made(
         assert_eq!(ip(&net, &["-o", "link"]), before);
     }
 
-    ip(&net, &["link", "add", "card", "type", "veth", "peer", "name", "cable"]);
-    ensure(&net, &with("card", "lab", "br-lab")).unwrap();
-    let card = ip(&net, &["-o", "link", "show", "card"]);
-    assert!(card.contains("master br-lab") && card.contains("mtu 1400"), "{card}");
-    let error = ensure(&net, &with("card", "other", "br-other")).unwrap_err().to_string();
+    ip(&net, &["link", "add", "interface", "type", "veth", "peer", "name", "cable"]);
+    ensure(&net, &with("interface", "lab", "br-lab")).unwrap();
+    let interface = ip(&net, &["-o", "link", "show", "interface"]);
+    assert!(interface.contains("master br-lab") && interface.contains("mtu 1400"), "{interface}");
+    let error = ensure(&net, &with("interface", "other", "br-other")).unwrap_err().to_string();
     assert!(error.contains("port of the bridge br-lab already"), "{error}");
     let other_node =
         on(&net, async |_| Networks::new("node-b".parse().unwrap()).ensure(&spec("other", "br-lab")).await);
@@ -174,7 +174,7 @@ fn an_uplink_becomes_a_port_and_one_that_cannot_be_is_refused_with_nothing_made(
     assert!(taken.contains("bridge of bootcache:node-a:br-lab"), "{taken}");
 
     remove(&net, "br-lab").unwrap();
-    assert!(!ip(&net, &["-o", "link", "show", "card"]).contains("master"), "the card stays");
+    assert!(!ip(&net, &["-o", "link", "show", "interface"]).contains("master"), "the interface stays");
 }
 
 #[test]

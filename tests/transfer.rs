@@ -47,7 +47,7 @@ async fn an_image_comes_whole_and_needs_nobody_afterwards() {
     assert!(node.read_file() == sample.disk);
     assert!(matches!(node.try_pull(&[]).await, Ok(Pulled::Complete(_))));
     let counters = engine.counters();
-    assert_eq!(counters.lies.load(Ordering::Relaxed), 0);
+    assert_eq!(counters.corrupt.load(Ordering::Relaxed), 0);
     // Zero blocks do not travel, and what has come by the stream is not fetched again.
     let blocks =
         counters.bytes.get(Kind::Fill) + counters.bytes.get(Kind::Demand) + counters.bytes.get(Kind::Stream);
@@ -409,7 +409,7 @@ async fn a_source_with_another_boot_cache_is_no_liar_and_gives_the_blocks() {
     let progress = engine.progress();
     engine.stop().await;
     assert!(progress.frames < progress.frames_total, "the stream was not cut off");
-    assert_eq!(engine.counters().lies.load(Ordering::Relaxed), 0);
+    assert_eq!(engine.counters().corrupt.load(Ordering::Relaxed), 0);
     assert!(node.read_file() == sample.disk);
 }
 
@@ -434,7 +434,7 @@ async fn nodes_that_share_a_boot_cache_which_nobody_has_any_more_do_not_wait_for
         let done = tokio::time::timeout(Duration::from_secs(60), engine.done()).await;
         assert!(done.expect("the rest comes as blocks"));
         engine.stop().await;
-        assert_eq!(engine.counters().lies.load(Ordering::Relaxed), 0);
+        assert_eq!(engine.counters().corrupt.load(Ordering::Relaxed), 0);
         assert!(node.read_file() == sample.disk);
     }
 }

@@ -70,7 +70,7 @@ async fn every_lie_about_bytes_that_a_guest_reads_is_found_out() {
         let node = Node::empty(None).await;
         let engine = node.pull(&[liar.address], forgiving).await;
         read_until(&engine, &sample, &mut seed, || faults.done() == of_each_kind()).await;
-        let lies = engine.counters().lies.load(Ordering::Relaxed);
+        let lies = engine.counters().corrupt.load(Ordering::Relaxed);
         assert_eq!(lies, faults.done(), "{kind:?}");
         assert_eq!(engine.counters().bans.load(Ordering::Relaxed), lies, "{kind:?}");
         complete(engine, &node, &sample).await;
@@ -96,7 +96,7 @@ async fn every_lie_in_the_boot_stream_is_found_out() {
                 engine.disk().read(block * 4096, &mut bytes).await.unwrap();
                 assert!(bytes == sample.bytes(block * 4096, 4096), "wrong bytes in block {block}");
             }
-            let lies = engine.counters().lies.load(Ordering::Relaxed);
+            let lies = engine.counters().corrupt.load(Ordering::Relaxed);
             assert_eq!((lies, faults.done()), (2, 2), "{kind:?}");
             (told, found) = (told + 2, found + lies);
         }
@@ -126,7 +126,7 @@ async fn every_answer_that_does_not_come_is_got_elsewhere() {
     );
     assert!(hedges + failovers >= most, "{most} faults, {hedges} hedges, {failovers} failovers");
     assert!(hedges * 20 <= counters.requests.total() + 100, "{hedges} of {}", counters.requests.total());
-    assert_eq!(counters.lies.load(Ordering::Relaxed), 0);
+    assert_eq!(counters.corrupt.load(Ordering::Relaxed), 0);
     complete(engine, &node, &sample).await;
 }
 

@@ -29,13 +29,13 @@ pub(super) fn load(sampler: &Sampler) -> BTreeMap<u16, f32> {
     BTreeMap::from([(0, load.cpu), (1, load.memory), (2, load.disk), (3, load.network)])
 }
 
-/// The addresses of this host, loopback left out, each with the hardware address of its card.
+/// The addresses of this host, loopback left out, each with the hardware address of its interface.
 pub(super) fn addresses() -> Vec<Address> {
     let macs = macs();
     let mut found: Vec<Address> = Vec::new();
-    for (card, ip) in card_addresses() {
+    for (interface, ip) in interface_addresses() {
         if !ip.is_loopback() && found.iter().all(|address| address.ip != ip) {
-            found.push(Address { ip, mac: macs.get(&card).cloned().unwrap_or_default() });
+            found.push(Address { ip, mac: macs.get(&interface).cloned().unwrap_or_default() });
         }
     }
     found.truncate(256);
@@ -43,32 +43,32 @@ pub(super) fn addresses() -> Vec<Address> {
 }
 
 fn macs() -> BTreeMap<String, String> {
-    let Ok(cards) = std::fs::read_dir("/sys/class/net") else { return BTreeMap::new() };
-    cards
-        .filter_map(|card| {
-            let card = card.ok()?;
-            let mac = std::fs::read_to_string(card.path().join("address")).ok()?.trim().to_owned();
-            Some((card.file_name().into_string().ok()?, mac))
+    let Ok(interfaces) = std::fs::read_dir("/sys/class/net") else { return BTreeMap::new() };
+    interfaces
+        .filter_map(|interface| {
+            let interface = interface.ok()?;
+            let mac = std::fs::read_to_string(interface.path().join("address")).ok()?.trim().to_owned();
+            Some((interface.file_name().into_string().ok()?, mac))
         })
         .collect()
 }
 
-/// Card and address: IPv6 from `/proc/net/if_inet6`, IPv4 by asking every card.
-fn card_addresses() -> Vec<(String, IpAddr)> {
+/// Interface and address: IPv6 from `/proc/net/if_inet6`, IPv4 by asking every interface.
+fn interface_addresses() -> Vec<(String, IpAddr)> {
     let mut found = Vec::new();
     let text = std::fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
     for line in text.lines() {
         let fields: Vec<_> = line.split_whitespace().collect();
-        let [address, _, _, _, _, card] = fields[..] else { continue };
+        let [address, _, _, _, _, interface] = fields[..] else { continue };
         if let Ok(value) = u128::from_str_radix(address, 16) {
-            found.push((card.to_owned(), IpAddr::from(value.to_be_bytes())));
+            found.push((interface.to_owned(), IpAddr::from(value.to_be_bytes())));
         }
     }
     found.extend(ipv4());
     found
 }
 
-/// The local addresses in the kernel's routing trie, with the card of the most specific connected route.
+/// The local addresses in the kernel's routing trie, with the interface of the most specific connected route.
 fn ipv4() -> Vec<(String, IpAddr)> {
     let routes: Vec<(String, u32, u32)> = std::fs::read_to_string("/proc/net/route")
         .unwrap_or_default()
@@ -90,18 +90,18 @@ fn ipv4() -> Vec<(String, IpAddr)> {
             continue;
         };
         if is_local && !found.iter().any(|(_, other)| *other == IpAddr::V4(ip)) {
-            let card = routes
+            let interface = routes
                 .iter()
                 .filter(|(_, network, mask)| *mask != 0 && u32::from(ip) & mask == *network)
                 .max_by_key(|(_, _, mask)| *mask)
-                .map_or_else(String::new, |(card, _, _)| card.clone());
-            found.push((card, IpAddr::V4(ip)));
+                .map_or_else(String::new, |(interface, _, _)| interface.clone());
+            found.push((interface, IpAddr::V4(ip)));
         }
     }
     found
 }
 
-/// What an instance is told: its name, its addresses, where to report. The first card's are `address` and `gateway`,
+/// What an instance is told: its name, its addresses, where to report. The first interface's are `address` and `gateway`,
 /// the second's `address1` and `gateway1`, and so on.
 pub(super) fn of_instance(order: &InstanceOrder, report: Option<SocketAddr>) -> Vec<(String, String)> {
     let mut facts = vec![("instance".to_owned(), order.name.to_string())];

@@ -1,5 +1,6 @@
 //! `bootcache boot IMAGE`: VMs of an image, each with its own overlay and socket.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use serde::Serialize;
 
 use super::boot_report::{self, BootReport};
 use super::guest::{DiskWay, Guest, Plan, undo};
+use super::reuse;
 use super::signals::Ending;
 
 /// Most VMs that one command starts.
@@ -30,6 +32,9 @@ pub(crate) struct Args {
     /// Name of the VM; with --count the beginning of their names [default: the image's, where that is allowed]
     #[arg(long, value_name = "VM")]
     name: Option<HostName>,
+    /// Go on with the overlays that are there, as `stop` leaves them; make those that are not
+    #[arg(long)]
+    reuse: bool,
     /// How many VMs, called VM-1, VM-2 and so on
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(COUNT_MAX)))]
     count: Option<u32>,
@@ -51,7 +56,7 @@ pub(crate) struct Args {
     /// kvm or tcg [default: kvm where it works]
     #[arg(long)]
     accel: Option<Accelerator>,
-    /// Give the VM a network card on this bridge (libvirt only); may be given several times
+    /// Give the VM a network interface on this bridge (libvirt only); may be given several times
     #[arg(long, conflicts_with = "qemu")]
     bridge: Vec<String>,
     /// When it has booted: serial:REGEX, tcp:PORT (of one VM) or idle:SECONDS [default: what the recording used]
@@ -148,10 +153,14 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         Some(accelerator) => accelerator,
         None => Accelerator::detect().await,
     };
+    let mut client = super::daemon::daemon(store.dir()).await?;
+    let kept =
+        if args.reuse { reuse::kept(&store, &mut client, &names, entry.root).await? } else { HashSet::new() };
     let plan = Plan {
         store: store.clone(),
         image: args.image.clone(),
         root: entry.root,
+        kept,
         disk: args.disk,
         memory_mib: args.memory,
         cpus: args.cpus,
@@ -164,7 +173,6 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         owner,
         qemu_arguments: args.qemu_arg.clone(),
     };
-    super::daemon::daemon(store.dir()).await?;
     let (code, mut outcomes) = boot_all(&plan, names.clone(), args.keep).await?;
     if globals.json {
         // In the order of the names, whoever was up first.

@@ -1,5 +1,6 @@
 //! One guest of `bootcache boot`: made, started, waited for, and undone when it does not come up.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use anyhow::{Context, anyhow, bail};
 use bootcache::attach;
 use bootcache::control::{Client, Owner, Reply, Request, VmInfo};
 use bootcache::digest::Digest;
-use bootcache::hypervisor::domain::{Card, Domain, DomainDisk, RECONNECT_SECONDS, install_emulator};
+use bootcache::hypervisor::domain::{Domain, DomainDisk, Interface, RECONNECT_SECONDS, install_emulator};
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
 use bootcache::qemu::until::{Condition, Until};
@@ -22,6 +23,9 @@ use tokio::io::AsyncWriteExt;
 
 /// How often the serial log is looked at.
 const TICK: Duration = Duration::from_millis(10);
+
+/// How long a guest may take to come back to a daemon that was started again: QEMU tries again after 16 s at most.
+const RETURN_SECONDS: u64 = 20;
 
 /// How a guest reaches its disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -37,12 +41,14 @@ pub(super) struct Plan {
     pub(super) store: Store,
     pub(super) image: ImageName,
     pub(super) root: Digest,
+    /// Guests whose overlay was there before: it outlives a boot that fails.
+    pub(super) kept: HashSet<HostName>,
     pub(super) disk: DiskWay,
     pub(super) memory_mib: u32,
     pub(super) cpus: u32,
     pub(super) accelerator: Accelerator,
     pub(super) bridges: Vec<String>,
-    /// Gives it a card behind QEMU's own NAT, as it had when it was recorded.
+    /// Gives it an interface behind QEMU's own NAT, as it had when it was recorded.
     pub(super) nat: bool,
     /// When a guest has booted; nobody waits otherwise.
     pub(super) until: Option<Until>,
@@ -86,8 +92,11 @@ impl Guest {
             None => None,
         };
         let mut client = plan.client().await?;
-        let request = Request::OverlayCreate { image: plan.image.clone(), name: name.clone(), size: None };
-        client.call(&request).await?;
+        if !plan.kept.contains(&name) {
+            let request =
+                Request::OverlayCreate { image: plan.image.clone(), name: name.clone(), size: None };
+            client.call(&request).await?;
+        }
         match Self::start_on_overlay(plan, &mut client, &name, condition).await {
             Ok(guest) => Ok(guest),
             Err(error) => {
@@ -205,7 +214,7 @@ impl Guest {
     }
 }
 
-/// Ends a guest and removes what belongs to it.
+/// Ends a guest and removes what belongs to it, but for an overlay that was there before.
 pub(super) async fn undo(plan: &Plan, name: &HostName) {
     let dir = plan.store.vm_dir(name);
     if let Err(error) = stop(&plan.store, name, Duration::ZERO).await {
@@ -218,10 +227,56 @@ pub(super) async fn undo(plan: &Plan, name: &HostName) {
         let mut client = plan.client().await?;
         let _ = client.call(&Request::VmClose { name: name.clone() }).await;
         let _ = std::fs::remove_dir_all(&dir);
-        anyhow::Ok(client.call(&Request::OverlayRemove { name: name.clone() }).await?)
+        if !plan.kept.contains(name) {
+            client.call(&Request::OverlayRemove { name: name.clone() }).await?;
+        }
+        anyhow::Ok(())
     };
     if let Err(error) = removed.await {
         eprintln!("{name}: its overlay stays: {error:#}");
+    }
+}
+
+/// Whether the store's guest of that name runs, as far as its record says.
+pub(super) async fn runs(store: &Store, name: &HostName) -> anyhow::Result<bool> {
+    let dir = store.vm_dir(name);
+    match VmRecord::read(&dir)?.map(|record| record.runner) {
+        None => Ok(false),
+        Some(Runner::Libvirt { uri }) => {
+            Ok(Libvirt::new(uri).is_running(&Domain::uuid(store.dir(), name)).await?)
+        }
+        Some(Runner::Qemu { pid }) => Ok(is_qemu_of(pid, &dir)),
+    }
+}
+
+/// Whether the process with that id is the QEMU that was started for the VM in `dir`.
+fn is_qemu_of(pid: u32, dir: &Path) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let needle = serial_path(dir);
+    let needle = needle.as_os_str().as_encoded_bytes();
+    line.windows(needle.len()).any(|window| window == needle)
+}
+
+/// Refuses a VM that runs and that `boot` did not start, as those of an agent are: only its own side knows how to end it,
+/// and without its disk it would be lost.
+pub(super) async fn check_ours(store: &Store, client: &mut Client, name: &HostName) -> anyhow::Result<()> {
+    if VmRecord::read(&store.vm_dir(name))?.is_some() {
+        return Ok(());
+    }
+    loop {
+        let Reply::Status(status) = client.call(&Request::Status).await? else {
+            bail!("the daemon answered out of turn");
+        };
+        if status.overlays.iter().any(|overlay| overlay.name == *name && overlay.connections > 0) {
+            bail!(
+                "VM '{name}' runs, and `boot` did not start it: `bootcache end TASK` ends what a plan started"
+            );
+        }
+        let has_socket = status.vms.iter().any(|vm| vm.name == *name);
+        if !has_socket || status.uptime_seconds >= RETURN_SECONDS {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
@@ -248,20 +303,14 @@ pub(super) async fn stop(store: &Store, name: &HostName, patience: Duration) -> 
 /// Ends the QEMU with that process id, if that is still the one that was started for the VM in `dir`.
 async fn end_process(pid: u32, dir: &Path) -> anyhow::Result<()> {
     use rustix::process::{Pid, Signal, kill_process};
-    let ours = || {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let needle = serial_path(dir);
-        let needle = needle.as_os_str().as_encoded_bytes();
-        line.windows(needle.len()).any(|window| window == needle)
-    };
     let Some(target) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(()) };
     for signal in [Signal::TERM, Signal::KILL] {
-        if !ours() {
+        if !is_qemu_of(pid, dir) {
             return Ok(());
         }
         let _ = kill_process(target, signal);
         for _ in 0..100 {
-            if !ours() {
+            if !is_qemu_of(pid, dir) {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -284,14 +333,14 @@ fn domain_xml(
     serial: PathBuf,
 ) -> anyhow::Result<String> {
     let emulator = install_emulator(plan.store.dir())?;
-    let mut cards: Vec<Card> = Vec::new();
-    cards.extend(plan.nat.then(|| Card {
+    let mut interfaces: Vec<Interface> = Vec::new();
+    interfaces.extend(plan.nat.then(|| Interface {
         bridge: None,
         mac: Some(qemu::FIRST_MAC.to_owned()),
         tap: None,
         mtu: None,
     }));
-    cards.extend(plan.bridges.iter().map(|bridge| Card {
+    interfaces.extend(plan.bridges.iter().map(|bridge| Interface {
         bridge: Some(bridge.clone()),
         mac: None,
         tap: None,
@@ -307,7 +356,7 @@ fn domain_xml(
             Some(path) => DomainDisk::Block(path),
             None => DomainDisk::Nbd { socket: vm.socket.clone(), export: vm.export.clone() },
         },
-        cards,
+        interfaces,
         serial,
         facts: Vec::new(),
         guest_agent: false,

@@ -89,10 +89,10 @@ fn show_transfer(image: &ImageStatus) {
     );
     println!("\n{}", fold(&came));
     let troubles = format!(
-        "  {} hedges, {} failovers, {} lies, {} bans; {} copied from other images; {} reads wait",
+        "  {} hedges, {} failovers, {} corrupt answers, {} bans; {} copied from other images; {} reads wait",
         transfer.hedges,
         transfer.failovers,
-        transfer.lies,
+        transfer.corrupt,
         transfer.bans,
         HumanBytes(transfer.similar_bytes),
         transfer.waits.waiting,

@@ -3,17 +3,12 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
 use bootcache::attach;
-use bootcache::control::{Client, Reply, Request};
+use bootcache::control::Request;
 use bootcache::name::HostName;
 use bootcache::store::Store;
-use bootcache::vm::VmRecord;
 
 use super::guest;
-
-/// How long a guest may take to come back to a daemon that was started again: QEMU tries again after 16 s at most.
-const RETURN_SECONDS: u64 = 20;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -47,7 +42,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         // A guest that shuts down writes to its disk.
         let mut client = super::daemon::daemon(store.dir()).await?;
         for name in names {
-            check_ours(&store, &mut client, &name).await?;
+            guest::check_ours(&store, &mut client, &name).await?;
             guest::stop(&store, &name, patience).await?;
             attach::forget(store.dir(), name.as_str()).await?;
             // One that did not come as far as its socket has none to close.
@@ -62,27 +57,4 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         }
         Ok(code)
     })
-}
-
-/// Refuses a VM that runs and that `boot` did not start, as those of an agent are: only its own side knows how to end it,
-/// and without its disk it would be lost.
-async fn check_ours(store: &Store, client: &mut Client, name: &HostName) -> anyhow::Result<()> {
-    if VmRecord::read(&store.vm_dir(name))?.is_some() {
-        return Ok(());
-    }
-    loop {
-        let Reply::Status(status) = client.call(&Request::Status).await? else {
-            bail!("the daemon answered out of turn");
-        };
-        if status.overlays.iter().any(|overlay| overlay.name == *name && overlay.connections > 0) {
-            bail!(
-                "VM '{name}' runs, and `boot` did not start it: `bootcache end TASK` ends what a plan started"
-            );
-        }
-        let has_socket = status.vms.iter().any(|vm| vm.name == *name);
-        if !has_socket || status.uptime_seconds >= RETURN_SECONDS {
-            return Ok(());
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
 }

@@ -1,7 +1,7 @@
 //! Containers by Docker, over the socket of its API (1.41, which dockerd 20.10 speaks, or newer).
 //!
 //! A container has the instance's name and the label `bootcache.node=NODE`: one without the label is somebody else's
-//! and is never touched. Its first card is made with it, the others before it starts. Images come by `images`
+//! and is never touched. Its first interface is made with it, the others before it starts. Images come by `images`
 //! and `saved` ([`Docker::load`]) and never from a registry; networks of the engine on the node's bridges by `networks`.
 
 use std::collections::HashMap;
@@ -40,7 +40,7 @@ const DEADLINE: Duration = Duration::from_secs(120);
 const TICK: Duration = Duration::from_millis(100);
 /// The label of what belongs to a node.
 const LABEL: &str = "bootcache.node";
-/// The first version of the API in which each card has an address of its own; before, the container has one.
+/// The first version of the API in which each interface has an address of its own; before, the container has one.
 const MAC_OF_CARD: ClientVersion = ClientVersion { major_version: 1, minor_version: 44 };
 
 /// A Docker engine, and the containers, images and networks in it that belong to one node. Clones are the same one.
@@ -98,7 +98,7 @@ impl Docker {
         Ok(self.find(name).await?.filter(|found| self.is_ours(found)))
     }
 
-    /// Makes the container and connects its cards.
+    /// Makes the container and connects its interfaces.
     async fn create(&self, launch: &Launch) -> Result<(), HypervisorError> {
         let client = self.client().await?;
         let body = self.body(launch)?;
@@ -208,7 +208,7 @@ impl Docker {
             if has_started(&state) {
                 return self.start(&launch.name).await;
             }
-            // An earlier launch was interrupted, maybe before all cards were connected.
+            // An earlier launch was interrupted, maybe before all interfaces were connected.
             self.remove(&launch.name).await?;
         }
         let result = match self.create(launch).await {
@@ -265,9 +265,9 @@ impl Docker {
             let idle = idle("total_inactive_file").or_else(|| idle("inactive_file")).unwrap_or(0);
             info.memory_bytes = memory.usage.unwrap_or(0).saturating_sub(idle);
         }
-        for card in stats.networks.unwrap_or_default().into_values() {
-            info.network_bytes[0] += card.rx_bytes.unwrap_or(0);
-            info.network_bytes[1] += card.tx_bytes.unwrap_or(0);
+        for interface in stats.networks.unwrap_or_default().into_values() {
+            info.network_bytes[0] += interface.rx_bytes.unwrap_or(0);
+            info.network_bytes[1] += interface.tx_bytes.unwrap_or(0);
         }
         Ok(Some(info))
     }
@@ -387,7 +387,7 @@ fn with_mac(
     }))
 }
 
-/// A card as Docker wants it.
+/// An interface as Docker wants it.
 fn endpoint(nic: &Nic) -> EndpointSettings {
     let address = nic.address.map(|(address, _)| address.to_string());
     EndpointSettings {

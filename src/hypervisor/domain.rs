@@ -40,8 +40,8 @@ pub struct Domain {
     pub emulator: PathBuf,
     /// Its disk, the first virtio one.
     pub disk: DomainDisk,
-    /// Network cards.
-    pub cards: Vec<Card>,
+    /// Network interfaces.
+    pub interfaces: Vec<Interface>,
     /// File for its first serial line.
     pub serial: PathBuf,
     /// Facts that the guest finds among the OEM strings of its SMBIOS, each as `bootcache:KEY=VALUE`.
@@ -50,9 +50,9 @@ pub struct Domain {
     pub guest_agent: bool,
 }
 
-/// A network card.
+/// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Card {
+pub struct Interface {
     /// The bridge of the host that it is on; without one it is behind QEMU's own NAT.
     pub bridge: Option<String>,
     /// Its hardware address; libvirt makes one up otherwise.
@@ -93,9 +93,9 @@ impl Domain {
         }
     }
 
-    /// The elements of its cards alone, for a template.
-    pub(super) fn cards_xml(&self) -> String {
-        written(|xml| self.cards(xml))
+    /// The elements of its interfaces alone, for a template.
+    pub(super) fn interfaces_xml(&self) -> String {
+        written(|xml| self.interfaces(xml))
     }
 
     /// The element of its disk alone, for a template.
@@ -146,7 +146,7 @@ impl Domain {
     fn devices(&self, xml: &mut Xml) -> std::io::Result<()> {
         text(xml, "emulator", &self.emulator.to_string_lossy())?;
         self.disk(xml)?;
-        self.cards(xml)?;
+        self.interfaces(xml)?;
         xml.create_element("serial").with_attribute(("type", "file")).write_inner_content(|xml| {
             let path = self.serial.to_string_lossy();
             xml.create_element("source").with_attribute(("path", path.as_ref())).write_empty()?;
@@ -167,23 +167,23 @@ impl Domain {
         Ok(())
     }
 
-    fn cards(&self, xml: &mut Xml) -> std::io::Result<()> {
-        for card in &self.cards {
-            let kind = if card.bridge.is_some() { "bridge" } else { "user" };
+    fn interfaces(&self, xml: &mut Xml) -> std::io::Result<()> {
+        for nic in &self.interfaces {
+            let kind = if nic.bridge.is_some() { "bridge" } else { "user" };
             let interface = xml.create_element("interface").with_attribute(("type", kind));
             interface.write_inner_content(|xml| {
-                if let Some(mac) = &card.mac {
+                if let Some(mac) = &nic.mac {
                     xml.create_element("mac").with_attribute(("address", mac.as_str())).write_empty()?;
                 }
-                if let Some(bridge) = &card.bridge {
+                if let Some(bridge) = &nic.bridge {
                     let source = xml.create_element("source");
                     source.with_attribute(("bridge", bridge.as_str())).write_empty()?;
                 }
-                if let Some(tap) = &card.tap {
+                if let Some(tap) = &nic.tap {
                     xml.create_element("target").with_attribute(("dev", tap.as_str())).write_empty()?;
                 }
                 xml.create_element("model").with_attribute(("type", "virtio")).write_empty()?;
-                if let Some(mtu) = card.mtu {
+                if let Some(mtu) = nic.mtu {
                     let size = mtu.to_string();
                     xml.create_element("mtu").with_attribute(("size", size.as_str())).write_empty()?;
                 }
@@ -335,7 +335,7 @@ mod tests {
             accelerator: Accelerator::Tcg,
             emulator: "/usr/bin/qemu-system-x86_64".into(),
             disk: DomainDisk::Nbd { socket: "/s/'<&>\".sock".into(), export: "vm-1".into() },
-            cards: vec![Card {
+            interfaces: vec![Interface {
                 bridge: Some("br0\"/><evil/>".into()),
                 mac: None,
                 tap: None,

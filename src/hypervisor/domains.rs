@@ -11,7 +11,7 @@ use bootcache_nbd::BoxFuture;
 use tokio::sync::OnceCell;
 
 use super::cpu::CpuUse;
-use super::domain::{Card, Domain, install_emulator};
+use super::domain::{Domain, Interface, install_emulator};
 use super::libvirt::Libvirt;
 use super::{
     Hypervisor, HypervisorError, Info, InstanceType, Launch, LibvirtError, LibvirtGuest, Log, Root, Running,
@@ -72,14 +72,14 @@ impl Domains {
         let emulator = tokio::task::spawn_blocking(move || install_emulator(&folder)).await;
         let emulator = emulator.map_err(|error| refused(error.to_string()))?;
         let names = taps(&self.owner, &launch.name);
-        let cards = launch.nics.iter().zip(names).map(|(nic, tap)| Card {
+        let interfaces = launch.nics.iter().zip(names).map(|(nic, tap)| Interface {
             bridge: Some(nic.bridge.clone()),
             mac: Some(nic.mac.clone()),
             tap: Some(tap),
             mtu: nic.mtu,
         });
-        if launch.nics.len() > CARDS_MAX {
-            return Err(refused(format!("a VM has at most {CARDS_MAX} network cards")));
+        if launch.nics.len() > INTERFACES_MAX {
+            return Err(refused(format!("a VM has at most {INTERFACES_MAX} network interfaces")));
         }
         let domain = Domain {
             name: launch.name.clone(),
@@ -88,7 +88,7 @@ impl Domains {
             accelerator: *self.accelerator.get_or_init(Accelerator::detect).await,
             emulator: emulator.map_err(|error| refused(error.to_string()))?,
             disk: disk.clone(),
-            cards: cards.collect(),
+            interfaces: interfaces.collect(),
             serial: launch.serial.clone(),
             facts: launch.facts.clone(),
             guest_agent: true,
@@ -194,13 +194,13 @@ impl Hypervisor for Domains {
     }
 }
 
-/// The most network cards of a VM.
-const CARDS_MAX: usize = 8;
+/// The most network interfaces of a VM.
+const INTERFACES_MAX: usize = 8;
 
-/// The names of the host's ends of a guest's cards: the same in every process, and at most 15 bytes.
+/// The names of the host's ends of a guest's interfaces: the same in every process, and at most 15 bytes.
 fn taps(owner: &Path, name: &HostName) -> Vec<String> {
     let digest = blake3::hash(Domain::uuid(owner, name).as_bytes()).to_hex();
-    (0..CARDS_MAX).map(|index| format!("bt{}.{index}", &digest[..10])).collect()
+    (0..INTERFACES_MAX).map(|index| format!("bt{}.{index}", &digest[..10])).collect()
 }
 
 impl From<LibvirtError> for HypervisorError {

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `@NAME@` `@UUID@` | what libvirt knows the domain by; in `<name>` and `<uuid>` |
 //! | `@DISK@` | the `<disk>` element: an NBD export on a socket, or a `/dev/nbdX`, as the plan says |
-//! | `@NICS@` | an `<interface>` element for each card |
+//! | `@NICS@` | an `<interface>` element for each interface |
 //! | `@FACTS@` | the `<sysinfo>` element; wants `<smbios mode='sysinfo'/>` in `<os>` |
 //! | `@TYPE@` | `kvm` or `qemu` |
 //! | `@MEMORY_MIB@` `@CPUS@` `@EMULATOR@` `@SERIAL@` | numbers and paths |
@@ -63,7 +63,7 @@ pub fn check(template: &str) -> Result<(), TemplateError> {
         accelerator: Accelerator::Tcg,
         emulator: "/any".into(),
         disk: DomainDisk::Block("/any".into()),
-        cards: Vec::new(),
+        interfaces: Vec::new(),
         serial: "/any".into(),
         facts: Vec::new(),
         guest_agent: false,
@@ -90,7 +90,7 @@ pub fn fill(template: &str, domain: &Domain, owner: &Path) -> Result<String, Tem
             "NAME" => escape(name.as_str()).into_owned(),
             "UUID" => uuid.clone(),
             "DISK" => domain.disk_xml(),
-            "NICS" => domain.cards_xml(),
+            "NICS" => domain.interfaces_xml(),
             "FACTS" => domain.facts_xml(),
             "TYPE" => domain.kind().to_owned(),
             "MEMORY_MIB" => domain.memory_mib.to_string(),
@@ -163,7 +163,7 @@ fn is_domain(xml: &str, name: &str, uuid: &str) -> Result<bool, TemplateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::domain::Card;
+    use crate::hypervisor::domain::Interface;
 
     const TEMPLATE: &str = "<domain type='@TYPE@'>\n<name>@NAME@</name><uuid>@UUID@</uuid>\n\
         <memory unit='MiB'>@MEMORY_MIB@</memory><vcpu>@CPUS@</vcpu>@FACTS@\n\
@@ -178,7 +178,7 @@ mod tests {
             accelerator: Accelerator::Tcg,
             emulator: "/bin/qemu".into(),
             disk: DomainDisk::Nbd { socket: "/s/nbd.sock".into(), export: "vm-1".into() },
-            cards: vec![Card {
+            interfaces: vec![Interface {
                 bridge: Some("br-lab".into()),
                 mac: Some("52:54:00:00:00:01".into()),
                 tap: None,

@@ -21,7 +21,7 @@ pub(super) struct Link {
     pub(super) name: String,
     pub(super) alias: Option<String>,
     pub(super) is_bridge: bool,
-    /// Whether it is an instance's card, and not one of the host's.
+    /// Whether it is an instance's interface, and not one of the host's.
     pub(super) is_instance: bool,
     /// The index of the bridge (or bond) that it is a port of.
     pub(super) bridge: Option<u32>,
@@ -55,7 +55,7 @@ impl Link {
         link.is_bridge = kind == Some(InfoKind::Bridge);
         link.is_instance = match kind {
             Some(InfoKind::Tun) => true,
-            // Docker's name for the host's end of a container's card; other veths are cables of the host.
+            // Docker's name for the host's end of a container's interface; other veths are cables of the host.
             Some(InfoKind::Veth) => link.name.starts_with("veth"),
             _ => false,
         };
@@ -134,8 +134,13 @@ impl Links {
     }
 
     /// An 802.1Q device that is down; false if the kernel knows no VLANs.
-    pub(super) async fn create_vlan(&self, name: &str, card: &Link, vlan: u16) -> Result<bool, NetworkError> {
-        let message = LinkVlan::new(name, card.index, vlan).build();
+    pub(super) async fn create_vlan(
+        &self,
+        name: &str,
+        interface: &Link,
+        vlan: u16,
+    ) -> Result<bool, NetworkError> {
+        let message = LinkVlan::new(name, interface.index, vlan).build();
         let made = async {
             match self.handle.link().add(message).execute().await {
                 Err(rtnetlink::Error::NetlinkError(error)) if errno(&error) == Some(Errno::OPNOTSUPP) => {
@@ -144,7 +149,7 @@ impl Links {
                 other => other.map(|()| true),
             }
         };
-        call(|| format!("make VLAN {vlan} on {}", card.name), made).await
+        call(|| format!("make VLAN {vlan} on {}", interface.name), made).await
     }
 
     /// Gives a device that is down an alias, and then another name.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 
-use super::{Card, Group, GroupNodes, INSTANCES_MAX, Network, PARTS_MAX, Plan, UntilUp};
+use super::{Group, GroupNic, GroupNodes, INSTANCES_MAX, Network, PARTS_MAX, Plan, UntilUp};
 use crate::hypervisor::{InstanceType, template};
 use crate::name::HostName;
 
@@ -16,9 +16,9 @@ const MEMORY_MIB: std::ops::RangeInclusive<u32> = 4..=(4 << 20);
 const CONTAINER_MEMORY_MIB: u32 = 6;
 /// Least and most disk of a VM, in MiB: no more than an image may have, so that it can become one.
 const DISK_MIB: std::ops::RangeInclusive<u32> = 1..=(8 << 20);
-/// Most network cards of an instance.
-const CARDS_MAX: usize = 8;
-/// Longest name of a network card of Linux (IFNAMSIZ - 1).
+/// Most network interfaces of an instance.
+const NICS_MAX: usize = 8;
+/// Longest name of a network interface of Linux (IFNAMSIZ - 1).
 const INTERFACE_BYTES_MAX: usize = 15;
 /// The rule for names of network devices.
 const DEVICE_RULE: &str = "1 to 15 letters, digits, '-', '_' or '.', and does not begin with '-'";
@@ -109,16 +109,15 @@ pub fn check(plan: &Plan) -> Vec<Mistake> {
                 .wrong(format!("there are two groups '{}': give each a name of its own", group.name));
         }
         self::group(plan, group, &mut place);
-        for (number, card) in group.networks.iter().enumerate() {
+        for (number, nic) in group.networks.iter().enumerate() {
             let of_ipv6 = |network: &Network| network.subnet.network().is_ipv6();
-            if group.kind == InstanceType::Container && plan.networks.get(&card.network).is_some_and(of_ipv6)
-            {
+            if group.kind == InstanceType::Container && plan.networks.get(&nic.network).is_some_and(of_ipv6) {
                 let message = "its addresses are IPv6: containers need a network with IPv4 addresses";
                 place.key("networks").index(number).wrong(message);
             }
-            let taken = taken.entry(&card.network).or_default();
+            let taken = taken.entry(&nic.network).or_default();
             let mut networks = place.key("networks");
-            addresses(plan, group, card, &mut networks.index(number), taken);
+            addresses(plan, group, nic, &mut networks.index(number), taken);
         }
     }
     enough_addresses(plan, &mut top.key("networks"));
@@ -187,16 +186,16 @@ fn interface_names(network: &Network, place: &mut Place<'_>) {
     {
         place.key("bridge").wrong(format!("the name of a bridge has {DEVICE_RULE}"));
     }
-    let cards: Vec<&String> = match &network.uplink {
+    let uplinks: Vec<&String> = match &network.uplink {
         None => Vec::new(),
-        Some(super::Uplink::Same(card)) => vec![card],
-        Some(super::Uplink::PerNode(cards)) => cards.values().collect(),
+        Some(super::Uplink::Same(uplink)) => vec![uplink],
+        Some(super::Uplink::PerNode(uplinks)) => uplinks.values().collect(),
     };
-    if cards.into_iter().any(|card| !sound(card)) {
-        place.key("uplink").wrong(format!("the name of a network card has {DEVICE_RULE}"));
+    if uplinks.into_iter().any(|uplink| !sound(uplink)) {
+        place.key("uplink").wrong(format!("the name of a network interface has {DEVICE_RULE}"));
     }
     if network.vlan.is_some() && network.uplink.is_none() {
-        place.key("vlan").wrong("a VLAN is one of an uplink: say which card, with uplink");
+        place.key("vlan").wrong("a VLAN is one of an uplink: say which interface, with uplink");
     }
 }
 
@@ -255,8 +254,8 @@ fn group(plan: &Plan, group: &Group, place: &mut Place<'_>) {
     if !(1..=86_400).contains(&group.time_limit) {
         place.key("time_limit").wrong("the time limit is from 1 to 86400 seconds");
     }
-    if group.networks.len() > CARDS_MAX {
-        place.key("networks").wrong(format!("an instance has at most {CARDS_MAX} network cards"));
+    if group.networks.len() > NICS_MAX {
+        place.key("networks").wrong(format!("an instance has at most {NICS_MAX} network interfaces"));
     }
     if group.until == UntilUp::Report && group.networks.is_empty() && group.kind == InstanceType::Container {
         place.key("until").wrong("a container without a network cannot report: use \"started\"");
@@ -303,11 +302,11 @@ fn only_for_one_kind(group: &Group, place: &mut Place<'_>) {
     }
 }
 
-fn addresses(plan: &Plan, group: &Group, card: &Card, place: &mut Place<'_>, taken: &mut HashSet<IpAddr>) {
-    let Some(network) = plan.networks.get(&card.network) else {
-        return place.key("network").wrong(format!("there is no network '{}' in the plan", card.network));
+fn addresses(plan: &Plan, group: &Group, nic: &GroupNic, place: &mut Place<'_>, taken: &mut HashSet<IpAddr>) {
+    let Some(network) = plan.networks.get(&nic.network) else {
+        return place.key("network").wrong(format!("there is no network '{}' in the plan", nic.network));
     };
-    let Some(first) = card.address else { return };
+    let Some(first) = nic.address else { return };
     let number = network.subnet.number(first);
     for index in 0..u128::from(group.total()) {
         let address = number.and_then(|number| network.subnet.host(number + index));
@@ -336,8 +335,8 @@ fn addresses(plan: &Plan, group: &Group, card: &Card, place: &mut Place<'_>, tak
 
 fn enough_addresses(plan: &Plan, place: &mut Place<'_>) {
     for (name, network) in &plan.networks {
-        let cards = |group: &Group| group.networks.iter().filter(|card| card.network == *name).count() as u64;
-        let wanted: u64 = plan.groups.iter().map(|group| group.total() * cards(group)).sum();
+        let nics = |group: &Group| group.networks.iter().filter(|nic| nic.network == *name).count() as u64;
+        let wanted: u64 = plan.groups.iter().map(|group| group.total() * nics(group)).sum();
         // A node's bridge needs one, and the gateway.
         let there = network.subnet.hosts().saturating_sub(2);
         if u128::from(wanted) > there {

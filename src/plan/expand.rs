@@ -41,7 +41,7 @@ pub fn expand(
     for (name, network) in &plan.networks {
         let users: BTreeSet<usize> = placed
             .iter()
-            .filter(|p| plan.groups[p.group].networks.iter().any(|card| card.network == *name))
+            .filter(|p| plan.groups[p.group].networks.iter().any(|nic| nic.network == *name))
             .map(|p| p.node)
             .collect();
         let addresses = Addresses::new(plan, name, network, &users).ok_or_else(|| {
@@ -67,11 +67,11 @@ pub fn expand(
         if part.images.iter().all(|image| image.name != group.image) {
             part.images.push(images[&group.image].clone());
         }
-        for card in &group.networks {
-            let known = part.networks.iter().position(|network| network.name == card.network);
+        for nic in &group.networks {
+            let known = part.networks.iter().position(|network| network.name == nic.network);
             let index = known.unwrap_or_else(|| {
-                let addresses = &networks[&card.network];
-                let spec = spec(plan, &card.network, &nodes[place.node], place.node, addresses, context);
+                let addresses = &networks[&nic.network];
+                let spec = spec(plan, &nic.network, &nodes[place.node], place.node, addresses, context);
                 part.networks.push(spec);
                 part.networks.len() - 1
             });
@@ -105,10 +105,10 @@ fn order(
         .networks
         .iter()
         .enumerate()
-        .map(|(index, card)| {
-            let network = &plan.networks[&card.network];
-            let addresses = networks.get_mut(&card.network).expect("there is one for each network");
-            let address = match card.address {
+        .map(|(index, nic)| {
+            let network = &plan.networks[&nic.network];
+            let addresses = networks.get_mut(&nic.network).expect("there is one for each network");
+            let address = match nic.address {
                 Some(first) => network
                     .subnet
                     .number(first)
@@ -117,8 +117,8 @@ fn order(
                 None => addresses.next().expect("they were counted"),
             };
             Nic {
-                network: card.network.clone(),
-                bridge: bridge(plan, &card.network, context),
+                network: nic.network.clone(),
+                bridge: bridge(plan, &nic.network, context),
                 mac: mac(context.cluster, &name, index),
                 address: Some((address, network.subnet.prefix())),
                 gateway: network.gateway.filter(|gateway| *gateway != address),
@@ -180,8 +180,8 @@ fn bridge(plan: &Plan, network: &HostName, context: Context<'_>) -> String {
 }
 
 /// A locally administered hardware address: 46 bits of a digest, so that thousands of instances do not meet.
-fn mac(cluster: &str, instance: &HostName, card: usize) -> String {
-    let Digest([a, b, c, d, e, f, ..]) = Digest::of(format!("{cluster} {instance} {card}").as_bytes());
+fn mac(cluster: &str, instance: &HostName, nic: usize) -> String {
+    let Digest([a, b, c, d, e, f, ..]) = Digest::of(format!("{cluster} {instance} {nic}").as_bytes());
     format!("{:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}", a & 0xfc | 0x02)
 }
 
@@ -197,8 +197,8 @@ impl Addresses {
         let mut taken: HashSet<IpAddr> = network.gateway.into_iter().collect();
         let mut wanted = 0;
         for group in &plan.groups {
-            for card in group.networks.iter().filter(|card| card.network == *name) {
-                match card.address.and_then(|first| network.subnet.number(first)) {
+            for nic in group.networks.iter().filter(|nic| nic.network == *name) {
+                match nic.address.and_then(|first| network.subnet.number(first)) {
                     Some(first) => {
                         let numbers = first..first + u128::from(group.total());
                         taken.extend(numbers.filter_map(|number| network.subnet.host(number)));

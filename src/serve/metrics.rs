@@ -131,7 +131,7 @@ impl Families {
         let events = [
             ("hedge", transfer.hedges),
             ("failover", transfer.failovers),
-            ("lie", transfer.lies),
+            ("corrupt", transfer.corrupt),
             ("ban", transfer.bans),
         ];
         for (event, count) in events {

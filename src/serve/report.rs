@@ -52,7 +52,7 @@ pub(super) fn transfer(engine: &Engine) -> TransferStatus {
         similar_bytes: load(&counters.similar_blocks) * BLOCK_SIZE,
         hedges: load(&counters.hedges),
         failovers: load(&counters.failovers),
-        lies: load(&counters.lies),
+        corrupt: load(&counters.corrupt),
         bans: load(&counters.bans),
         sources: sources.collect(),
     }

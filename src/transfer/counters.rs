@@ -65,8 +65,8 @@ pub struct Counters {
     /// Requests sent again because a source broke, stalled, or did not have it.
     pub failovers: AtomicU64,
     /// Answers that were not what the image's digests say: each is a peer that lies or is broken.
-    pub lies: AtomicU64,
-    /// Sources banned for a lie.
+    pub corrupt: AtomicU64,
+    /// Sources banned for a corrupt answer.
     pub bans: AtomicU64,
     /// Blocks that were found in other images on this node instead of being fetched.
     pub similar_blocks: AtomicU64,

@@ -212,9 +212,9 @@ impl Shared {
 
     /// Drops a source that has sent what is not the image.
     pub(super) fn caught(&self, source: &Source, what: &str) {
-        Counters::count(&self.counters.lies);
+        Counters::count(&self.counters.corrupt);
         Counters::count(&self.counters.bans);
-        source.lies.fetch_add(1, Ordering::Relaxed);
+        source.corrupt.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(
             source = %source.address, node = %source.state().node, image = %self.holding.root().short(), what,
             seconds = self.options.ban.as_secs(), "a peer sent wrong bytes: not used for a while"

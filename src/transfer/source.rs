@@ -84,7 +84,7 @@ pub(super) struct Source {
     /// Requests without an answer.
     pub(super) requests: AtomicU32,
     /// Lies it was caught in.
-    pub(super) lies: AtomicU64,
+    pub(super) corrupt: AtomicU64,
     order: [Order; Kind::ALL.len()],
 }
 
@@ -105,7 +105,7 @@ impl Source {
             bytes: PerKind::default(),
             outstanding: AtomicU64::new(0),
             requests: AtomicU32::new(0),
-            lies: AtomicU64::new(0),
+            corrupt: AtomicU64::new(0),
             order: Default::default(),
         })
     }

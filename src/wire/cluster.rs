@@ -158,7 +158,7 @@ pub struct Done {}
 pub struct Address {
     /// The address.
     pub ip: IpAddr,
-    /// Hardware address of the card that has it; empty if it has none.
+    /// Hardware address of the interface that has it; empty if it has none.
     pub mac: String,
 }
 

@@ -1,7 +1,7 @@
 # Runs in both guests of tests/network_vlan.rs, each a host of its own on one cable: SELF is 1 or 2, OTHER the other.
 fail() { echo "VLAN-FAILED: $*"; ip addr; exit 1; }
 modprobe bridge; modprobe 8021q
-# spec NAME VLAN: a network 172.16.NAME.0/24 in a VLAN of the card that also has the host's own address.
+# spec NAME VLAN: a network 172.16.NAME.0/24 in a VLAN of the interface that also has the host's own address.
 spec() {
 	echo "{\"name\": \"net$1\", \"bridge\": \"br$1\", \"subnet\": [\"172.16.$1.0\", 24], \"gateway\": null," \
 		"\"node_address\": \"172.16.$1.$SELF\", \"uplink\": \"eth0\", \"vlan\": $2, \"mtu\": null}" >/tmp/net$1.json
@@ -19,7 +19,7 @@ for try in $(seq 120); do reaches 172.16.20.$OTHER && break; done
 comes_to_reach() { for try in $(seq 20); do reaches $1 && return; done; return 1; }
 comes_to_reach 172.16.10.$OTHER || fail "VLAN 10 does not pass"
 comes_to_reach 172.16.20.$OTHER || fail "VLAN 20 does not pass on the same cable"
-comes_to_reach 10.0.0.$OTHER || fail "the card is the host's no longer"
+comes_to_reach 10.0.0.$OTHER || fail "the interface is the host's no longer"
 for try in 1 2 3; do reaches 172.16.30.$OTHER && fail "VLAN 31 reaches VLAN 32"; done
 echo VLAN-ISOLATED
 if [ $SELF = 1 ]; then

@@ -49,8 +49,8 @@ impl Net {
         net
     }
 
-    /// Gives every host a second card, `eth1`, without an address, on a switch of its own: an uplink for networks of
-    /// instances, since a card with the host's address cannot be in a bridge. Shaped in both directions too.
+    /// Gives every host a second interface, `eth1`, without an address, on a switch of its own: an uplink for networks of
+    /// instances, since an interface with the host's address cannot be in a bridge. Shaped in both directions too.
     #[track_caller]
     pub fn add_uplinks(&self, rate: Rate) {
         let switch = self.switch();

@@ -43,7 +43,9 @@ pub enum NodeError {
     #[error("VM '{0}' has no open socket")]
     NoVm(HostName),
     /// An image or overlay has the name already.
-    #[error("the name '{0}' is taken: choose another, or remove what has it")]
+    #[error(
+        "the name '{0}' is taken: choose another, or remove what has it (`boot --reuse` goes on with an overlay)"
+    )]
     Taken(String),
     /// The overlay cannot have that size.
     #[error(

@@ -60,7 +60,7 @@ pub struct InstanceOrder {
     /// Whose NBD client brings a VM its disk; left out, QEMU's own.
     #[serde(default, skip_serializing_if = "DiskBy::is_socket")]
     pub disk_by: DiskBy,
-    /// Network cards.
+    /// Network interfaces.
     pub nics: Vec<Nic>,
     /// Environment of a container.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
