@@ -1,9 +1,9 @@
 //! The layer-2 networks that instances of a plan share (thesis, section 3.6).
 //!
-//! A network is a Linux bridge of the host, over which VMs (taps) and containers (veths) see each other; an uplink, a
-//! interface of the host, joins the bridges of several hosts. In a VLAN the uplink's port is an 802.1Q device on that interface,
-//! so that one cable carries many networks apart from each other. [`NetworkSpec`] says what there is to be,
-//! [`Networks`] makes and removes it. Routers between networks are instances (thesis, 3.6.2). Open vSwitch is not built.
+//! A network is a Linux bridge of the host, over which VMs (taps) and containers (veths) see each other; an uplink, an
+//! interface or a bridge of the host, joins the bridges of several hosts (`uplink`). In a VLAN one cable carries many
+//! networks apart from each other. [`NetworkSpec`] says what there is to be, [`Networks`] makes and removes it. Routers
+//! between networks are instances (thesis, 3.6.2). Open vSwitch is not built.
 //!
 //! What is made here carries its node's and bridge's name as the link's alias, and so is found again by a later
 //! process. A bridge without one was there before: it is used, and never changed nor removed.
@@ -16,6 +16,7 @@ use crate::name::HostName;
 use links::{Address, Link, Links};
 
 mod links;
+mod uplink;
 
 /// The longest name of a device that Linux knows, in bytes.
 pub const DEVICE_NAME_MAX: usize = 15;
@@ -34,9 +35,9 @@ pub struct NetworkSpec {
     pub gateway: Option<IpAddr>,
     /// The address that this node's bridge gets when containers are on it: Docker wants one of its own on every node.
     pub node_address: Option<IpAddr>,
-    /// The host's interface that joins the bridges of several hosts.
+    /// The host's interface, or bridge, that joins the bridges of several hosts.
     pub uplink: Option<String>,
-    /// VLAN on the uplink: 1 to 4094. Needs a kernel with 802.1Q.
+    /// VLAN on the uplink: 1 to 4094. Needs a kernel with 802.1Q, and on a bridge one that filters VLANs.
     pub vlan: Option<u16>,
     /// Largest packet in bytes.
     pub mtu: Option<u32>,
@@ -255,47 +256,6 @@ impl Networks {
         }
         Ok(())
     }
-
-    /// The device that is to be the bridge's port to other hosts.
-    async fn uplink(&self, links: &Links, spec: &NetworkSpec) -> Result<Option<Link>, NetworkError> {
-        let Some(name) = &spec.uplink else { return Ok(None) };
-        let refused = |reason: String| NetworkError::Host { network: spec.name.clone(), reason };
-        let Some(interface) = links.find(name).await? else {
-            return Err(refused(format!("this host has no network interface {name} (see `ip link`)")));
-        };
-        let Some(vlan) = spec.vlan else {
-            let mut all = links.addresses().await?.into_iter();
-            let address = all.find(|address| address.link == interface.index && !is_link_local(address.ip));
-            // In a bridge its address would stop working, and with it maybe this very connection.
-            if let Some(Address { ip, .. }) = address.filter(|_| interface.bridge.is_none()) {
-                return Err(refused(format!(
-                    "{name} has the host's address {ip}, which would stop working in a bridge: give the network a \
-                     interface of its own or a VLAN, or name a bridge that has {name} in it"
-                )));
-            }
-            return Ok(Some(interface));
-        };
-        let mark = self.mark(&spec.bridge);
-        let port = vlan_device(&interface, vlan);
-        match links.find(&port).await? {
-            Some(link) if link.alias == Some(mark) => return Ok(Some(link)),
-            Some(_) => {
-                return Err(refused(format!("{port} was there before: take another VLAN, or remove it")));
-            }
-            None => {}
-        }
-        self.remove_half_made(links, &spec.bridge).await?;
-        let (half_made, _) = self.half_made(&spec.bridge);
-        if !links.create_vlan(&half_made, &interface, vlan).await? {
-            return Err(refused(
-                "this kernel has no VLANs (CONFIG_VLAN_8021Q, module 8021q): leave vlan out, or give each network a \
-                 interface of its own"
-                    .to_owned(),
-            ));
-        }
-        links.set_up(&interface).await?;
-        self.finish(links, spec, &half_made, &port).await.map(Some)
-    }
 }
 
 /// What the host has in the subnet on other devices than the network's `bridge` would be sent into the bridge.
@@ -325,19 +285,6 @@ fn overlap((a, a_length): (IpAddr, u8), (b, b_length): (IpAddr, u8)) -> bool {
 /// First word of the alias of what is made here.
 const MARK: &str = "bootcache";
 
-fn is_link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => address.is_link_local(),
-        IpAddr::V6(address) => address.is_unicast_link_local(),
-    }
-}
-
-/// Name of the 802.1Q device for a VLAN on an interface: `eth0.10`, or by the interface's number where that is too long.
-fn vlan_device(interface: &Link, vlan: u16) -> String {
-    let name = format!("{}.{vlan}", interface.name);
-    if name.len() <= DEVICE_NAME_MAX { name } else { format!("bc{}.{vlan}", interface.index) }
-}
-
 /// Whether the kernel can have a device of this name.
 fn is_device_name(name: &str) -> bool {
     (1..=DEVICE_NAME_MAX).contains(&name.len())
@@ -362,6 +309,9 @@ fn check(spec: &NetworkSpec) -> Result<(), NetworkError> {
     }
     if spec.node_address.is_some_and(|address| address.is_ipv4() != subnet.is_ipv4()) {
         return invalid(format!("the node's address is not of the family of {subnet}/{prefix}"));
+    }
+    if spec.uplink.as_ref() == Some(&spec.bridge) {
+        return invalid(format!("{} cannot be the uplink of itself", spec.bridge));
     }
     match spec.vlan {
         Some(vlan) if !(1..=4094).contains(&vlan) => invalid(format!("VLAN {vlan} is not 1 to 4094")),
@@ -407,13 +357,14 @@ pub(crate) mod tests {
     #[test]
     fn what_no_host_can_have_is_refused_before_anything_is_touched() {
         assert!(check(&spec()).is_ok());
-        let wrong: [fn(&mut NetworkSpec); 7] = [
+        let wrong: [fn(&mut NetworkSpec); 8] = [
             |spec| spec.bridge = "a-bridge-name-of-16".to_owned(),
             |spec| spec.bridge = String::new(),
             |spec| spec.bridge = "a/b".to_owned(),
             |spec| spec.subnet.1 = 33,
             |spec| spec.node_address = Some("fd00::1".parse().unwrap()),
             |spec| spec.vlan = Some(10),
+            |spec| spec.uplink = Some(spec.bridge.clone()),
             |spec| (spec.vlan, spec.uplink) = (Some(4095), Some("eth0".to_owned())),
         ];
         for change in wrong {
@@ -421,16 +372,5 @@ pub(crate) mod tests {
             change(&mut spec);
             assert!(matches!(check(&spec), Err(NetworkError::Invalid { .. })), "{spec:?}");
         }
-    }
-
-    #[test]
-    fn the_device_of_a_vlan_has_a_name_that_linux_can_hold() {
-        let interface = |name: &str| {
-            let mut interface = Link::default();
-            (interface.name, interface.index) = (name.to_owned(), 7);
-            interface
-        };
-        assert_eq!(vlan_device(&interface("eth0"), 10), "eth0.10");
-        assert_eq!(vlan_device(&interface("enp175s0f0np0"), 4094), "bc7.4094");
     }
 }

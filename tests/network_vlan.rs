@@ -21,7 +21,8 @@ fn host(folder: &Path, number: u32) -> Process {
     support::run(&mut overlay);
     let script = include_str!("network/vlan.sh");
     let script = format!("SELF={number} OTHER={}\n{script}", 3 - number);
-    payload(&path("tools"), &[&support::example("make_network")], &script);
+    let tools = [&support::example("make_network"), Path::new("/sbin/bridge")];
+    payload(&path("tools"), &tools, &script);
     let server = if number == 1 { "on" } else { "off" };
     let cable = folder.join("cable");
     Tiny::new(&format!("file={},format=qcow2,cache=unsafe", path("disk").display()))
@@ -36,7 +37,7 @@ fn host(folder: &Path, number: u32) -> Process {
 
 #[test]
 fn vlans_share_a_cable_with_the_hosts_and_keep_networks_apart() {
-    if !support::require(&["qemu-system-x86_64", "qemu-img", "mke2fs", "extlinux"])
+    if !support::require(&["qemu-system-x86_64", "qemu-img", "mke2fs", "extlinux", "bridge"])
         || !support::require_root()
     {
         return;

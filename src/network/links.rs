@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVlan};
+use rtnetlink::packet_route::link::{
+    BridgeVlanInfoFlags, InfoBridge, InfoData, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use rtnetlink::{Handle, LinkBridge, LinkBridgeVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVlan};
 use rustix::io::Errno;
 
 use super::NetworkError;
@@ -25,8 +27,35 @@ pub(super) struct Link {
     pub(super) is_instance: bool,
     /// The index of the bridge (or bond) that it is a port of.
     pub(super) bridge: Option<u32>,
+    pub(super) mtu: Option<u32>,
+    /// Of a bridge whose kernel can filter VLANs.
+    pub(super) vlan_filter: Option<VlanFilter>,
     is_up: bool,
-    mtu: Option<u32>,
+}
+
+/// How a bridge filters VLANs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct VlanFilter {
+    /// Whether it does.
+    pub(super) on: bool,
+    /// The VLAN that every new port gets; 0: none.
+    pub(super) default_vlan: u16,
+}
+
+impl VlanFilter {
+    fn new(attributes: &[InfoBridge]) -> Option<Self> {
+        let mut filter = None;
+        for attribute in attributes {
+            match attribute {
+                InfoBridge::VlanFiltering(on) => filter.get_or_insert_with(Self::default).on = *on,
+                InfoBridge::VlanDefaultPvid(vlan) => {
+                    filter.get_or_insert_with(Self::default).default_vlan = *vlan;
+                }
+                _ => {}
+            }
+        }
+        filter
+    }
 }
 
 impl Link {
@@ -44,10 +73,15 @@ impl Link {
                 LinkAttribute::Controller(bridge) => link.bridge = (bridge != 0).then_some(bridge),
                 LinkAttribute::Mtu(mtu) => link.mtu = Some(mtu),
                 LinkAttribute::LinkInfo(infos) => {
-                    kind = infos.into_iter().find_map(|info| match info {
-                        LinkInfo::Kind(kind) => Some(kind),
-                        _ => None,
-                    });
+                    for info in infos {
+                        match info {
+                            LinkInfo::Kind(it) => kind = Some(it),
+                            LinkInfo::Data(InfoData::Bridge(bridge)) => {
+                                link.vlan_filter = VlanFilter::new(&bridge)
+                            }
+                            _ => {}
+                        }
+                    }
                 }
                 _ => {}
             }
@@ -152,6 +186,44 @@ impl Links {
         call(|| format!("make VLAN {vlan} on {}", interface.name), made).await
     }
 
+    /// A veth pair whose ends are down.
+    pub(super) async fn create_veth(&self, name: &str, peer: &str) -> Result<(), NetworkError> {
+        let made = self.handle.link().add(LinkVeth::new(name, peer).build()).execute();
+        call(|| format!("make the veth pair {name}, {peer}"), made).await
+    }
+
+    /// Makes a port of a bridge that filters VLANs an access port of `vlan`: what comes in untagged is in it, and what goes
+    /// out of it is untagged. It leaves `default_vlan`, which it got as it became a port.
+    pub(super) async fn set_access_vlan(
+        &self,
+        port: &Link,
+        vlan: u16,
+        default_vlan: u16,
+    ) -> Result<(), NetworkError> {
+        let access = BridgeVlanInfoFlags::Pvid | BridgeVlanInfoFlags::Untagged;
+        let message = LinkBridgeVlan::new(port.index).vlan(vlan, access).build();
+        let set = self.handle.link().set(message).execute();
+        call(|| format!("make {} a port of VLAN {vlan}", port.name), set).await?;
+        if default_vlan == 0 || default_vlan == vlan {
+            return Ok(());
+        }
+        let message =
+            LinkBridgeVlan::new(port.index).vlan(default_vlan, BridgeVlanInfoFlags::empty()).build();
+        let left = async {
+            match self.handle.link().del_with_message(message).execute().await {
+                Err(rtnetlink::Error::NetlinkError(error)) if errno(&error) == Some(Errno::NOENT) => Ok(()),
+                other => other,
+            }
+        };
+        call(|| format!("take {} out of VLAN {default_vlan}", port.name), left).await
+    }
+
+    /// Gives a device an alias.
+    pub(super) async fn mark(&self, link: &Link, mark: &str) -> Result<(), NetworkError> {
+        let change = LinkUnspec::new_with_index(link.index);
+        self.change(|| format!("mark {}", link.name), change.alias(mark)).await
+    }
+
     /// Gives a device that is down an alias, and then another name.
     pub(super) async fn mark_and_rename(
         &self,
@@ -159,8 +231,7 @@ impl Links {
         mark: &str,
         name: &str,
     ) -> Result<(), NetworkError> {
-        let change = LinkUnspec::new_with_index(link.index);
-        self.change(|| format!("mark {}", link.name), change.alias(mark)).await?;
+        self.mark(link, mark).await?;
         let change = LinkUnspec::new_with_index(link.index);
         self.change(|| format!("give {} the name {name}", link.name), change.name(name)).await
     }
