@@ -11,6 +11,7 @@ pub mod catalogue;
 pub mod connection;
 pub mod fault;
 pub mod holding;
+mod local_user;
 pub mod message;
 pub mod server;
 pub mod tracker;

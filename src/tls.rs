@@ -288,17 +288,19 @@ fn read(path: &Path) -> Result<String, TlsError> {
     fs::read_to_string(path).map_err(|source| TlsError::File { path: path.to_owned(), source })
 }
 
+/// Replaces the file at `path`: whoever has the one that was there open, or is a link's target, gets nothing of it.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), TlsError> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
-    let result = fs::File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(mode)
-        .open(path)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
-    result.map_err(|source| TlsError::File { path: path.to_owned(), source })
+    let half_made = path.with_extension("new");
+    let result = match fs::remove_file(&half_made) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs::File::options().write(true).create_new(true).mode(mode).open(&half_made),
+    };
+    result
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&half_made, path))
+        .map_err(|source| TlsError::File { path: path.to_owned(), source })
 }
 
 fn private_folder(path: &Path) -> Result<(), TlsError> {
@@ -370,6 +372,21 @@ mod tests {
         assert!(matches!(init_ca(ca.path()), Err(TlsError::Exists(_))));
         let mode = fs::metadata(ca.path().join(CA_KEY)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_key_goes_into_a_file_of_its_own() {
+        use std::os::unix::fs::PermissionsExt;
+        let ca = tempfile::tempdir().unwrap();
+        init_ca(ca.path()).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let (key, elsewhere) = (out.path().join("server-key.pem"), out.path().join("elsewhere"));
+        fs::write(&elsewhere, "theirs").unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &key).unwrap();
+        issue(ca.path(), &"n1".parse().unwrap(), Role::Node, &["127.0.0.1".into()], out.path()).unwrap();
+        assert_eq!(fs::read(&elsewhere).unwrap(), b"theirs");
+        let meta = fs::symlink_metadata(&key).unwrap();
+        assert!(meta.is_file() && meta.permissions().mode() & 0o777 == 0o600);
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! A VM that `bootcache boot` started: what its folder says of it, so that other commands find it again.
 
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::Owner;
 use crate::name::ImageName;
 use crate::store::write_atomic;
 
@@ -67,4 +70,15 @@ pub fn serial_path(dir: &Path) -> PathBuf {
 /// The file that a plain QEMU's own messages go to.
 pub fn qemu_log_path(dir: &Path) -> PathBuf {
     dir.join("qemu.log")
+}
+
+/// Opens a log of a VM to append to, for `owner`, else for this process's user, and for nobody else to read: a console
+/// says passwords.
+pub fn open_log(path: &Path, owner: Option<Owner>) -> io::Result<File> {
+    let file = File::options().create(true).append(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    if let Some(owner) = owner {
+        fchown(&file, Some(owner.uid), Some(owner.gid))?;
+    }
+    Ok(file)
 }

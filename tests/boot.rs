@@ -87,6 +87,8 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
         let socket = store.path().join("vms").join(vm).join("nbd.sock");
         let meta = std::fs::metadata(&socket).unwrap();
         assert_eq!((meta.uid(), meta.mode() & 0o777), (uid, 0o600));
+        let console = std::fs::metadata(socket.with_file_name("serial.log")).unwrap();
+        assert_eq!(console.mode() & 0o777, 0o600, "a console says passwords");
         let uri = format!("nbd+unix:///?socket={}", socket.display());
         let listed = Command::new("nbdinfo").args(["--list", &uri]).output().unwrap();
         let listed = String::from_utf8_lossy(&listed.stdout).into_owned();

@@ -21,7 +21,7 @@ use crate::name::{HostName, ImageName};
 use crate::serve::{CONTROL_SOCKET, NBD_SOCKET};
 use crate::store::Store;
 use crate::transfer::Pin;
-use crate::vm::serial_path;
+use crate::vm::{open_log, serial_path};
 use crate::wire::cluster::{ImageHere, Needed};
 
 /// How long a read of an image waits for a daemon that is started again.
@@ -86,7 +86,7 @@ impl Serve {
         }
         let info = self.open_socket(vm, owner).await?;
         let serial = self.serial(vm);
-        make_serial(&serial, owner)
+        open_log(&serial, owner)
             .map_err(|error| ServiceError::Refused(format!("{}: {error}", serial.display())))?;
         let disk = match by {
             DiskBy::Socket => DomainDisk::Nbd { socket: info.socket, export: info.export },
@@ -157,14 +157,6 @@ impl Serve {
             Err(error) if self.store.overlay_dir(vm).exists() => Err(error.into()),
             _ => Ok(()),
         }
-    }
-}
-
-fn make_serial(path: &std::path::Path, owner: Option<Owner>) -> std::io::Result<()> {
-    let file = std::fs::File::options().create(true).append(true).open(path)?;
-    match owner {
-        Some(owner) => std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid)),
-        None => Ok(()),
     }
 }
 

@@ -5,9 +5,9 @@
 //! last start: whether its device is still the one it names is checked against the kernel ([`Entry::is_live`]). What a
 //! keeper says goes to a log beside them.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -65,7 +65,10 @@ impl Table {
     /// The table of the store in `store`; makes the folder if it is missing.
     pub fn open(store: &Path) -> Result<Self, AttachError> {
         let folder = store.join(FOLDER);
-        fs::create_dir_all(&folder).map_err(|error| at(&folder, error))?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+        // Who may read a lock's file may lock it; older versions let everybody.
+        made.and_then(|()| fs::set_permissions(&folder, Permissions::from_mode(0o700)))
+            .map_err(|error| at(&folder, error))?;
         Ok(Self(folder))
     }
 

@@ -1,6 +1,7 @@
 //! Starting the daemon of a store when none runs.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -56,6 +57,7 @@ async fn start(dir: &Path, more: &[String]) -> anyhow::Result<PathBuf> {
     let log = File::options()
         .create(true)
         .append(true)
+        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
         .open(&path)
         .with_context(|| format!("cannot write {}", path.display()))?;
     let mut command = std::process::Command::new(program()?);

@@ -1,7 +1,6 @@
 //! One guest of `bootcache boot`: made, started, waited for, and undone when it does not come up.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -18,7 +17,7 @@ use bootcache::qemu::until::{Condition, Until};
 use bootcache::qemu::{self, Accelerator, Aio, Machine, Serial};
 use bootcache::serve::CONTROL_SOCKET;
 use bootcache::store::Store;
-use bootcache::vm::{Runner, VmRecord, qemu_log_path, serial_path};
+use bootcache::vm::{Runner, VmRecord, open_log, qemu_log_path, serial_path};
 use tokio::io::AsyncWriteExt;
 
 /// How often the serial log is looked at.
@@ -116,10 +115,8 @@ impl Guest {
         let Reply::Vm(vm) = client.call(&open).await? else { bail!("the daemon answered out of turn") };
         let dir = plan.store.vm_dir(name);
         let serial = serial_path(&dir);
-        let log = File::create(&serial).with_context(|| format!("cannot write {}", serial.display()))?;
-        if let Some(owner) = plan.owner {
-            std::os::unix::fs::fchown(&log, Some(owner.uid), Some(owner.gid))?;
-        }
+        let log = open_log(&serial, plan.owner).and_then(|log| log.set_len(0));
+        log.with_context(|| format!("cannot write {}", serial.display()))?;
         let device = match plan.disk {
             DiskWay::Socket => None,
             DiskWay::Kernel => Some(attached(plan, name, &vm).await?),
@@ -388,7 +385,7 @@ async fn start_qemu(
         serial: Serial::File(serial),
         arguments: plan.qemu_arguments.clone(),
     };
-    let log = File::create(qemu_log_path(dir))?;
+    let log = open_log(&qemu_log_path(dir), None)?;
     let mut command = std::process::Command::new(qemu::PROGRAM);
     command.args(machine.arguments()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     command.process_group(0);

@@ -8,7 +8,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -69,6 +69,9 @@ pub enum ImportError {
     /// `qemu-img` cannot read it.
     #[error("{}: {error}", path.display())]
     QemuImg { path: PathBuf, error: QemuImgError },
+    /// Somebody wrote to it meanwhile: what was looked through need not be what was read.
+    #[error("{}: it was changed while it was read: add it again once nobody writes to it", .0.display())]
+    Changed(PathBuf),
     /// There is no room for it.
     #[error("{}: the disk is full: free some space, or choose another --store", .0.display())]
     NoSpace(PathBuf),
@@ -99,6 +102,7 @@ pub struct ImportOptions {
 struct Source {
     path: PathBuf,
     file: File,
+    stamp: Stamp,
     format: SourceFormat,
     kind: ImageKind,
     /// Bytes that a guest sees.
@@ -129,6 +133,7 @@ pub fn import(
     let source = opened.inspect(file, options, watch)?;
     let scratch = store.scratch("import")?;
     let disk = make_disk(&source, &scratch, watch)?;
+    source.check_unchanged(file)?;
     let boot = match source.kind {
         ImageKind::Container => whole_in_order(&scratch, disk.root, source.size, watch)?,
         ImageKind::Vm => None,
@@ -149,10 +154,42 @@ pub fn import(
     Ok(store.publish(scratch, disk.root, name)?)
 }
 
+/// Which file it is, and its last change. That of anything, since a time of writing can be set by whoever owns it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn new(meta: &fs::Metadata) -> Self {
+        Self { device: meta.dev(), inode: meta.ino(), changed: (meta.ctime(), meta.ctime_nsec()) }
+    }
+}
+
+impl Source {
+    /// Whether a file whose tables were looked through is still as it was then. `qemu-img` opens it again by its path:
+    /// another file there, or another backing file named in it, would be read in its place.
+    fn check_unchanged(&self, given: &Path) -> Result<(), ImportError> {
+        if self.format == SourceFormat::Raw {
+            return Ok(());
+        }
+        let now = fs::metadata(&self.path)
+            .map_err(|error| ImportError::Source { path: given.to_owned(), error })?;
+        // A device has no such time.
+        if now.is_file() && Stamp::new(&now) != self.stamp {
+            return Err(ImportError::Changed(given.to_owned()));
+        }
+        Ok(())
+    }
+}
+
 /// A file that exists and has bytes.
 struct Opened {
     path: PathBuf,
     file: File,
+    stamp: Stamp,
     length: u64,
     head: Head,
 }
@@ -166,6 +203,7 @@ impl Opened {
             return Err(ImportError::NotAFile(given.to_owned()));
         }
         let file = File::open(&path).map_err(source_error)?;
+        let stamp = Stamp::new(&file.metadata().map_err(source_error)?);
         // Seeking also tells the length of a block device.
         let length = seek(&file, SeekFrom::End(0)).map_err(|error| source_error(error.into()))?;
         seek(&file, SeekFrom::Start(0)).map_err(|error| source_error(error.into()))?;
@@ -173,13 +211,13 @@ impl Opened {
             return Err(ImportError::Empty(given.to_owned()));
         }
         let head = Head::read(&file).map_err(source_error)?;
-        Ok(Self { path, file, length, head })
+        Ok(Self { path, file, stamp, length, head })
     }
 
     /// Finds out format, kind and size, and refuses what should not be read any further.
     fn inspect(self, given: &Path, options: ImportOptions, watch: &Watch) -> Result<Source, ImportError> {
         let format_error = |error| ImportError::Format { path: given.to_owned(), error };
-        let Self { path, file, length, head } = self;
+        let Self { path, file, stamp, length, head } = self;
         let archive = options.kind.is_none() && options.format.is_none() && head.is_tar();
         let kind = options.kind.unwrap_or(if archive { ImageKind::Container } else { ImageKind::Vm });
         let format = match kind {
@@ -222,7 +260,7 @@ impl Opened {
             size if size > SIZE_MAX => {
                 Err(ImportError::TooLarge { path: given.to_owned(), error: TreeError::TooLarge(size) })
             }
-            size => Ok(Source { path, file, format, kind, size }),
+            size => Ok(Source { path, file, stamp, format, kind, size }),
         }
     }
 }
@@ -447,5 +485,32 @@ mod tests {
         assert!(
             matches!(made(4999), Err(ScanError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof)
         );
+    }
+
+    #[test]
+    fn a_file_whose_tables_were_checked_may_not_change_until_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.qcow2");
+        let create = || {
+            let mut create = std::process::Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M").status().unwrap()
+        };
+        assert!(create().success());
+        let watch = Watch::default();
+        let inspect =
+            || Opened::new(&path).unwrap().inspect(&path, ImportOptions::default(), &watch).unwrap();
+        let source = inspect();
+        source.check_unchanged(&path).unwrap();
+        // Rewritten in place as its owner may, with the times that it had.
+        let (file, times) = (File::options().write(true).open(&path).unwrap(), fs::metadata(&path).unwrap());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        file.write_all_at(b"QFI", 0).unwrap();
+        file.set_modified(times.modified().unwrap()).unwrap();
+        assert!(matches!(source.check_unchanged(&path), Err(ImportError::Changed(_))));
+        // Another file in its place.
+        let source = inspect();
+        fs::rename(&path, dir.path().join("old")).unwrap();
+        assert!(create().success());
+        assert!(matches!(source.check_unchanged(&path), Err(ImportError::Changed(_))));
     }
 }

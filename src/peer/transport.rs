@@ -10,6 +10,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use super::local_user;
 use crate::name::HostName;
 use crate::tls::{Identity, Role, has_name, has_role};
 
@@ -113,7 +114,7 @@ impl Security {
     /// Those of TLS, and [`io::ErrorKind::PermissionDenied`] for a certificate that is not a node's or the
     /// controller's.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<Box<dyn Transport>> {
-        let (stream, caller) = self.accept_from(stream).await?;
+        let (stream, caller) = self.accept_any(stream).await?;
         if caller.is(Role::Node) || caller.is(Role::Controller) {
             Ok(stream)
         } else {
@@ -121,11 +122,22 @@ impl Security {
         }
     }
 
-    /// Takes a connection from any member of the cluster, and says from whom it is.
+    /// Takes a connection from any member of the cluster, and says from whom it is. Without certificates, one over
+    /// loopback has to be root's or of this process's user: it may pass for anybody.
     ///
     /// # Errors
-    /// Those of TLS.
+    /// Those of TLS, and [`io::ErrorKind::PermissionDenied`] for another user of this host.
     pub async fn accept_from(&self, stream: TcpStream) -> io::Result<(Box<dyn Transport>, Caller)> {
+        if self.identity.is_none() && !self.plain {
+            let (from, to) = (stream.peer_addr()?, stream.local_addr()?);
+            tokio::task::spawn_blocking(move || local_user::check(from, to))
+                .await
+                .map_err(io::Error::other)??;
+        }
+        self.accept_any(stream).await
+    }
+
+    async fn accept_any(&self, stream: TcpStream) -> io::Result<(Box<dyn Transport>, Caller)> {
         prepare(&stream)?;
         let Some(identity) = &self.identity else { return Ok((Box::new(stream), Caller::trusted())) };
         let stream = within(HANDSHAKE_TIMEOUT, identity.acceptor().accept(stream)).await.map_err(no_tls)?;

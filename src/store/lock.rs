@@ -3,11 +3,11 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use crate::digest::Digest;
@@ -70,7 +70,10 @@ impl ChangeLock {
 /// Locks the file at `path`, which is made when it is missing, and writes this process's id into it: over what is there,
 /// since that takes no room. A full disk keeps nobody from removing things.
 fn try_exclusive(path: &Path) -> io::Result<Option<File>> {
-    let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+    lock_for_this_process(open(path)?)
+}
+
+fn lock_for_this_process(file: File) -> io::Result<Option<File>> {
     if !try_flock(&file, FlockOperation::NonBlockingLockExclusive)? {
         return Ok(None);
     }
@@ -80,6 +83,17 @@ fn try_exclusive(path: &Path) -> io::Result<Option<File>> {
         let _ = file.set_len(0);
     }
     Ok(Some(file))
+}
+
+/// Opens a lock's file, which is made when it is missing, for its owner alone: who may read a file may lock it.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(path)?;
+    if file.metadata()?.mode() & 0o077 != 0 {
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(file)
 }
 
 fn holder(path: &Path) -> String {
@@ -176,6 +190,22 @@ mod tests {
     }
 
     #[test]
+    fn nobody_else_can_open_a_lock_nor_lead_it_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        drop(StoreLock::take(dir.path()).unwrap());
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let target = dir.path().join("target");
+        fs::write(&target, "precious").unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        assert!(StoreLock::take(dir.path()).is_err());
+        assert_eq!(fs::read(&target).unwrap(), b"precious");
+    }
+
+    #[test]
     fn the_second_daemon_is_told_who_has_the_store() {
         let dir = tempfile::tempdir().unwrap();
         let first = StoreLock::take(dir.path()).unwrap();
@@ -196,9 +226,8 @@ mod tests {
     /// Once, nothing could be removed from a full disk, for want of the block that the process's id takes.
     #[test]
     fn a_lock_needs_no_room() {
-        let dir = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/dev/full", dir.path().join("lock.change")).unwrap();
-        let _lock = ChangeLock::take(dir.path(), Duration::from_secs(10), |_| ()).unwrap();
+        let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+        assert!(lock_for_this_process(full).unwrap().is_some());
     }
 
     #[test]
