@@ -40,6 +40,8 @@ const MEMBER_FILES: [(&str, &str); 2] =
     [("server-cert.pem", "server-key.pem"), ("client-cert.pem", "client-key.pem")];
 const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
 const MEMBER_LIFETIME: Duration = Duration::from_secs(2 * 365 * 86_400);
+/// How long before its end a certificate is complained of.
+const EXPIRY_NOTICE: Duration = Duration::from_secs(30 * 86_400);
 /// Certificates hold from an hour before they were made: the cluster's clocks may differ.
 const CLOCK_SLACK: Duration = Duration::from_secs(3600);
 
@@ -180,6 +182,8 @@ pub struct Identity {
     nbd: Arc<ServerConfig>,
     /// What this member shows to those who connect.
     shown: Vec<CertificateDer<'static>>,
+    /// The first of its certificates and the authority's that ends, and when.
+    ends: Option<(PathBuf, SystemTime)>,
 }
 
 impl Identity {
@@ -217,7 +221,31 @@ impl Identity {
             .with_client_auth_cert(certificates(&client_certificate)?, private_key(&client_key)?)
             .map_err(unusable)?;
         let shown = certificates(&server_certificate)?;
-        Ok(Self { server, client: Arc::new(client), nbd, shown })
+        let mut ends = Vec::new();
+        for path in [&server_certificate, &client_certificate, &dir.join(CA_CERT)] {
+            ends.extend(certificates(path)?.iter().filter_map(end).map(|end| (path.clone(), end)));
+        }
+        let ends = ends.into_iter().min_by_key(|(_, end)| *end);
+        let identity = Self { server, client: Arc::new(client), nbd, shown, ends };
+        if let Some(warning) = identity.expiry_warning(SystemTime::now()) {
+            tracing::warn!("{warning}");
+        }
+        Ok(identity)
+    }
+
+    /// What to tell people when, at the time `now`, one of this member's certificates or the authority's has ended or will
+    /// within 30 days.
+    pub fn expiry_warning(&self, now: SystemTime) -> Option<String> {
+        let (path, end) = self.ends.as_ref()?;
+        let path = path.display();
+        match end.duration_since(now) {
+            Ok(left) if left > EXPIRY_NOTICE => None,
+            Ok(left) => Some(format!(
+                "the certificate {path} ends in {} days: issue it anew (`bootcache ca issue`)",
+                left.as_secs() / 86_400
+            )),
+            Err(_) => Some(format!("the certificate {path} has ended: issue it anew (`bootcache ca issue`)")),
+        }
     }
 
     /// Whether others take this member for one that has `role`.
@@ -261,6 +289,13 @@ pub fn has_name(certificates: Option<&[CertificateDer<'_>]>, name: &HostName) ->
         .and_then(<[_]>::first)
         .and_then(|certificate| ParsedCertificate::try_from(certificate).ok())
         .is_some_and(|certificate| verify_server_name(&certificate, &name).is_ok())
+}
+
+/// When a certificate ends; none if it says nothing that can be read.
+fn end(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let seconds = u64::try_from(parsed.validity().not_after.timestamp()).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 fn parameters(common_name: &str, lifetime: Duration) -> CertificateParams {
@@ -372,6 +407,23 @@ mod tests {
         assert!(matches!(init_ca(ca.path()), Err(TlsError::Exists(_))));
         let mode = fs::metadata(ca.path().join(CA_KEY)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_certificate_that_ends_soon_is_complained_of() {
+        let ca = tempfile::tempdir().unwrap();
+        init_ca(ca.path()).unwrap();
+        let (_out, identity) = member(ca.path(), "n1", Role::Node);
+        let in_days =
+            |days: u64| identity.expiry_warning(SystemTime::now() + Duration::from_secs(days * 86_400));
+        assert_eq!(in_days(0), None);
+        assert_eq!(in_days(699), None);
+        let soon = in_days(720).unwrap();
+        assert!(
+            soon.contains("server-cert.pem ends in 9 days") || soon.contains("ends in 10 days"),
+            "{soon}"
+        );
+        assert!(in_days(731).unwrap().contains("has ended"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -122,6 +122,8 @@ async fn handle(shared: &Arc<Shared>, request: Arrived) -> Answer {
 pub(super) async fn state(shared: &Shared) -> NodeState {
     let mut troubles = shared.health.troubles();
     troubles.extend(shared.parts.troubles());
+    let identity = shared.options.security.identity.as_ref();
+    troubles.extend(identity.and_then(|identity| identity.expiry_warning(SystemTime::now())));
     let images = tokio::time::timeout(DATA_PLANE_TIMEOUT, shared.services.data_plane.images()).await;
     let images =
         images.unwrap_or_else(|_| Err(ServiceError::Away("the data plane does not answer".to_owned())));
