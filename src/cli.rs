@@ -36,7 +36,7 @@ mod status;
 mod stop;
 mod web;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -76,12 +76,13 @@ impl Globals {
             if rustix::process::geteuid().is_root() {
                 return PathBuf::from("/var/lib/bootcache");
             }
-            let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".local/share");
-            std::env::var_os("XDG_DATA_HOME")
-                .map(PathBuf::from)
-                .filter(|path| path.is_absolute())
-                .unwrap_or_else(home)
-                .join("bootcache")
+            let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+            let data = folder("XDG_DATA_HOME").or_else(|| Some(folder("HOME")?.join(".local/share")));
+            let Some(data) = data else {
+                say("bootcache: HOME is not set to a folder: say where the store is with --store DIR");
+                std::process::exit(2);
+            };
+            data.join("bootcache")
         })
     }
 }
@@ -185,7 +186,28 @@ pub(crate) fn set_up_logging(verbose: u8) {
     let filter = EnvFilter::try_from_env("BOOTCACHE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let ansi = std::io::stderr().is_terminal() && !no_color;
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi);
+    // It would complain by `eprintln!`, which panics: the task that had something to say would be gone.
+    logs.log_internal_errors(false).with_writer(|| Stderr).init();
+}
+
+/// Says a line on stderr, as far as that can be written: a log on a full disk, or whose reader has gone, ends nobody's work.
+pub(crate) fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Stderr for logs, which takes what cannot be written as written.
+struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = std::io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Runs a subcommand that waits for sockets.

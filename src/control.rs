@@ -314,6 +314,15 @@ pub enum ControlError {
     /// The daemon needs somebody who does not answer.
     #[error("{0}")]
     Away(String),
+    /// Whether one listens there cannot be told.
+    #[error("cannot look for a bootcache daemon on {}: {source}", path.display())]
+    Connect {
+        /// Its socket.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// The connection broke or carried nonsense.
     #[error("the bootcache daemon on {path} does not answer properly")]
     Wire {
@@ -336,6 +345,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(600);
 /// And for that to [`Request::OverlayCommit`], which reads, writes and digests all that the overlay holds.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
+/// The longest path that a Unix socket can have, in bytes (`unix(7)`).
+const ADDRESS_MAX: usize = 107;
+
 /// A connection to a running `serve`.
 #[derive(Debug)]
 pub struct Client {
@@ -357,7 +369,12 @@ impl Client {
             {
                 Err(ControlError::NoDaemon)
             }
-            Err(error) => Err(ControlError::Wire { path: path.to_owned(), source: error.into() }),
+            Err(error) => {
+                let is_long = path.as_os_str().len() > ADDRESS_MAX;
+                let said = "a socket's path may have 107 bytes: use a --store with a shorter path";
+                let source = if is_long { io::Error::new(error.kind(), said) } else { error };
+                Err(ControlError::Connect { path: path.to_owned(), source })
+            }
         }
     }
 

@@ -17,6 +17,7 @@ pub mod page;
 pub mod partial_tree;
 mod qcow2;
 pub mod qemu_img;
+mod repair;
 pub mod scan;
 pub mod stored_disk;
 pub mod tree;

@@ -7,7 +7,7 @@ pub mod accelerator;
 pub mod until;
 
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 pub use accelerator::Accelerator;
 pub use until::Until;
@@ -95,7 +95,12 @@ impl Machine {
         option("-vga", "none".into());
         match &self.serial {
             Serial::Stdout => option("-serial", "stdio".into()),
-            Serial::File(path) => option("-serial", joined("file:", path)),
+            // Without options, so that no comma is doubled.
+            Serial::File(path) => {
+                let mut serial = OsString::from("file:");
+                serial.push(path);
+                option("-serial", serial);
+            }
         }
         option("-drive", self.drive());
         option("-device", "virtio-blk-pci,drive=disk0,bootindex=0".into());
@@ -133,12 +138,6 @@ impl Machine {
         }
         drive
     }
-}
-
-fn joined(prefix: &str, path: &Path) -> OsString {
-    let mut text = OsString::from(prefix);
-    text.push(escaped(path.as_os_str()));
-    text
 }
 
 /// In QEMU's options a comma within a value is written twice.

@@ -63,6 +63,9 @@ pub enum StoreError {
     /// Something builds on the image.
     #[error("image {} is the base of {dependent}: remove that first", root.short())]
     HasDependent { root: Digest, dependent: String },
+    /// Its sockets would have names that Unix sockets cannot have.
+    #[error("{}: the store's path may have {PATH_MAX} bytes, since that of a socket in it has 108 at most", .0.display())]
+    PathTooLong(PathBuf),
     /// A file of the store is not what it was.
     #[error("{}: {what}", path.display())]
     Damaged { path: PathBuf, what: String },
@@ -70,6 +73,9 @@ pub enum StoreError {
     #[error("{}: {error}", path.display())]
     Manifest { path: PathBuf, error: ManifestError },
 }
+
+/// The longest path of a store, in bytes: that of `control.sock.new` in it fits into a socket's address (`unix(7)`).
+const PATH_MAX: usize = 107 - "/control.sock.new".len();
 
 /// Ties an I/O error to its path.
 pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
@@ -161,6 +167,9 @@ impl Store {
         let make = |path: &Path, mode| {
             fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(at(path))
         };
+        if dir.as_os_str().len() > PATH_MAX {
+            return Err(StoreError::PathTooLong(dir.to_owned()));
+        }
         make(dir, 0o755)?;
         let dir = dir.canonicalize().map_err(at(dir))?;
         let store = Self { dir };

@@ -215,7 +215,7 @@ fn somebody_who_is_not_root_records_and_boots_without_any_setting() {
     }
     let folder = tempfile::tempdir().unwrap();
     open_to_all(folder.path());
-    let home = folder.path().join("home");
+    let home = folder.path().join("ho,me");
     let disk = folder.path().join("tiny.raw");
     std::fs::create_dir(&home).unwrap();
     support::run(Command::new("cp").arg("--sparse=always").arg(support::guest::disk("tiny")).arg(&disk));
@@ -236,6 +236,7 @@ fn somebody_who_is_not_root_records_and_boots_without_any_setting() {
     };
     let run = |words: &[&str]| support::run(&mut command(words));
 
+    // QEMU's options end at a comma that is not written twice.
     run(&["image", "add", "tiny", disk.to_str().unwrap()]);
     let recorded = run(&["record", "tiny", "--until", BOOTED, "--memory", "128", "--accel", "tcg"]);
     assert!(recorded.contains("via preload"), "{recorded}");

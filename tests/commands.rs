@@ -279,3 +279,63 @@ fn an_example_fits_on_a_page() {
     }
     assert!(seen >= 7, "{seen} examples in {}", folder.display());
 }
+
+#[test]
+fn a_log_that_cannot_be_written_ends_nobody_s_work() {
+    if !support::require(&["nbdcopy"]) {
+        return;
+    }
+    let store = store();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut serve = store.command(["-vv", "serve"]);
+    let mut serve = serve.env("BOOTCACHE_LOG", "trace").stdout(Stdio::null()).stderr(full).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while store.command(["status"]).output().unwrap().status.code() != Some(0) {
+        assert!(Instant::now() < deadline, "the daemon does not answer");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    store.run(["overlay", "create", "golden", "vm"]);
+    support::run(Command::new("nbdcopy").args([&store.uri("golden"), "null:"]));
+    let to = store.uri("vm");
+    support::run(Command::new("nbdcopy").arg(store.beside("golden.raw")).arg(to));
+    store.run(["overlay", "commit", "vm", "sealed"]);
+    let pid = Pid::from_child(&serve);
+    kill_process(pid, Signal::TERM).unwrap();
+    assert_eq!(serve.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn where_no_store_can_be_is_said_at_once() {
+    let store = store();
+    let long = store.beside(&"x".repeat(100));
+    for words in [&["image", "list"][..], &["serve"], &["overlay", "list"]] {
+        let mut command = store.command(["--store"]);
+        let output = command.arg(&long).args(words).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("path may have"), "{words:?}: {said}");
+    }
+    assert!(!long.exists());
+    let mut homeless = Command::new("setpriv");
+    homeless.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"]).arg(bootcache());
+    let output = homeless.args(["image", "list"]).env_clear().current_dir("/").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    if support::require_root() && !said.contains("Permission denied") {
+        assert!(said.contains("HOME is not set"), "{said}");
+    }
+}
+
+#[test]
+fn the_uri_that_serve_says_works_whatever_its_path() {
+    if !support::require(&["nbdinfo"]) {
+        return;
+    }
+    let store = store();
+    let odd = store.beside("a b&c#d?e%20,f");
+    let raw = store.beside("golden.raw");
+    let run = |words: &[&str]| support::run(store.command(["--store"]).arg(&odd).args(words));
+    run(&["image", "add", "golden", raw.to_str().unwrap()]);
+    let serve = Process::start(store.command(["--store"]).arg(&odd).args(["serve", "--export", "golden"]));
+    let said = serve.wait_for("ready", Duration::from_secs(20));
+    let uri = said.split_whitespace().find(|word| word.starts_with("nbd+unix:")).expect("a URI").to_owned();
+    support::run(Command::new("nbdinfo").arg(uri.replacen("///", "///golden", 1)));
+}

@@ -7,7 +7,7 @@ mod support;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bootcache::block::Extent;
@@ -453,4 +453,53 @@ fn images_come_and_go_beside_a_daemon_that_holds_the_store() {
     assert!(said.contains("in use"), "{said}");
     drop(hold);
     store.run(["image", "remove", "golden"]);
+}
+
+#[test]
+fn a_disk_that_rotted_is_right_again_once_the_image_is_added_again() {
+    let store = Store::new();
+    let raw = disk(&store, "disk.raw", 5);
+    add(&store, "base", &raw, &[]);
+    let serve = store.serve([""; 0]);
+    store.run(["overlay", "create", "base", "vm"]);
+    let rotten = File::options().write(true).open(stored(&store, "base")).unwrap();
+    for at in [100, 8 * MIB + 5, 20 * MIB] {
+        rotten.write_all_at(b"rot", at).unwrap();
+    }
+    assert_eq!(store.command(["image", "verify", "base"]).output().unwrap().status.code(), Some(3));
+    add(&store, "again", &raw, &[]);
+    store.run(["image", "verify", "base"]);
+    let uri = store.uri("vm");
+    qemu_img(["compare", "-f", "raw", "-F", "raw", raw.to_str().unwrap(), &uri]);
+    drop(serve);
+}
+
+#[test]
+fn what_is_not_what_it_is_said_to_be_is_refused() {
+    if !support::require(&["qemu-img", "tar"]) {
+        return;
+    }
+    let store = Store::new();
+    let raw = disk(&store, "disk.raw", 6);
+    let archive = store.beside("c.tar");
+    support::run(
+        Command::new("tar").arg("-C").arg(store.beside("")).arg("-cf").arg(&archive).arg("disk.raw"),
+    );
+    add(&store, "as-disk", &archive, &["--format", "raw"]);
+    let archive = archive.to_str().unwrap();
+    let said = store.refused(["image", "add", "as-container", archive, "--type", "container"]);
+    assert!(said.contains("is here already, of type vm"), "{said}");
+
+    let qcow2 = store.beside("disk.qcow2");
+    qemu_img(["convert", "-O", "qcow2", raw.to_str().unwrap(), qcow2.to_str().unwrap()]);
+    File::options().write(true).open(&qcow2).unwrap().write_all_at(&2_u64.to_be_bytes(), 72).unwrap();
+    let said = store.refused(["image", "add", "corrupt", qcow2.to_str().unwrap()]);
+    assert!(said.contains("marked corrupt"), "{said}");
+
+    let mut piped = store.command(["image", "add", "piped", "/dev/stdin"]);
+    let mut piped = piped.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(piped.stdin.take());
+    let output = piped.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("neither a file nor a block device"), "{said}");
 }

@@ -225,7 +225,8 @@ fn any_command_can_be_recorded_by_either_way() {
             vec!["--until", "serial:never", "--time-limit", "2", "--", "cat", "/dev/zero", "{disk}"],
             "within 2 s",
         ),
-        (vec!["--", "touch", "{disk}"], "no read of the image"),
+        (vec!["--", "touch", "{disk}"], "wrote to the image"),
+        (vec!["--", "sh", "-c", "touch $1; exit 1", "x", "{disk}"], "wrote to the image"),
         (vec!["--", "sh", "-c", "dd if=$1 of=/dev/null; touch $1", "x", "{disk}"], "wrote to the image"),
     ] {
         let said = store.refused(["record", "tiny"].into_iter().chain(line));

@@ -61,6 +61,7 @@ impl From<ControlError> for ServiceError {
         let text = error.to_string();
         match error {
             ControlError::NoDaemon
+            | ControlError::Connect { .. }
             | ControlError::Wire { .. }
             | ControlError::TimedOut(_)
             | ControlError::Away(_) => Self::Away(text),

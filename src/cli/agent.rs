@@ -146,7 +146,7 @@ async fn keep_daemon(dir: &Path, more: &[String], patience: Duration) -> Infalli
         };
         // Once for each reason: it may be away for long.
         if text != told && !text.is_empty() {
-            eprintln!("{text}");
+            super::say(&text);
         }
         told = text;
     }

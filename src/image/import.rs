@@ -11,10 +11,12 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
+use tracing::warn;
 
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent, blocks_for};
 use crate::boot_cache::merge::Touch;
@@ -30,6 +32,7 @@ use super::manifest::{Boot, ImageKind, MANIFEST_VERSION, Manifest, SourceFormat}
 use super::page::{PAGE_SPAN, Page};
 use super::qcow2;
 use super::qemu_img::{self, QemuImgError};
+use super::repair::repair;
 use super::scan::{DiskSource, FileSource, PageView, ScanError, Watch, scan};
 use super::tree::{SIZE_MAX, TreeError};
 use super::tree_builder::TreeBuilder;
@@ -72,6 +75,9 @@ pub enum ImportError {
     /// Somebody wrote to it meanwhile: what was looked through need not be what was read.
     #[error("{}: it was changed while it was read: add it again once nobody writes to it", .0.display())]
     Changed(PathBuf),
+    /// The same bytes are here as an image of the other kind.
+    #[error("{}: an image with these bytes is here already, of type {kind}: remove that first", path.display())]
+    OtherKind { path: PathBuf, kind: ImageKind },
     /// There is no room for it.
     #[error("{}: the disk is full: free some space, or choose another --store", .0.display())]
     NoSpace(PathBuf),
@@ -134,6 +140,7 @@ pub fn import(
     let scratch = store.scratch("import")?;
     let disk = make_disk(&source, &scratch, watch)?;
     source.check_unchanged(file)?;
+    keep_right(store, &source, options.kind.is_some(), &disk, &scratch)?;
     let boot = match source.kind {
         ImageKind::Container => whole_in_order(&scratch, disk.root, source.size, watch)?,
         ImageKind::Vm => None,
@@ -152,6 +159,32 @@ pub fn import(
     let path = scratch.join("manifest");
     crate::store::write_atomic(&path, &manifest.to_bytes()).map_err(|error| target_error(&path, error))?;
     Ok(store.publish(scratch, disk.root, name)?)
+}
+
+/// What is here already of the image that was just read is kept, so it has to be the same: of the kind that was asked
+/// for, and with the bytes that it had when it was stored.
+fn keep_right(
+    store: &Store,
+    source: &Source,
+    is_kind_stated: bool,
+    disk: &Digests,
+    scratch: &Scratch,
+) -> Result<(), ImportError> {
+    let Ok(there) = store.image(disk.root) else { return Ok(()) };
+    if is_kind_stated && there.manifest.kind != source.kind {
+        return Err(ImportError::OtherKind { path: source.path.clone(), kind: there.manifest.kind });
+    }
+    if !there.is_complete() || there.below().is_some() {
+        return Ok(());
+    }
+    let _hold = store.hold(disk.root)?;
+    let stored = there.disk_path();
+    let blocks =
+        repair(&stored, &scratch.join("disk"), source.size).map_err(|error| target_error(&stored, error))?;
+    if blocks > 0 {
+        warn!("{blocks} blocks of {} had changed since it was added, and are right again", stored.display());
+    }
+    Ok(())
 }
 
 /// Which file it is, and its last change. That of anything, since a time of writing can be set by whoever owns it.
@@ -197,11 +230,11 @@ struct Opened {
 impl Opened {
     fn new(given: &Path) -> Result<Self, ImportError> {
         let source_error = |error| ImportError::Source { path: given.to_owned(), error };
-        let path = given.canonicalize().map_err(source_error)?;
-        let file_type = fs::metadata(&path).map_err(source_error)?.file_type();
+        let file_type = fs::metadata(given).map_err(source_error)?.file_type();
         if !file_type.is_file() && !file_type.is_block_device() {
             return Err(ImportError::NotAFile(given.to_owned()));
         }
+        let path = given.canonicalize().map_err(source_error)?;
         let file = File::open(&path).map_err(source_error)?;
         let stamp = Stamp::new(&file.metadata().map_err(source_error)?);
         // Seeking also tells the length of a block device.
@@ -247,6 +280,11 @@ impl Opened {
                     let check = if is_qcow2 { qcow2::holds_its_clusters } else { vmdk::holds_its_grains };
                     let is_whole = check(&file, length)
                         .map_err(|error| ImportError::Source { path: given.to_owned(), error })?;
+                    if is_qcow2 && qcow2::is_marked_corrupt(&file) {
+                        return Err(format_error(FormatError::Unsound(
+                            "it is marked corrupt: `qemu-img check -r all` may mend it",
+                        )));
+                    }
                     if !is_whole {
                         return Err(format_error(FormatError::Unsound(TRUNCATED)));
                     }
@@ -319,11 +357,47 @@ fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digest
         return digest_in_place(&disk, source.size, &tree, watch).map_err(|error| scan_error(&path, error));
     }
     disk.set_len(source.size).map_err(target)?;
-    let from = FileSource::new(&source.file, source.size)
-        .map_err(|error| ImportError::Source { path: source.path.clone(), error })?;
+    let source_error = |error| ImportError::Source { path: source.path.clone(), error };
+    let from = Given {
+        file: FileSource::new(&source.file, source.size).map_err(source_error)?,
+        failed: Mutex::default(),
+    };
     let copied = digest(&from, &tree, watch, |view, page| copy_data(&disk, view, page))
         .and_then(|digests| disk.sync_all().map(|()| digests).map_err(ScanError::Io));
-    copied.map_err(|error| scan_error(&path, error))
+    copied.map_err(|error| match from.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        None => scan_error(&path, error),
+        Some(io::ErrorKind::UnexpectedEof) => ImportError::Changed(source.path.clone()),
+        Some(kind) => source_error(kind.into()),
+    })
+}
+
+/// A given file as it is read, and how that failed: errors of the store's own files look alike.
+struct Given<'a> {
+    file: FileSource<'a>,
+    failed: Mutex<Option<io::ErrorKind>>,
+}
+
+impl Given<'_> {
+    fn noted<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &result {
+            self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.kind());
+        }
+        result
+    }
+}
+
+impl DiskSource for Given<'_> {
+    fn size(&self) -> u64 {
+        self.file.size()
+    }
+
+    fn data(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        self.noted(self.file.data(range))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.noted(self.file.read_at(buffer, offset))
+    }
 }
 
 /// Makes the boot cache of a container's archive: all of it from the first byte to the last, as a hypervisor reads it,

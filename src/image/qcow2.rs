@@ -30,6 +30,14 @@ pub(super) fn holds_its_clusters(file: &File, length: u64) -> io::Result<bool> {
     }
 }
 
+/// Whether QEMU has found the qcow2 damaged and said so in its header, in bit 1 of the incompatible features
+/// (docs/interop/qcow2.txt of QEMU): `qemu-img check` does not mind that.
+pub(super) fn is_marked_corrupt(file: &File) -> bool {
+    let mut header = [0; 80];
+    let has_features = file.read_exact_at(&mut header, 0).is_ok() && header[4..8] != 2_u32.to_be_bytes();
+    has_features && header[79] & 2 != 0
+}
+
 fn check(file: &File, length: u64) -> io::Result<bool> {
     let mut header = [0; HEADER_BYTES];
     file.read_exact_at(&mut header[..72], 0)?;

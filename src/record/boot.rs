@@ -132,12 +132,12 @@ impl<'a> Plan<'a> {
             met.map(|met| watcher.end_ns(met))
         };
         child.stop().await;
-        let end_ns = end_ns.map_err(|error| self.better(error, &watcher))?;
-        let recording = watcher.recording(self.entry.manifest.size, end_ns).await?;
+        // Before anything else that may be wrong: of what it did, this is the worst.
         if self.disk_state()? != before {
             return Err(RecordError::Written);
         }
-        Ok(recording)
+        let end_ns = end_ns.map_err(|error| self.better(error, &watcher))?;
+        watcher.recording(self.entry.manifest.size, end_ns).await
     }
 
     fn watcher(&self, dir: &Path) -> Result<Watcher, RecordError> {

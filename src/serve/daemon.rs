@@ -16,7 +16,7 @@ use crate::tls::Identity;
 
 use super::exports::NodeExports;
 use super::node::{Node, NodeError};
-use super::{CONTROL_SOCKET, NBD_SOCKET, local, metrics, vm_socket};
+use super::{CONTROL_SOCKET, NBD_SOCKET, local, metrics, nbd_uri, vm_socket};
 
 /// What a daemon listens on.
 #[derive(Debug, Default)]
@@ -96,7 +96,7 @@ pub async fn run(
         tcp.push((TcpListener::bind(address).await.map_err(bind)?, tls));
     }
     let tasks = TaskTracker::new();
-    let mut places = vec![format!("nbd+unix:///?socket={}", socket.display())];
+    let mut places = vec![nbd_uri("", &socket)];
     let mut served = None;
     if let Some((address, options)) = options.peers {
         options.security.check(address)?;

@@ -23,6 +23,8 @@ use crate::store::write_atomic;
 
 const SOCKET_FILE: &str = "nbd.sock";
 const RECORD_FILE: &str = "socket.json";
+/// The longest path that a Unix socket can have, in bytes (`unix(7)`).
+const ADDRESS_MAX: usize = 107;
 
 /// A VM's socket, being served.
 pub(super) struct VmSocket {
@@ -103,6 +105,13 @@ pub(super) fn bind(path: &Path, owner: Option<Owner>) -> io::Result<UnixListener
     match fs::remove_file(&hidden) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
+    }
+    if hidden.as_os_str().len() > ADDRESS_MAX {
+        let most = ADDRESS_MAX - (hidden.as_os_str().len() - path.as_os_str().len());
+        let said = format!(
+            "a socket's path may have {most} bytes: take a shorter name, or a store with a shorter path"
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, said));
     }
     let listener = UnixListener::bind(&hidden)?;
     fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
