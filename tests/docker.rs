@@ -376,6 +376,82 @@ async fn archives_with_the_same_name_in_them_that_load_at_once_stay_what_they_ar
     }
 }
 
+/// Writes what `docker save` wrote once more, with a file of it changed, or without it.
+fn with_file(archive: &Path, name: &str, content: Option<&Value>) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    support::run(Command::new("tar").arg("-C").arg(folder.path()).arg("-xf").arg(archive));
+    match content {
+        Some(content) => std::fs::write(folder.path().join(name), content.to_string()).unwrap(),
+        None => std::fs::remove_file(folder.path().join(name)).unwrap(),
+    }
+    let tar = archive.with_extension("new");
+    support::run(
+        Command::new("tar").arg("-C").arg(folder.path()).args(["--sort=name", "-cf"]).arg(&tar).arg("."),
+    );
+    std::fs::read(tar).unwrap()
+}
+
+/// What the engine's names mean.
+fn meanings(address: &str) -> Vec<String> {
+    let format = "{{.Repository}}:{{.Tag}} {{.ID}}";
+    let images = docker(address, &["images", "--no-trunc", "--format", format]);
+    let mut named: Vec<_> =
+        images.lines().filter(|line| !line.contains("<none>")).map(str::to_owned).collect();
+    named.sort();
+    named
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_in_an_archive_that_the_engine_fails_at_mean_what_they_did() {
+    let Some(OneHost { folder, net: _net, host: _host, address, engine }) = OneHost::up() else { return };
+    let (root_fs, saved) = (folder.path().join("box.tar"), folder.path().join("saved.tar"));
+    container::root_fs(&root_fs, 1 << 20);
+    docker(&address, &["import", "-c", "LABEL what=bad", root_fs.to_str().unwrap(), "bad:latest"]);
+    docker(&address, &["save", "-o", saved.to_str().unwrap(), "bad:latest"]);
+    docker(&address, &["rmi", "bad:latest"]);
+    let base = load(&engine, "base", &root_fs).await;
+    docker(&address, &["import", root_fs.to_str().unwrap(), "busybox:latest"]);
+    let before = meanings(&address);
+    assert_eq!(before.len(), 2, "{before:?}");
+
+    let manifest = support::run(Command::new("tar").arg("-xOf").arg(&saved).arg("manifest.json"));
+    let manifest: Value = serde_json::from_str(&manifest).unwrap();
+    let named = |names: &[&str]| {
+        let mut manifest = manifest.clone();
+        manifest[0]["RepoTags"] = json!(names);
+        with_file(&saved, "manifest.json", Some(&manifest))
+    };
+    let bad = "bad".parse().unwrap();
+    let root = Digest::of(b"bad");
+    let load = |bytes: &[u8]| engine.load(&bad, root, std::io::Cursor::new(bytes.to_vec()));
+
+    // The engine fails at the last name.
+    for names in [&[base.as_str(), "busybox:latest", "new:1", "Not Valid"][..], &["new:1", "Not Valid"]] {
+        let error = load(&named(names)).await.unwrap_err().to_string();
+        assert!(error.contains("invalid reference format"), "{error}");
+        assert_eq!(meanings(&address), before, "{names:?}");
+        assert!(!engine.has_image(&Docker::reference(&bad, root)).await.unwrap());
+    }
+    // Without the manifest it goes by another file, and does not say what it named.
+    load(&with_file(&saved, "manifest.json", None)).await.unwrap_err();
+    assert_eq!(meanings(&address), before);
+    // It takes all the names, and the one that waits for it gives up at some time, or does not.
+    let bytes = named(&[&base, "busybox:latest", "new:1"]);
+    for patience_ms in [5, 20, 50, 100, 200, 400, 60_000] {
+        let given_up = tokio::time::timeout(Duration::from_millis(patience_ms), load(&bytes)).await;
+        // Whoever looks waits for what is under way.
+        let loaded = engine.has_image(&Docker::reference(&bad, root)).await.unwrap();
+        assert!(loaded || given_up.is_err(), "{given_up:?}");
+        engine.remove_image(&Docker::reference(&bad, root)).await.unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while meanings(&address) != before {
+            engine.remove_image(&Docker::reference(&bad, root)).await.unwrap();
+            assert!(Instant::now() < deadline, "after {patience_ms} ms: {:?}", meanings(&address));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
 /// Writes the root file system `archive` as an image in an OCI layout; with `manifest`, in the way of `docker save` too.
 fn oci_layout(folder: &Path, archive: &Path, manifest: bool) -> PathBuf {
     let layout = folder.join(format!("layout-{manifest}"));

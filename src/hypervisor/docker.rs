@@ -50,8 +50,8 @@ pub struct Docker {
     node: HostName,
     client: OnceCell<bollard::Docker>,
     cpu: Arc<CpuUse>,
-    /// Held while an archive's own names are in the engine: see `saved`.
-    naming: Arc<tokio::sync::Mutex<()>>,
+    /// Held for writing while an archive's own names are in the engine, and for reading by who goes by names: see `saved`.
+    naming: Arc<tokio::sync::RwLock<()>>,
 }
 
 impl Docker {
@@ -112,7 +112,10 @@ impl Docker {
         };
         let deadline = Instant::now() + DEADLINE;
         loop {
-            match creator.create_container(Some(options.clone()), body.clone()).await {
+            let names = self.names().await?;
+            let created = creator.create_container(Some(options.clone()), body.clone()).await;
+            drop(names);
+            match created {
                 Ok(_) => break,
                 Err(error)
                     if status(&error) == Some(409)

@@ -12,9 +12,10 @@ use std::time::Duration;
 use bollard::query_parameters::{CreateImageOptions, RemoveImageOptions};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
+use tokio::sync::{RwLockReadGuard, oneshot};
 
 use super::saved::Saved;
-use super::{Docker, status};
+use super::{DEADLINE, Docker, status};
 use crate::digest::Digest;
 use crate::hypervisor::HypervisorError;
 use crate::image::archive::{ArchiveKind, HEAD_BYTES};
@@ -50,15 +51,28 @@ pub enum LoadError {
 }
 
 impl Docker {
-    /// The name that an image has in the engine: `bootcache/NAME:` and the first 12 digits of its root.
+    /// The name that an image has in the engine: `bootcache/NAME:` and its root, all of it, since several names of ours
+    /// come to one repository and whoever makes images can choose some digits of a root.
     pub fn reference(name: &ImageName, root: Digest) -> String {
         // A repository's name may not end in a separator nor have two, as ours may.
         let words = name.as_str().split(['.', '_', '-']).filter(|word| !word.is_empty());
-        format!("bootcache/{}:{}", words.collect::<Vec<_>>().join("-"), &root.to_string()[..12])
+        format!("bootcache/{}:{}", words.collect::<Vec<_>>().join("-"), root)
+    }
+
+    /// Waits until the engine has no names of an archive's own, and keeps them out.
+    pub(super) async fn names(&self) -> Result<RwLockReadGuard<'_, ()>, HypervisorError> {
+        let names = tokio::time::timeout(DEADLINE, self.naming.read()).await;
+        names.map_err(|_| {
+            HypervisorError::TimedOut(format!(
+                "Docker at {} has not unpacked an image within {DEADLINE:?}: see whether dockerd hangs",
+                self.address
+            ))
+        })
     }
 
     /// Whether the engine has an image of that name.
     pub async fn has_image(&self, reference: &str) -> Result<bool, HypervisorError> {
+        let _names = self.names().await?;
         match self.client().await?.inspect_image(reference).await {
             Err(error) if status(&error) == Some(404) => Ok(false),
             other => other.map(|_| true).map_err(|error| self.failed("inspect an image", error)),
@@ -125,6 +139,14 @@ impl Docker {
             tag: Some(tag),
             ..CreateImageOptions::default()
         };
+        // The name that it gives is not to be taken for one of an archive that comes to its end meanwhile.
+        let (give, _given) = oneshot::channel();
+        let naming = Arc::clone(&self.naming);
+        let end = async move {
+            let _ = give.send(naming.read_owned().await);
+            Ok::<_, std::io::Error>(bytes::Bytes::new())
+        };
+        let body = body.chain(futures_util::stream::once(end));
         let told = client.create_image(Some(options), Some(bollard::body_try_stream(body)), None);
         let told: Result<Vec<_>, _> = told.try_collect().await;
         told.map(drop).map_err(|error| self.failed(&format!("import {reference}"), error).into())
@@ -140,13 +162,18 @@ pub(super) fn split(reference: &str) -> (String, String) {
 /// Where an archive's bytes come from, as the engine is given them.
 #[derive(Debug, Default)]
 pub(super) struct Source {
-    /// Bytes that came.
+    /// Bytes that came, and what the engine said of them.
     moved: AtomicU64,
     /// Why no more came, when there should have been more.
     cut: OnceLock<String>,
 }
 
 impl Source {
+    /// The engine has done something.
+    pub(super) fn progressed(&self) {
+        self.moved.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Does `work` while bytes come, and for [`STALL`] after the last.
     pub(super) async fn moving<T>(
         &self,
@@ -214,14 +241,26 @@ impl<R: AsyncRead + Unpin> Stream for Pieces<R> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
     #[test]
     fn a_reference_is_one_that_docker_takes() {
         let root = Digest::of(b"x");
         let reference = |name: &str| Docker::reference(&name.parse().unwrap(), root);
-        let tag = &root.to_string()[..12];
-        assert_eq!(reference("busy"), format!("bootcache/busy:{tag}"));
-        assert_eq!(reference("a-.b__c-"), format!("bootcache/a-b-c:{tag}"));
+        assert_eq!(reference("busy"), format!("bootcache/busy:{root}"));
+        assert_eq!(reference("a-.b__c-"), format!("bootcache/a-b-c:{root}"));
+        assert_eq!(root.to_string().len(), 64);
+    }
+
+    #[tokio::test]
+    async fn nobody_goes_by_a_name_while_an_archive_s_own_are_in_the_engine() {
+        let docker = Docker::new("unix:///nowhere/docker.sock", "node".parse().unwrap());
+        let turn = docker.naming.write().await;
+        let mut asked = Box::pin(docker.has_image("bootcache/a:0"));
+        assert!(asked.as_mut().now_or_never().is_none());
+        drop(turn);
+        assert!(matches!(asked.await, Err(HypervisorError::Unreachable(_))));
     }
 }

@@ -1,22 +1,31 @@
 //! An archive that `docker save` or an OCI tool wrote, which brings names of its own into the engine.
 //!
-//! Once the engine has all of an archive it gives its images the names in it. From then on until those names mean what
-//! they did before, no other archive comes to its end here, or the one would be taken for the other; and that work is
-//! done to its end by whatever it was ordered.
+//! Once the engine has all of an archive it gives its images the names in it, one by one, and may fail at any of them.
+//! From then on until those names mean what they did before, no other archive comes to its end here, or the one would be
+//! taken for the other, and nobody goes by a name; and that work is done to its end by whatever it was ordered, and
+//! whatever the engine says.
 
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bollard::query_parameters::{ImportImageOptions, ListImagesOptions, TagImageOptions};
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedRwLockWriteGuard, oneshot};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use super::Docker;
 use super::images::{LoadError, Source, split};
 use crate::hypervisor::HypervisorError;
 use crate::name::ImageName;
+
+/// How often an engine that is away is asked to put its names back.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What the engine's names mean.
+type Tags = HashMap<String, String>;
 
 /// An archive on its way into the engine.
 pub(super) struct Saved<S> {
@@ -39,67 +48,101 @@ where
         let given_up = CancellationToken::new();
         let _with_us = given_up.clone().drop_guard();
         let (docker, client) = (docker.clone(), client.clone());
-        let work = async move { self.load_whole(&docker, &client, given_up).await };
-        tokio::spawn(work)
-            .await
-            .unwrap_or_else(|error| Err(HypervisorError::Refused(error.to_string()).into()))
+        let (tell, told) = oneshot::channel();
+        tokio::spawn(async move { self.load_whole(&docker, &client, given_up, tell).await });
+        told.await.unwrap_or_else(|_| {
+            Err(HypervisorError::Unreachable("the load of an image was ended".to_owned()).into())
+        })
     }
 
+    /// Loads it, and tells how that went: maybe before the names are put back, when the engine does not answer.
     async fn load_whole(
         self,
         docker: &Docker,
         client: &bollard::Docker,
         given_up: CancellationToken,
-    ) -> Result<(), LoadError> {
+        tell: oneshot::Sender<Result<(), LoadError>>,
+    ) {
         let Self { name, reference, body, source } = self;
-        let at_first = docker.tags().await?;
+        let mut tell = Some(tell);
+        let mut tell = |result| tell.take().map(|tell| tell.send(result));
+        let at_first = match docker.tags().await {
+            Ok(tags) => tags,
+            Err(error) => return drop(tell(Err(error.into()))),
+        };
         let (give, mut given) = oneshot::channel();
         let (owner, naming) = (docker.clone(), Arc::clone(&docker.naming));
         let until = given_up.clone().cancelled_owned();
         // The engine is given the end of the archive when it is this one's turn.
         let end = async move {
-            let turn = naming.lock_owned().await;
+            let turn = naming.write_owned().await;
             if given_up.is_cancelled() {
                 return Err(io::Error::other("nobody waits for it any more"));
             }
             let before = owner.tags().await.map_err(io::Error::other)?;
-            // Nobody takes it when the engine has answered already.
-            let _ = give.send((turn, before));
+            let given = give.send((turn, before));
+            given.map_err(|_| io::Error::other("it has failed, or the engine has answered already"))?;
             Ok(bytes::Bytes::new())
         };
         let body = body.take_until(until).chain(futures_util::stream::once(end));
-        let told = client.import_image_stream(ImportImageOptions::default(), body, None);
-        let told = async {
-            let told: Result<Vec<_>, _> = told.try_collect().await;
-            told.map_err(|error| LoadError::from(docker.failed(&format!("load {reference}"), error)))
-        };
-        let told = source.moving(&name, told).await?;
-        // An engine may answer at the end of the tar, before that of what it is sent.
-        given.close();
-        let (_turn, before) = match given.try_recv() {
-            Ok(given) => given,
-            Err(_) => (Arc::clone(&docker.naming).lock_owned().await, at_first),
-        };
-        let lines = told.iter().filter_map(|line| line.stream.as_deref());
-        let loaded: Vec<String> = lines.flat_map(str::lines).filter_map(loaded_image).collect();
-        let result = match loaded.as_slice() {
-            [] => Err(LoadError::Archive { name, reason: "there is no image in it".to_owned() }),
-            // One image may have several names.
-            [first, ..] => docker.tag(first, &reference).await.map_err(LoadError::from),
-        };
-        for other in loaded.iter().filter(|other| !other.starts_with("sha256:")) {
-            match before.get(other) {
-                Some(id) => docker.tag(id, other).await?,
-                None => docker.remove_image(other).await?,
+        let mut lines = client.import_image_stream(ImportImageOptions::default(), body, None);
+        // What it said before it failed counts too.
+        let mut loaded = Vec::new();
+        let mut told: Result<(), LoadError> = {
+            let answer = async {
+                while let Some(line) = lines.try_next().await? {
+                    source.progressed();
+                    let lines = line.stream.as_deref().unwrap_or_default().lines();
+                    loaded.extend(lines.filter_map(loaded_image));
+                }
+                Ok::<(), bollard::errors::Error>(())
+            };
+            let mut answer = std::pin::pin!(answer);
+            let told = source.moving(&name, async { Ok((&mut answer).await) }).await;
+            given.close();
+            match told {
+                Ok(told) => told.map_err(|error| docker.failed(&format!("load {reference}"), error).into()),
+                // An engine that has all of it goes on, whoever listens.
+                Err(stalled) if !given.is_empty() => {
+                    tell(Err(stalled));
+                    answer.await.map_err(|error| docker.failed(&format!("load {reference}"), error).into())
+                }
+                Err(stalled) => Err(stalled),
             }
+        };
+        drop(lines);
+        let (turn, before, had_end) = match given.try_recv() {
+            Ok((turn, before)) => (turn, before, true),
+            // An engine may answer at the end of the tar, before that of what it is sent.
+            Err(_) => (Arc::clone(&docker.naming).write_owned().await, at_first, false),
+        };
+        // An engine that failed at it need not have said all the names that it gave.
+        let any = had_end && (told.is_err() || loaded.is_empty());
+        if told.is_ok() {
+            told = match loaded.as_slice() {
+                [] => Err(LoadError::Archive { name, reason: "there is no image in it".to_owned() }),
+                // One image may have several names.
+                [first, ..] => docker.tag(first, &reference).await.map_err(LoadError::from),
+            };
         }
-        result
+        let may_be = |name: &str| name != reference && (any || loaded.iter().any(|loaded| loaded == name));
+        let mut back = docker.put_back(&turn, &before, may_be).await;
+        while let Err(error @ (HypervisorError::Unreachable(_) | HypervisorError::TimedOut(_))) = back {
+            tell(Err(error.into()));
+            tokio::time::sleep(TICK).await;
+            back = docker.put_back(&turn, &before, may_be).await;
+        }
+        if let Err(error) = &back {
+            warn!("a name in the archive of {reference} stays in the engine: {error}");
+        }
+        drop(turn);
+        tell(told.and(back.map_err(LoadError::from)));
     }
 }
 
 impl Docker {
     /// The images that the engine's names mean.
-    async fn tags(&self) -> Result<HashMap<String, String>, HypervisorError> {
+    async fn tags(&self) -> Result<Tags, HypervisorError> {
         let images = self.client().await?.list_images(None::<ListImagesOptions>).await;
         let images = images.map_err(|error| self.failed("list images", error))?;
         let tags = images.into_iter().flat_map(|image| {
@@ -107,6 +150,35 @@ impl Docker {
             image.repo_tags.into_iter().map(move |tag| (tag, id.clone()))
         });
         Ok(tags.collect())
+    }
+
+    /// Lets the names for which `may_be` is true mean what they did `before`, or nothing. What is refused for one holds up
+    /// no other.
+    async fn put_back(
+        &self,
+        _turn: &OwnedRwLockWriteGuard<()>,
+        before: &Tags,
+        may_be: impl Fn(&str) -> bool,
+    ) -> Result<(), HypervisorError> {
+        let mut result = Ok(());
+        for (name, now) in self.tags().await? {
+            if !may_be(&name) || before.get(&name) == Some(&now) {
+                continue;
+            }
+            let mut done = match before.get(&name) {
+                Some(id) => self.tag(id, &name).await,
+                None => self.remove_image(&name).await,
+            };
+            // The image that it meant may have gone since.
+            if matches!(done, Err(HypervisorError::Refused(_))) && before.contains_key(&name) {
+                done = self.remove_image(&name).await;
+            }
+            match done {
+                Err(HypervisorError::Refused(_)) | Ok(()) => result = result.and(done),
+                away => return away,
+            }
+        }
+        result
     }
 
     async fn tag(&self, image: &str, reference: &str) -> Result<(), HypervisorError> {
