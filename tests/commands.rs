@@ -142,6 +142,33 @@ async fn a_daemon_that_hangs_is_replaced_by_its_agent_also_after_an_update() {
     drop((agent, second));
 }
 
+#[tokio::test]
+async fn the_daemons_have_as_many_files_open_as_they_may() {
+    let store = Store::new();
+    let start = |words: &str| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -S -n 200 && exec {} {words}", bootcache())]);
+        let process = Process::start(shell.env("BOOTCACHE_STORE", store.path()));
+        process.wait_for("ready", Duration::from_secs(20));
+        process
+    };
+    let controller = start("controller");
+    let agent = start("agent --name n1 --no-vms --no-containers");
+    let socket = store.path().join(bootcache::serve::CONTROL_SOCKET);
+    let serve = Daemon(Client::connect(&socket).await.unwrap().pid().unwrap());
+    for pid in [controller.id(), agent.id(), u32::try_from(serve.0.as_raw_nonzero().get()).unwrap()] {
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let files: Vec<_> = limits
+            .lines()
+            .find(|line| line.starts_with("Max open files"))
+            .unwrap()
+            .split_whitespace()
+            .collect();
+        assert_eq!(files[3], files[4], "{pid}: {limits}");
+    }
+    drop((controller, agent, serve));
+}
+
 #[test]
 fn what_was_made_issued_and_detached_is_told_as_json_too() {
     let store = Store::new();

@@ -66,6 +66,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
+    super::allow_many_files();
     super::block_on(async {
         let dir = globals.store_dir();
         let name = match args.name {

@@ -55,6 +55,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
+    super::allow_many_files();
     super::block_on(async {
         let weights = weights(&args.weight)?;
         if args.offline_after <= args.poll {

@@ -43,7 +43,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
-    allow_many_files();
+    super::allow_many_files();
     super::block_on(async {
         let transfer = args.peers.options(&globals.store_dir(), args.peer_listen)?;
         let identity = transfer.security.identity.clone();
@@ -97,15 +97,4 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         .await?;
         Ok(ExitCode::SUCCESS)
     })
-}
-
-/// Lets this process have as many files open as it may: each VM takes several, and 1024 are usual where nobody asks.
-fn allow_many_files() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) =
-        setrlimit(Resource::Nofile, rustix::process::Rlimit { current: limit.maximum, ..limit })
-    {
-        tracing::warn!(%error, "the limit of open files stays as it is");
-    }
 }

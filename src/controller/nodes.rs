@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::name::HostName;
 use crate::peer::transport::Security;
-use crate::wire::cluster::Body;
+use crate::wire::cluster::{Body, Fault, shortened};
 use crate::wire::link::{CallError, Link};
 
 type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
@@ -58,7 +58,14 @@ impl Nodes {
             }
             result
         };
-        tokio::time::timeout(limit, work).await.unwrap_or(Err(CallError::TimedOut(limit)))
+        let result = tokio::time::timeout(limit, work).await.unwrap_or(Err(CallError::TimedOut(limit)));
+        // It is passed on to people, and kept.
+        result.map_err(|error| match error {
+            CallError::Refused(Fault { code, message }) => {
+                CallError::Refused(Fault { code, message: shortened(message) })
+            }
+            other => other,
+        })
     }
 
     /// Forgets the connections to all but these.

@@ -1,10 +1,12 @@
 //! The answering side: takes connections from other nodes and serves what this one holds, complete or not.
 //!
 //! One task a connection reads requests, one writes replies, and each request in flight has a short task between
-//! them. Replies for guests that wait go first, then the stream, then fill. Everything is bounded: connections,
-//! requests in flight, replies that are in memory; a peer that does not read is dropped.
+//! them. Replies for guests that wait go first, then the stream, then fill. Everything is bounded, for each peer and in all:
+//! connections, requests in flight, replies that are in memory. A peer that does not read, or hardly, is dropped, and so is
+//! one that asks nothing. Who has not been greeted yet waits in a hall, apart from the places of those who have.
 
 mod answer;
+mod members;
 mod session;
 
 use std::collections::HashMap;
@@ -29,9 +31,16 @@ use super::message::{Load, Wanted};
 use super::tracker::Tracker;
 use super::transport::Security;
 use super::uplink::Uplink;
+use crate::wire::hall::{Hall, Place};
+use crate::wire::io::WireError;
+use members::{CONNECTIONS_OF_ONE_MAX, Members};
 
 /// Two for each node of a burst; more nodes are turned away, and come again.
 const CONNECTIONS_MAX: usize = 4096;
+/// Connections that have not been greeted yet; with more, the oldest leaves.
+const STRANGERS_MAX: usize = 256;
+/// Of those, from one address: half, so that nobody has the hall alone.
+const STRANGERS_OF_ONE_MAX: usize = STRANGERS_MAX / 2;
 
 /// Where the server finds images.
 pub trait Provider: Send + Sync + 'static {
@@ -86,6 +95,9 @@ pub struct Server {
     ledgers: Mutex<HashMap<Digest, Ledger>>,
     counters: Arc<ServerCounters>,
     next_connection: AtomicU64,
+    hall: Arc<Hall>,
+    places: Semaphore,
+    members: Arc<Members>,
 }
 
 impl std::fmt::Debug for Server {
@@ -104,6 +116,9 @@ impl Server {
             ledgers: Mutex::new(HashMap::new()),
             counters: Arc::new(ServerCounters::default()),
             next_connection: AtomicU64::new(1),
+            hall: Hall::new(STRANGERS_MAX, STRANGERS_OF_ONE_MAX),
+            places: Semaphore::new(CONNECTIONS_MAX),
+            members: Members::new(),
         })
     }
 
@@ -129,7 +144,6 @@ impl Server {
     /// Serves `listener` until `stop`; ends when every connection has.
     pub async fn run(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) {
         let tasks = TaskTracker::new();
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -143,18 +157,17 @@ impl Server {
                     continue;
                 }
             };
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                tracing::warn!(%address, "too many peers are connected: one is turned away");
+            let Some(place) = self.hall.enter(address.ip()).await else {
+                tracing::debug!(%address, "too many connections of one address say nothing: one is turned away");
                 continue;
             };
             let server = Arc::clone(&self);
             let stop = stop.clone();
             tasks.spawn(async move {
                 tokio::select! {
-                    () = server.connection(stream, address) => {}
+                    () = server.connection(stream, address, place) => {}
                     () = stop.cancelled() => {}
                 }
-                drop(place);
             });
         }
         tasks.close();
@@ -167,14 +180,10 @@ impl Server {
         Load { network: self.options.uplink.load(load.network), ..load }
     }
 
-    async fn connection(&self, stream: TcpStream, address: SocketAddr) {
+    async fn connection(&self, stream: TcpStream, address: SocketAddr, place: Place) {
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
         self.counters.connections.fetch_add(1, Ordering::Relaxed);
-        let result = match self.options.security.accept(stream).await {
-            Ok(stream) => session::run(self, stream, address, id).await,
-            Err(error) => Err(error.into()),
-        };
-        if let Err(error) = result {
+        if let Err(error) = self.converse(stream, address, id, place).await {
             tracing::debug!(%address, %error, "a peer's connection ended");
         }
         let gone = self.tracker.leave(id);
@@ -186,5 +195,81 @@ impl Server {
         }
         drop(ledgers);
         self.counters.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    async fn converse(
+        &self,
+        stream: TcpStream,
+        address: SocketAddr,
+        id: u64,
+        hall: Place,
+    ) -> Result<(), WireError> {
+        let greeted = async {
+            let (mut stream, caller) = self.options.security.accept(stream).await?;
+            let hello = session::greet(self, &mut stream).await?;
+            Ok::<_, WireError>((stream, caller, hello))
+        };
+        let (stream, caller, hello) = tokio::select! {
+            greeted = greeted => greeted?,
+            () = hall.evicted() => return Err(io::Error::other("newer connections needed the place").into()),
+        };
+        drop(hall);
+        let Some(hello) = hello else { return Ok(()) };
+        let Ok(_place) = self.places.try_acquire() else {
+            tracing::warn!(%address, "too many peers are connected: one is turned away");
+            return Ok(());
+        };
+        let Some(member) = self.members.enter(&caller, address) else {
+            tracing::warn!(%address, most = CONNECTIONS_OF_ONE_MAX, "a peer has too many connections: one is turned away");
+            return Ok(());
+        };
+        session::run(self, stream, &hello, member, address, id).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpSocket;
+
+    use super::*;
+    use crate::peer::connection::Connection;
+    use crate::peer::message::{Hello, PROTOCOL_VERSION};
+
+    struct Nothing;
+
+    impl Provider for Nothing {
+        fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>> {
+            Box::pin(std::future::ready(None))
+        }
+    }
+
+    #[tokio::test]
+    async fn who_only_connects_keeps_no_node_out() {
+        let server = Server::new(Arc::new(Nothing), ServerOptions::default());
+        let (listener, address) = server.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let stop = CancellationToken::new();
+        let serving = tokio::spawn(Arc::clone(&server).run(listener, stop.clone()));
+        let stranger = async |from: &str| {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind(from.parse().unwrap()).unwrap();
+            socket.connect(address).await.unwrap()
+        };
+        let mut silent = Vec::new();
+        for from in ["127.0.0.2:0", "127.0.0.3:0"] {
+            for _ in 0..STRANGERS_OF_ONE_MAX {
+                silent.push(stranger(from).await);
+            }
+            // One more of the same address.
+            assert!(matches!(stranger(from).await.read(&mut [0]).await, Ok(0) | Err(_)));
+        }
+        let hello = Hello { version: PROTOCOL_VERSION, node: "n1".to_owned(), key: 7, listen: None };
+        Connection::open(address, &Security::default(), &hello).await.unwrap();
+        // The oldest went for it, and no other.
+        assert!(matches!(silent.remove(0).read(&mut [0]).await, Ok(0) | Err(_)));
+        let waits = |stream: &TcpStream| stream.try_read(&mut [0]).map_err(|error| error.kind());
+        assert!(silent.iter().all(|stream| waits(stream) == Err(io::ErrorKind::WouldBlock)));
+        stop.cancel();
+        serving.await.unwrap();
     }
 }

@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use super::local_user;
+use crate::digest::Digest;
 use crate::name::HostName;
 use crate::tls::{Identity, Role, has_name, has_role};
 
@@ -108,15 +109,15 @@ impl Security {
         }
     }
 
-    /// Takes a connection from another node.
+    /// Takes a connection from another node, and says from which.
     ///
     /// # Errors
     /// Those of TLS, and [`io::ErrorKind::PermissionDenied`] for a certificate that is not a node's or the
     /// controller's.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<Box<dyn Transport>> {
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<(Box<dyn Transport>, Caller)> {
         let (stream, caller) = self.accept_any(stream).await?;
         if caller.is(Role::Node) || caller.is(Role::Controller) {
-            Ok(stream)
+            Ok((stream, caller))
         } else {
             Err(io::Error::new(io::ErrorKind::PermissionDenied, "the certificate is not a node's"))
         }
@@ -159,6 +160,12 @@ impl Caller {
     /// Somebody on this host's own socket, or on a network that is trusted: may pass for anybody.
     pub const fn trusted() -> Self {
         Self { certificates: None }
+    }
+
+    /// The digest of its certificate, if it has shown one.
+    pub fn certificate(&self) -> Option<Digest> {
+        let certificates = self.certificates.as_ref()?;
+        certificates.first().map(|certificate| Digest::of(certificate))
     }
 
     /// Whether it has `role`.

@@ -93,25 +93,35 @@ fn none<T>() -> Option<T> {
 pub struct Fault {
     /// What kind of reason it is.
     pub code: FaultCode,
-    /// One line for a person.
+    /// For a person; a line for each thing that is wrong.
     pub message: String,
 }
 
 impl Fault {
-    /// A fault with its message, cut to [`TEXT_MAX`].
+    /// A fault with its message, as [`lines()`] has it.
     pub fn new(code: FaultCode, message: impl Into<String>) -> Self {
-        Self { code, message: shortened(message.into()) }
+        Self { code, message: lines(message.into().lines()) }
     }
 }
 
-/// `text` cut to [`TEXT_MAX`] bytes.
+/// As [`shortened_to`] [`TEXT_MAX`] bytes.
 pub fn shortened(text: String) -> String {
     shortened_to(text, TEXT_MAX)
 }
 
-/// `text` cut to `length` bytes, and to [`TEXT_MAX`].
-pub fn shortened_to(mut text: String, length: usize) -> String {
-    let length = length.min(TEXT_MAX);
+/// `text` as one line, cut to `length` bytes, and to [`TEXT_MAX`]. Spaces take the place of control characters: a terminal
+/// would obey them, and a list would have lines that nobody has said.
+pub fn shortened_to(text: String, length: usize) -> String {
+    cut(text.replace(char::is_control, " "), length.min(TEXT_MAX))
+}
+
+/// Several texts, each as one line of its own, cut together to [`TEXT_MAX`] bytes.
+pub fn lines<T: AsRef<str>>(texts: impl IntoIterator<Item = T>) -> String {
+    let lines: Vec<_> = texts.into_iter().map(|text| text.as_ref().replace(char::is_control, " ")).collect();
+    cut(lines.join("\n"), TEXT_MAX)
+}
+
+fn cut(mut text: String, length: usize) -> String {
     if text.len() > length {
         let end = (0..=length).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
         text.truncate(end);
@@ -423,3 +433,25 @@ pub struct Forget {
 }
 
 body!(Forget, FrameType::FORGET, Done);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_of_others_commands_a_terminal() {
+        let said = "gone\x1b[2J\r\nnode 'n2' is fine\u{9b}1m\x7f".to_owned();
+        let plain = "gone [2J  node 'n2' is fine 1m ";
+        assert_eq!(shortened(said.clone()), plain);
+        assert_eq!(shortened_to(said.clone(), 4), "gone");
+        assert_eq!(lines([&said, "more"]), format!("{plain}\nmore"));
+        let fault = Fault::new(FaultCode::Invalid, "one\x07\ntwo\x1b]0;x");
+        assert_eq!(fault.message, "one \ntwo ]0;x");
+    }
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        assert_eq!(shortened_to("aé".to_owned(), 2), "a");
+        assert_eq!(shortened("é".repeat(TEXT_MAX)).len(), TEXT_MAX);
+    }
+}

@@ -8,7 +8,7 @@ use rusqlite::{OptionalExtension, Row, Transaction, params};
 use super::{DatabaseError, Page, Result, number, parsed, unsigned};
 use crate::hypervisor::InstanceType;
 use crate::name::HostName;
-use crate::wire::cluster::{NodeRow, RegisterCompute};
+use crate::wire::cluster::{NodeRow, RegisterCompute, shortened};
 
 /// A node, as the controller needs it to speak to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +81,7 @@ pub(crate) fn register(
         tx.execute("INSERT OR IGNORE INTO ip (ip_addr, ip_type) VALUES (?1, ?2)", params![text, kind])?;
         tx.execute(
             "INSERT OR REPLACE INTO host_ip SELECT ?1, ip_id, ?2 FROM ip WHERE ip_addr = ?3",
-            params![host_id, address.mac, text],
+            params![host_id, shortened(address.mac.clone()), text],
         )?;
     }
     tx.execute("DELETE FROM ip WHERE ip_id NOT IN (SELECT ip_id FROM host_ip)", [])?;

@@ -67,6 +67,26 @@ pub(super) fn of_host(tx: &Transaction<'_>, host_id: i64) -> Result<Vec<ImageHer
     Ok(images)
 }
 
+/// What is known of an image's boot cache.
+struct Known {
+    boot_bytes: i64,
+    boot: Option<String>,
+    publisher: Option<i64>,
+}
+
+impl Known {
+    /// Whether a host that has the boot cache `boot` says which one the cluster takes. Where there is no publisher, since the
+    /// cluster was told to forget it or the image is older than publishers, a host becomes it that changes nothing, or that
+    /// has a boot cache where only its length is known.
+    fn is_published_by(&self, host_id: i64, boot: Option<&str>) -> bool {
+        match (self.publisher, self.boot.as_deref()) {
+            (Some(publisher), _) => publisher == host_id,
+            (None, None) => boot.is_some() || self.boot_bytes == 0,
+            (None, known) => known == boot,
+        }
+    }
+}
+
 /// Writes down which images a node has; gives the names by which it has another image than the cluster.
 pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere]) -> Result<Vec<ImageName>> {
     if of_host(tx, host_id)? == images {
@@ -76,15 +96,19 @@ pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere])
     let mut strangers = Vec::new();
     for image in images {
         let root = image.root.to_string();
-        let known: Option<(i64, String, i64, Option<i64>)> = tx
+        let known: Option<(i64, String, Known)> = tx
             .query_row(
-                "SELECT img_id, root, bt_size, publisher FROM image WHERE img_name = ?1",
+                "SELECT img_id, root, bt_size, boot, publisher FROM image WHERE img_name = ?1",
                 [image.name.as_str()],
-                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
+                |row| {
+                    let known = Known { boot_bytes: row.get(2)?, boot: row.get(3)?, publisher: row.get(4)? };
+                    Ok((row.get(0)?, row.get(1)?, known))
+                },
             )
             .optional()?;
         // A node that took the image before it was recorded waits for no boot cache, and has none.
-        let recorded_later = known.as_ref().is_some_and(|(_, _, size, _)| *size > 0) && image.boot_bytes == 0;
+        let recorded_later =
+            known.as_ref().is_some_and(|(.., known)| known.boot_bytes > 0) && image.boot_bytes == 0;
         let (name, size, boot_bytes) = (image.name.as_str(), number(image.size), number(image.boot_bytes));
         let boot = image.boot.map(|boot| boot.to_string());
         let img_id: i64 = match known {
@@ -92,9 +116,9 @@ pub(crate) fn register(tx: &Transaction<'_>, host_id: i64, images: &[ImageHere])
                 strangers.push(image.name.clone());
                 continue;
             }
-            Some((id, _, _, publisher)) => {
+            Some((id, _, known)) => {
                 // A boot cache may be recorded later, or anew, where the image comes from.
-                if publisher.is_none_or(|publisher| publisher == host_id) {
+                if known.is_published_by(host_id, boot.as_deref()) {
                     let sql = "UPDATE image SET bt_size = ?1, boot = ?2, publisher = ?3 WHERE img_id = ?4
                                AND (bt_size, boot, publisher) IS NOT (?1, ?2, ?3)";
                     if tx.execute(sql, params![boot_bytes, boot, host_id, id])? > 0 {
@@ -348,6 +372,59 @@ mod tests {
             // Recorded anew.
             register(tx, origin, &[image(5, true, true)])?;
             assert_eq!(cluster(), boot(5));
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn nobody_brings_another_boot_cache_when_the_publisher_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            let [origin, liar, heir] = ["n1", "n2", "n3"].map(|name| node(tx, name));
+            let boot = |boot_bytes| image(boot_bytes, true, true).boot;
+            let cluster = || find(tx, &"debian".parse().unwrap()).unwrap().unwrap().boot;
+            let publisher = || -> Option<i64> {
+                tx.query_row("SELECT publisher FROM image", [], |row| row.get(0)).unwrap()
+            };
+            register(tx, origin, &[image(7, true, true)])?;
+            register(tx, heir, &[image(7, false, true)])?;
+            tx.execute("DELETE FROM host WHERE host_id = ?1", [origin])?;
+            assert_eq!(publisher(), None);
+            for invented in [9, 0] {
+                register(tx, liar, &[image(invented, true, true)])?;
+                assert_eq!((cluster(), publisher()), (boot(7), None));
+            }
+            // Whoever has the same takes its place, and may record it anew.
+            register(tx, heir, &[image(7, true, true)])?;
+            assert_eq!((cluster(), publisher()), (boot(7), Some(heir)));
+            register(tx, liar, &[image(9, true, true)])?;
+            assert_eq!(cluster(), boot(7));
+            register(tx, heir, &[image(5, true, true)])?;
+            assert_eq!(cluster(), boot(5));
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_image_of_a_release_without_publishers_gets_its_boot_cache_from_who_has_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            let [origin, late, liar] = ["n1", "n2", "n3"].map(|name| node(tx, name));
+            let cluster = || find(tx, &"debian".parse().unwrap()).unwrap().unwrap().boot;
+            register(tx, origin, &[image(7, true, true)])?;
+            // As the second version of the schema finds it.
+            tx.execute("UPDATE image SET boot = NULL, publisher = NULL", [])?;
+            tx.execute("UPDATE host_img SET boot = NULL, bt_size = 0", [])?;
+            // It took the image before it was recorded: that is not how the image is.
+            register(tx, late, &[image(0, false, true)])?;
+            register(tx, origin, &[image(7, true, true)])?;
+            assert_eq!(cluster(), image(7, true, true).boot);
+            register(tx, liar, &[image(9, true, true)])?;
+            assert_eq!(cluster(), image(7, true, true).boot);
             Ok(())
         };
         database.run(work).await.unwrap();

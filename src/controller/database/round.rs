@@ -6,7 +6,7 @@ use rusqlite::{Transaction, params};
 
 use super::{Result, hosts, images, instances, number};
 use crate::name::{HostName, ImageName};
-use crate::wire::cluster::{NodeState, shortened};
+use crate::wire::cluster::{NodeState, lines};
 
 /// What was heard of a node in a round: its answer, or nothing.
 #[derive(Debug)]
@@ -96,7 +96,7 @@ fn present(
         host_id,
         number(now),
         number(state.memory_free),
-        shortened(troubles.join("\n")),
+        lines(&troubles),
     ])?;
     for (item, value) in &state.load {
         let value = if value.is_finite() { value.clamp(0.0, 1.0) } else { 1.0 };
@@ -153,4 +153,69 @@ fn silent(
         instances::lose(tx, host_id)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::database::{Database, tasks};
+    use crate::wire::cluster::{InstanceState, InstanceStatus};
+
+    #[tokio::test]
+    async fn what_a_node_says_is_kept_as_plain_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            tx.execute_batch(
+                "INSERT INTO host (host_id, status, type, name, address, kinds, cpus, memory, last_seen)
+                 VALUES (1, 'online', 'compute', 'n1', '127.0.0.1:1', 'vm', 1, 1, 1);
+                 INSERT INTO task (task_status, name, request, plan, created)
+                 VALUES ('starting', 'lab', 'r1', '{}', 1);
+                 INSERT INTO instance (inst_type, inst_status, host_id, task_id, name, image, addresses)
+                 VALUES ('vm', 'preparing', 1, 1, 'lab-1-g-1', 'box', '');",
+            )?;
+            let reason =
+                || -> String { tx.query_row("SELECT reason FROM instance", [], |row| row.get(0)).unwrap() };
+            let instance = InstanceState {
+                name: "lab-1-g-1".parse().unwrap(),
+                task: 1,
+                status: InstanceStatus::Failed,
+                reason: Some("\x1b]0;x\x07no\ndisk".to_owned()),
+                up_ms: None,
+                cpu: 0.0,
+                memory_bytes: 0,
+                network_bytes: [0; 2],
+            };
+            let state = NodeState {
+                node: "n1".parse().unwrap(),
+                cluster: None,
+                memory_free: 0,
+                load: std::collections::BTreeMap::new(),
+                peer: None,
+                images: None,
+                tasks: Vec::new(),
+                instances: vec![instance],
+                troubles: vec!["full\x1b[2J\nof lies".to_owned(), "hot".to_owned()],
+            };
+            let heard = Heard {
+                host_id: 1,
+                at: Instant::now(),
+                accepted: Vec::new(),
+                other: None,
+                peer: None,
+                state: Some(state),
+            };
+            write(tx, &[heard], 2, None)?;
+            let troubles: String = tx.query_row("SELECT troubles FROM host", [], |row| row.get(0))?;
+            assert_eq!(troubles, "full [2J of lies\nhot");
+            assert_eq!(reason(), " ]0;x no disk");
+            tasks::refused(tx, 1, 1, "no\x1b[1m\nroom", 3)?;
+            assert_eq!(reason(), "no [1m room");
+            tx.execute("UPDATE instance SET inst_status = 'preparing'", [])?;
+            tasks::waits(tx, 1, 1, "soon\r\n")?;
+            assert_eq!(reason(), "soon  ");
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
 }

@@ -9,7 +9,7 @@ use super::{DatabaseError, Page, Result, instances, number, parsed, unsigned};
 use crate::controller::state::task_status;
 use crate::hypervisor::InstanceType;
 use crate::plan::Plan;
-use crate::wire::cluster::{InstanceStatus, Part, TaskRow, TaskStatus, UpWhen};
+use crate::wire::cluster::{InstanceStatus, Part, TaskRow, TaskStatus, UpWhen, shortened};
 
 /// A task to be made.
 #[derive(Debug)]
@@ -168,7 +168,7 @@ pub(crate) fn accepted(tx: &Transaction<'_>, task: i64, host_id: i64, new: bool)
 pub(crate) fn refused(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &str, now: u64) -> Result<()> {
     tx.execute(
         "UPDATE instance SET inst_status = 'failed', reason = ?3 WHERE task_id = ?1 AND host_id = ?2",
-        params![task, host_id, reason],
+        params![task, host_id, shortened(reason.to_owned())],
     )?;
     accepted(tx, task, host_id, false)?;
     refresh(tx, task, now)
@@ -179,7 +179,7 @@ pub(crate) fn waits(tx: &Transaction<'_>, task: i64, host_id: i64, reason: &str)
     tx.execute(
         "UPDATE instance SET reason = ?3
          WHERE task_id = ?1 AND host_id = ?2 AND inst_status IN ('preparing', 'lost')",
-        params![task, host_id, reason],
+        params![task, host_id, shortened(reason.to_owned())],
     )?;
     Ok(())
 }

@@ -202,3 +202,38 @@ async fn a_guest_that_reports_while_its_node_is_silent_is_up_when_the_node_is_ba
     eventually("it runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
     controller.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_only_connects_keeps_few_places_for_reports() {
+    use tokio::io::AsyncReadExt;
+    let dir = tempfile::tempdir().unwrap();
+    let controller = Controller::start(options(dir.path())).await.unwrap();
+    let address = controller.report_address().unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..8 {
+        silent.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    // The listener takes them in order: this one comes behind the eight, and is closed before them.
+    let mut ninth = tokio::net::TcpStream::connect(address).await.unwrap();
+    assert!(matches!(ninth.read(&mut [0]).await, Ok(0) | Err(_)));
+    let waits = |stream: &tokio::net::TcpStream| stream.try_read(&mut [0]).map_err(|error| error.kind());
+    assert!(silent.iter().all(|stream| waits(stream) == Err(std::io::ErrorKind::WouldBlock)));
+    // Guests at other addresses are heard, and those at this one when the silent ones have left.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut other = socket.connect(address).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut other, b"lab-1-g-1\n").await.unwrap();
+    let mut answer = String::new();
+    other.read_to_string(&mut answer).await.unwrap();
+    assert_eq!(answer, "unknown\n");
+    drop(silent);
+    eventually("its guests are heard again", async || {
+        use tokio::io::AsyncWriteExt;
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let _closed_at_once = stream.write_all(b"lab-1-g-1\n").await;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.is_ok() && answer == "unknown\n"
+    })
+    .await;
+    controller.stop().await;
+}

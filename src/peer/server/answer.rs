@@ -54,8 +54,12 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
             holding.frames().map(|frames| frames.length(index as usize)).map(|bytes| uplink.promise(bytes));
         holding.wait_frame(index as usize).await;
     }
-    // A place in the queue first, the data into memory after it.
+    // A place in the queue and a share of the memory first, the data into memory after it.
     let Ok(place) = queues.of(class).reserve().await else { return };
+    let mut share = match bytes_of(server, session, &ask).await {
+        0 => None,
+        bytes => Some(session.member.share(bytes, matches!(class, Class::Demand | Class::Other)).await),
+    };
     let fault = server.options.faults.as_ref().and_then(|faults| faults.next(&ask));
     let asked = if fault == Some(fault::Fault::WrongPlace) { fault::elsewhere(&ask) } else { ask };
     let (mut answer, mut bulk) = find(server, session, asked, fault).await;
@@ -66,16 +70,24 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
     if matches!(answer, Answer::Absent | Answer::Refused(_)) {
         server.counters.refused.fetch_add(1, Ordering::Relaxed);
     }
-    // What was promised is now what is there.
+    // What was promised, and charged, is now what is there.
     let bytes = bulk.len() as u64;
+    if let Some(share) = &mut share {
+        share.shrink(bytes);
+    }
     promise = Some(uplink.promise(bytes)).filter(|_| bytes > 0).or(promise);
-    place.send(Outgoing { class, reply: Reply { id, answer }, bulk, fate, _promise: promise });
+    let reply = Reply { id, answer };
+    place.send(Outgoing { class, reply, bulk, fate, _promise: promise, _share: share });
 }
 
-async fn send(queues: &Queues, class: Class, id: u32, (answer, bulk): Answered, fate: Fate) {
-    let outgoing = Outgoing { class, reply: Reply { id, answer }, bulk, fate, _promise: None };
+async fn send(queues: &Queues, class: Class, id: u32, answered: Answered, fate: Fate) {
     // The writer is gone only when the connection is.
-    let _ = queues.of(class).send(outgoing).await;
+    let _ = queues.of(class).send(outgoing(class, id, answered, fate)).await;
+}
+
+/// A short answer.
+fn outgoing(class: Class, id: u32, (answer, bulk): Answered, fate: Fate) -> Outgoing {
+    Outgoing { class, reply: Reply { id, answer }, bulk, fate, _promise: None, _share: None }
 }
 
 const fn class(ask: &Ask) -> Class {
@@ -84,6 +96,28 @@ const fn class(ask: &Ask) -> Class {
         Ask::Blocks { urgent: true, .. } => Class::Demand,
         Ask::Blocks { urgent: false, .. } => Class::Fill,
         _ => Class::Other,
+    }
+}
+
+/// Most bytes that the answer to `ask` will have in memory. Those that are always short, signs of life among them, count
+/// nothing, and wait for nobody.
+async fn bytes_of(server: &Server, session: &Session, ask: &Ask) -> u64 {
+    let image = async |root: &Digest| session.image(server, &Wanted::Root(*root)).await;
+    match ask {
+        Ask::Blocks { extents, groups, pages, .. } => {
+            let blocks: u64 = extents.iter().map(|(_, count)| u64::from(*count)).sum();
+            (blocks + groups.len() as u64 + pages.len() as u64) * BLOCK_SIZE
+        }
+        Ask::Frame { root, index, .. } => {
+            let image = image(root).await;
+            image.and_then(|image| Some(image.frames()?.length(*index as usize))).unwrap_or(0)
+        }
+        Ask::Heads { root } => {
+            let image = image(root).await;
+            image.and_then(|image| Some(image.frames()?.heads_bytes().len() as u64)).unwrap_or(0)
+        }
+        Ask::Top { root } => image(root).await.map_or(0, |image| image.tree.top().len() as u64),
+        Ask::Describe(_) | Ask::Full { .. } | Ask::Watch { .. } | Ask::Cancel { .. } => 0,
     }
 }
 
@@ -228,6 +262,8 @@ async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wan
     let mut beat = Instant::now();
     let mut told = None;
     loop {
+        // What waits for a place is not in memory yet.
+        let Ok(place) = queues.of(Class::Other).reserve().await else { return };
         let mut have = Have { load: server.load(), ..holding.have() };
         if Instant::now() >= beat {
             beat = Instant::now() + HEARTBEAT;
@@ -238,7 +274,7 @@ async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wan
             }
         }
         let before = (have.frames, have.complete);
-        send(queues, Class::Other, id, (Answer::Have(have), Vec::new()), Fate::Send).await;
+        place.send(outgoing(Class::Other, id, (Answer::Have(have), Vec::new()), Fate::Send));
         loop {
             tokio::time::sleep(WATCH_INTERVAL).await;
             let now = holding.have();

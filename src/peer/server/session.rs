@@ -11,6 +11,7 @@ use futures_util::future::{AbortHandle, Abortable, FutureExt};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::digest::Digest;
 use crate::peer::fault::Fate;
@@ -21,11 +22,16 @@ use crate::peer::uplink::Promise;
 use crate::wire::frame::{self, FrameError, FrameType};
 use crate::wire::io::{WireError, read_frame, write_message};
 
+use super::members::{Member, Share};
 use super::{Server, answer};
 
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// A peer that was greeted and asks nothing for so long is dropped. One that has asked may be silent: it watches.
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// A peer that takes no bytes for so long is dropped.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// And so is one that takes a reply at fewer bytes a second than these, after as long.
+const WRITE_RATE_MIN: u64 = 16 << 10;
 const REQUESTS_MAX: usize = 256;
 const REQUEST_BYTES_MAX: usize = 64 << 10;
 const WRITE_PIECE: usize = 64 << 10;
@@ -49,6 +55,8 @@ pub(super) struct Outgoing {
     pub(super) fate: Fate,
     /// Kept until it is sent.
     pub(super) _promise: Option<Promise>,
+    /// As the promise.
+    pub(super) _share: Option<Share>,
 }
 
 /// The queues into the writer. Few places: who has data in memory waits for one first.
@@ -74,6 +82,7 @@ pub(super) struct Session {
     pub(super) id: u64,
     /// The other side, if it serves peers itself.
     pub(super) peer: Option<Peer>,
+    pub(super) member: Member,
     images: Mutex<HashMap<Digest, Arc<Holding>>>,
 }
 
@@ -96,20 +105,19 @@ impl Session {
     }
 }
 
-/// Serves one connection until it closes.
+/// Serves one connection of `member`, which has been greeted, until it closes.
 pub(super) async fn run(
     server: &Server,
-    mut stream: Box<dyn Transport>,
+    stream: Box<dyn Transport>,
+    hello: &Hello,
+    member: Member,
     address: SocketAddr,
     id: u64,
 ) -> Result<(), WireError> {
-    let hello = tokio::time::timeout(HELLO_TIMEOUT, greet(server, &mut stream))
-        .await
-        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    let Some(hello) = hello else { return Ok(()) };
     let session = Session {
         id,
         peer: hello.listen.map(|port| Peer { address: SocketAddr::new(address.ip(), port), key: hello.key }),
+        member,
         images: Mutex::new(HashMap::new()),
     };
     let (reader, writer) = tokio::io::split(stream);
@@ -125,26 +133,43 @@ pub(super) async fn run(
     }
 }
 
-async fn greet(server: &Server, stream: &mut Box<dyn Transport>) -> Result<Option<Hello>, WireError> {
-    let hello = match read_frame(stream, REQUEST_BYTES_MAX).await? {
-        Some((FrameType::PEER_HELLO, payload)) => frame::decode::<Hello>(&payload)?,
-        _ => return Ok(None),
+/// Exchanges greetings; none with who speaks another version, or something else.
+pub(super) async fn greet(
+    server: &Server,
+    stream: &mut Box<dyn Transport>,
+) -> Result<Option<Hello>, WireError> {
+    let greet = async {
+        let hello = match read_frame(stream, REQUEST_BYTES_MAX).await? {
+            Some((FrameType::PEER_HELLO, payload)) => frame::decode::<Hello>(&payload)?,
+            _ => return Ok(None),
+        };
+        let (node, key) = (server.options.node.clone(), server.options.key);
+        let ours = Hello { version: PROTOCOL_VERSION, node, key, listen: None };
+        write_message(stream, FrameType::PEER_HELLO, &ours).await?;
+        Ok((hello.version == PROTOCOL_VERSION).then_some(hello))
     };
-    let (node, key) = (server.options.node.clone(), server.options.key);
-    let ours = Hello { version: PROTOCOL_VERSION, node, key, listen: None };
-    write_message(stream, FrameType::PEER_HELLO, &ours).await?;
-    Ok((hello.version == PROTOCOL_VERSION).then_some(hello))
+    let greeted = tokio::time::timeout(HELLO_TIMEOUT, greet).await;
+    greeted.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))
 }
 
 async fn read_requests(
     mut reader: ReadHalf<Box<dyn Transport>>,
     requests: mpsc::Sender<Request>,
 ) -> Result<(), WireError> {
-    while let Some((frame_type, payload)) = read_frame(&mut reader, REQUEST_BYTES_MAX).await? {
-        if frame_type == FrameType::PEER_REQUEST {
-            // The other end lives as long as this future.
-            let _ = requests.send(frame::decode(&payload)?).await;
+    let mut take = async || -> Result<bool, WireError> {
+        while let Some((frame_type, payload)) = read_frame(&mut reader, REQUEST_BYTES_MAX).await? {
+            if frame_type == FrameType::PEER_REQUEST {
+                // The other end lives as long as this future.
+                let _ = requests.send(frame::decode(&payload)?).await;
+                return Ok(true);
+            }
         }
+        Ok(false)
+    };
+    let first = tokio::time::timeout(FIRST_REQUEST_TIMEOUT, take()).await;
+    let mut is_open = first.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))?;
+    while is_open {
+        is_open = take().await?;
     }
     Ok(())
 }
@@ -197,17 +222,19 @@ async fn write_replies(
             Fate::Close => return Ok(()),
         };
         let head = head(&mut outgoing)?;
-        count(server, outgoing.class, head.len() + outgoing.bulk.len());
-        in_time(writer.write_all(&head)).await?;
+        let bytes = head.len() + outgoing.bulk.len();
+        count(server, outgoing.class, bytes);
+        let deadline = Instant::now() + WRITE_TIMEOUT + Duration::from_secs(bytes as u64 / WRITE_RATE_MIN);
+        in_time(deadline, writer.write_all(&head)).await?;
         for piece in outgoing.bulk.chunks(pieces.0) {
-            in_time(writer.write_all(piece)).await?;
+            in_time(deadline, writer.write_all(piece)).await?;
             server.options.uplink.sent(piece.len() as u64);
             if !pieces.1.is_zero() {
-                in_time(writer.flush()).await?;
+                in_time(deadline, writer.flush()).await?;
                 tokio::time::sleep(pieces.1).await;
             }
         }
-        in_time(writer.flush()).await?;
+        in_time(deadline, writer.flush()).await?;
     }
 }
 
@@ -225,9 +252,10 @@ fn head(outgoing: &mut Outgoing) -> Result<Vec<u8>, FrameError> {
     }
 }
 
-/// As `write`, a part of a reply or the flush behind it, which is where TLS waits for a peer that takes nothing.
-async fn in_time(write: impl Future<Output = io::Result<()>>) -> io::Result<()> {
-    let timed = tokio::time::timeout(WRITE_TIMEOUT, write).await;
+/// As `write`, a part of a reply or the flush behind it, which is where TLS waits for a peer that takes nothing; `deadline`
+/// is that of the whole reply.
+async fn in_time(deadline: Instant, write: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+    let timed = tokio::time::timeout_at(deadline.min(Instant::now() + WRITE_TIMEOUT), write).await;
     timed.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
@@ -295,7 +323,8 @@ mod tests {
             let (_stream, stream_queue) = mpsc::channel(1);
             let (_fill, fill_queue) = mpsc::channel(1);
             let reply = Reply { id: 7, answer: Answer::Data };
-            let outgoing = Outgoing { class: Class::Other, reply, bulk: vec![0; 9], fate, _promise: None };
+            let outgoing =
+                Outgoing { class: Class::Other, reply, bulk: vec![0; 9], fate, _promise: None, _share: None };
             assert!(urgent.send(outgoing).await.is_ok());
             let writing = write_replies(&server, writer, [urgent_queue, stream_queue, fill_queue]);
             let ended = tokio::time::timeout(2 * WRITE_TIMEOUT, writing).await.expect("it is dropped");
@@ -303,11 +332,95 @@ mod tests {
         }
     }
 
+    /// A peer that reads, and so little that no single wait is long.
+    struct Dripping(Pin<Box<tokio::time::Sleep>>);
+
+    impl Dripping {
+        const PAUSE: Duration = Duration::from_secs(29);
+
+        fn new() -> Self {
+            Self(Box::pin(tokio::time::sleep(Self::PAUSE)))
+        }
+    }
+
+    impl AsyncRead for Dripping {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Dripping {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            std::task::ready!(self.0.as_mut().poll(cx));
+            self.0.as_mut().reset(Instant::now() + Self::PAUSE);
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_hardly_reads_is_dropped_before_it_has_a_whole_reply() {
+        let server = Server::new(Arc::new(Nothing), ServerOptions::default());
+        let (_, writer) = tokio::io::split(Box::new(Dripping::new()) as Box<dyn Transport>);
+        let (urgent, urgent_queue) = mpsc::channel(1);
+        let (_stream, stream_queue) = mpsc::channel(1);
+        let (_fill, fill_queue) = mpsc::channel(1);
+        let reply = Reply { id: 7, answer: Answer::Data };
+        let (class, bulk) = (Class::Fill, vec![0; 1 << 20]);
+        let outgoing = Outgoing { class, reply, bulk, fate: Fate::Send, _promise: None, _share: None };
+        assert!(urgent.send(outgoing).await.is_ok());
+        let writing = write_replies(&server, writer, [urgent_queue, stream_queue, fill_queue]);
+        let most = WRITE_TIMEOUT + Duration::from_secs((1 << 20) / WRITE_RATE_MIN + 1);
+        let ended = tokio::time::timeout(most, writing).await.expect("it is dropped");
+        assert!(matches!(ended, Err(WireError::Io(error)) if error.kind() == io::ErrorKind::TimedOut));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_nothing_is_dropped_and_who_has_asked_may_be_silent() {
+        let server = Server::new(Arc::new(Nothing), ServerOptions::default());
+        let hello = Hello { version: PROTOCOL_VERSION, node: "n2".to_owned(), key: 2, listen: None };
+        let address = SocketAddr::from(([10, 0, 0, 1], 1));
+        let start = |far| {
+            let member = server.members.enter(&crate::peer::transport::Caller::trusted(), address).unwrap();
+            run(&server, Box::new(far) as Box<dyn Transport>, &hello, member, address, 1)
+        };
+        let (_near, far) = tokio::io::duplex(1 << 10);
+        let ended = tokio::time::timeout(2 * FIRST_REQUEST_TIMEOUT, start(far)).await.expect("it is dropped");
+        assert!(matches!(ended, Err(WireError::Io(error)) if error.kind() == io::ErrorKind::TimedOut));
+
+        let (mut near, far) = tokio::io::duplex(1 << 10);
+        let ask = async {
+            let request = Request { id: 1, ask: Ask::Top { root: Digest::of(b"nothing") } };
+            for _ in 0..2 {
+                write_message(&mut near, FrameType::PEER_REQUEST, &request).await.unwrap();
+                let (frame_type, _) = read_frame(&mut near, REQUEST_BYTES_MAX).await.unwrap().unwrap();
+                assert_eq!(frame_type, FrameType::PEER_REPLY);
+                tokio::time::sleep(10 * FIRST_REQUEST_TIMEOUT).await;
+            }
+        };
+        tokio::select! {
+            ended = start(far) => panic!("{ended:?}"),
+            () = ask => {}
+        }
+    }
+
     #[test]
     fn an_answer_that_is_too_long_is_refused() {
         let reply = Reply { id: 7, answer: Answer::Data };
         let bulk = vec![0; frame::BULK_PAYLOAD_MAX];
-        let mut outgoing = Outgoing { class: Class::Other, reply, bulk, fate: Fate::Send, _promise: None };
+        let mut outgoing =
+            Outgoing { class: Class::Other, reply, bulk, fate: Fate::Send, _promise: None, _share: None };
         let bytes = head(&mut outgoing).unwrap();
         let (reply, _) = frame::decode_bulk::<Reply>(&bytes[frame::HEADER_BYTES..]).unwrap();
         assert!(reply.id == 7 && matches!(reply.answer, Answer::Refused(_)));
