@@ -136,7 +136,7 @@ where
             warn!("a name in the archive of {reference} stays in the engine: {error}");
         }
         drop(turn);
-        tell(told.and(back.map_err(LoadError::from)));
+        tell(told.and_then(|()| back.map_err(LoadError::from)));
     }
 }
 
