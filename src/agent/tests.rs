@@ -108,6 +108,40 @@ async fn what_has_started_runs_on_though_that_cannot_be_written_down() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_of_another_name_does_not_start_on_a_store_whose_tasks_run() {
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    node.run(1, part(1)).await;
+    node.until("it runs", |state| has(state, InstanceStatus::Running)).await;
+    node.agent.stop().await;
+
+    // It would not find the VM by its own name: as on another hypervisor.
+    let elsewhere = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let (data_plane, dir) = (Arc::clone(&node.data_plane), node.dir.path().to_owned());
+    let services = |hypervisor: &Arc<MemoryHypervisor>| Services {
+        data_plane: Arc::clone(&data_plane) as _,
+        hypervisors: vec![Arc::clone(hypervisor) as _],
+        networks: None,
+        container_images: None,
+    };
+    let options = |name: &str| Options::new(name.parse().unwrap(), &dir);
+    let error = Agent::start(options("n5"), services(&elsewhere)).await.unwrap_err().to_string();
+    assert!(error.contains("is that of node 'n1'") && error.contains("--name n1"), "{error}");
+    assert_eq!(node.data_plane.disks().len(), 1, "a disk was removed from under a guest");
+
+    node.agent = Agent::start(options("n1"), services(&hypervisor)).await.unwrap();
+    let stream = Security::default().connect_to(node.agent.address(), Role::Node).await.unwrap();
+    node.link = Link::new(stream);
+    node.until("it goes on", |state| has(state, InstanceStatus::Running)).await;
+    node.call(EndPart { cluster: "lab".to_owned(), task: 1 }).await;
+    node.until("it has ended", |state| state.tasks.is_empty()).await;
+    node.agent.stop().await;
+    let renamed = Agent::start(options("n5"), services(&elsewhere)).await.unwrap();
+    renamed.stop().await;
+    assert_eq!(std::fs::read_to_string(node.dir.path().join("node")).unwrap(), "n5");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_ended_ends_though_that_cannot_be_written_down() {
     let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
     let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
