@@ -78,6 +78,11 @@ impl Ended {
         self.cluster.as_deref() == cluster && self.tasks.contains(&task)
     }
 
+    /// The highest of those of the cluster.
+    pub(super) fn last(&self, cluster: Option<&str>) -> Option<i64> {
+        self.tasks.last().copied().filter(|_| self.cluster.as_deref() == cluster)
+    }
+
     /// Adds a task. Those of another cluster are forgotten: one that the node has left gives it no orders.
     pub(super) fn add(&mut self, cluster: Option<&str>, task: i64) {
         if self.cluster.as_deref() != cluster {

@@ -103,6 +103,13 @@ impl Parts {
         inner.own().map(|part| part.record.task).collect()
     }
 
+    /// The highest number of a task of the cluster that is known here.
+    pub(super) fn last_task(&self) -> Option<i64> {
+        let inner = self.inner();
+        let ended = inner.ended.last(inner.cluster.as_deref());
+        inner.own().map(|part| part.record.task).max().max(ended)
+    }
+
     /// The cluster whose orders are taken.
     pub(super) fn cluster(&self) -> Option<String> {
         self.inner().cluster.clone()
@@ -287,7 +294,7 @@ pub(super) async fn accept(
         return Err(Fault::new(FaultCode::Invalid, message));
     }
     with_journal(shared, move |shared, journal| {
-        let known = known(&shared.parts.inner(), &cluster, task);
+        let known = known(&shared.parts.inner(), &cluster, task, &part);
         if let Some(known) = known {
             return Ok(known);
         }
@@ -302,18 +309,36 @@ pub(super) async fn accept(
 }
 
 /// What to answer to a part of a task that is known here.
-fn known(inner: &Inner, cluster: &str, task: i64) -> Option<Result<bool, Fault>> {
+fn known(inner: &Inner, cluster: &str, task: i64, wanted: &Part) -> Option<Result<bool, Fault>> {
+    const OLDER: &str =
+        "if the controller's database was restored from a backup, end the new task and deploy again";
+    let invalid = |message: String| Some(Err(Fault::new(FaultCode::Invalid, message)));
     match inner.parts.get(&task) {
-        Some(part) if part.record.cluster.as_deref() == Some(cluster) => Some(Ok(false)),
+        Some(part) if part.record.cluster.as_deref() == Some(cluster) => {
+            if of_same(&part.record.part, wanted) {
+                Some(Ok(false))
+            } else {
+                invalid(format!("there is another task {task} on this node: {OLDER}"))
+            }
+        }
         Some(_) => {
             let message = format!("task {task} of the cluster that this node was in is still being ended");
             Some(Err(Fault::new(FaultCode::Failed, message)))
         }
         None if inner.ended.has(Some(cluster), task) => {
-            Some(Err(Fault::new(FaultCode::Invalid, format!("task {task} has ended on this node"))))
+            invalid(format!("task {task} has ended on this node: {OLDER}"))
         }
         None => None,
     }
+}
+
+/// Whether two parts are orders of the same instances. Where their images come from differs from time to time.
+fn of_same(one: &Part, other: &Part) -> bool {
+    let instances = |part: &Part| {
+        let orders = part.instances.iter();
+        orders.map(|order| (order.name.clone(), order.image.clone())).collect::<BTreeSet<_>>()
+    };
+    instances(one) == instances(other)
 }
 
 /// Goes on with what was ordered before this agent started.

@@ -254,6 +254,29 @@ async fn a_disk_that_is_a_device_stays_one_as_long_as_its_vm_may_run_and_no_long
     node.agent.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_number_that_is_given_again_after_a_restore_is_no_order_for_the_task_that_has_it() {
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    node.until("it knows of no task", |state| state.last_task.is_none()).await;
+    node.run(7, part(7)).await;
+    node.until("it runs", |state| has(state, InstanceStatus::Running) && state.last_task == Some(7)).await;
+    let mut moved = part(7);
+    moved.images[0].sources.push("10.0.0.1:7602".parse().unwrap());
+    let order = |part| RunPart { cluster: "lab".to_owned(), task: 7, part };
+    assert!(!node.call(order(moved)).await.new, "the same order, from other sources, is another one");
+    let error = node.link.call(&order(part(8)), Duration::from_secs(10)).await.unwrap_err().to_string();
+    assert!(error.contains("there is another task 7") && error.contains("deploy again"), "{error}");
+    node.call(EndPart { cluster: "lab".to_owned(), task: 7 }).await;
+    node.until("it has ended, and is remembered", |state| {
+        state.tasks.is_empty() && state.last_task == Some(7)
+    })
+    .await;
+    let error = node.link.call(&order(part(8)), Duration::from_secs(10)).await.unwrap_err().to_string();
+    assert!(error.contains("has ended on this node") && error.contains("deploy again"), "{error}");
+    node.agent.stop().await;
+}
+
 /// The bridges that were made and not removed.
 #[derive(Debug, Default)]
 struct Bridges(std::sync::Mutex<std::collections::BTreeSet<String>>);
