@@ -64,7 +64,8 @@ struct Running {
     left_networks: bool,
     /// Ends the work on its instances.
     cancel: CancellationToken,
-    tasks: TaskTracker,
+    /// The work on its instances, by kind: what hangs with one hypervisor keeps back no end by the other.
+    tasks: BTreeMap<InstanceType, TaskTracker>,
 }
 
 /// What is known of an instance beside its step.
@@ -153,6 +154,19 @@ impl Parts {
             let live = part.live.entry(name.clone()).or_default();
             live.note.get_or_insert_with(|| note.to_owned());
         }
+    }
+
+    /// Notes that an instance of a part that is being ended has gone; false if it had ended before. Not in the journal: it is
+    /// looked for again after a kill.
+    fn set_gone(&self, task: i64, name: &HostName) -> bool {
+        let mut inner = self.inner();
+        let Some(part) = inner.parts.get_mut(&task) else { return false };
+        let ended = |step: &Step| matches!(step, Step::Stopped | Step::Failed(_));
+        let Some(step) = part.record.steps.get_mut(name).filter(|step| !ended(step)) else { return false };
+        *step = Step::Stopped;
+        let note = Some("it has ended with its task".to_owned());
+        part.live.insert(name.clone(), Live { note, ..Live::default() });
+        true
     }
 
     /// Notes how long an instance took to be up.
@@ -369,12 +383,15 @@ pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
 
 fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
     let task = record.task;
-    let (cancel, tasks) = (shared.cancel.child_token(), TaskTracker::new());
+    let cancel = shared.cancel.child_token();
+    let kinds = record.part.instances.iter().map(|order| order.kind);
+    let tasks: BTreeMap<_, _> = kinds.map(|kind| (kind, TaskTracker::new())).collect();
     if !record.ending {
         let networks = instance::Once::default();
         let orders = record.part.instances.iter().filter_map(|order| record.part.whole(order));
         for order in orders {
             let step = record.steps.get(&order.name).cloned().unwrap_or_default();
+            let tasks = &tasks[&order.kind];
             let job = instance::Job {
                 shared: Arc::clone(shared),
                 task,
@@ -412,7 +429,8 @@ pub(super) fn hypervisor(shared: &Shared, kind: InstanceType) -> Option<&Arc<dyn
 
 /// Waits for the work on instances to end, once the agent is to end.
 pub(super) async fn join(shared: &Shared) {
-    let all: Vec<_> = shared.parts.inner().parts.values().map(|part| part.tasks.clone()).collect();
+    let all: Vec<_> =
+        shared.parts.inner().parts.values().flat_map(|part| part.tasks.values().cloned()).collect();
     for tasks in all {
         tasks.close();
         tasks.wait().await;

@@ -45,11 +45,15 @@ struct Ordered {
 
 impl Ordered {
     async fn start(hypervisor: Arc<MemoryHypervisor>, networks: Option<Arc<dyn Networks>>) -> Self {
+        Self::start_with(vec![hypervisor], networks).await
+    }
+
+    async fn start_with(hypervisors: Vec<Arc<dyn Hypervisor>>, networks: Option<Arc<dyn Networks>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data_plane = Arc::new(MemoryDataPlane::with_image(image(), ImageKind::Vm, 1 << 30));
         let services = Services {
             data_plane: Arc::clone(&data_plane) as _,
-            hypervisors: vec![hypervisor],
+            hypervisors,
             networks,
             container_images: None,
         };
@@ -190,6 +194,43 @@ async fn a_removal_that_hangs_keeps_back_neither_what_went_wrong_with_others_nor
     assert_eq!(hypervisor.running(), 2);
     let stopped = tokio::time::timeout(Duration::from_secs(5), node.agent.stop()).await;
     stopped.expect("it waits for what hangs");
+}
+
+/// Containers, more than are removed at once, and behind them VMs.
+fn of_both_kinds() -> Part {
+    let orders = (1..=12).map(|number| match number {
+        1..=10 => {
+            InstanceOrder { kind: InstanceType::Container, ..InstanceOrder::of_vm(&format!("box-{number}")) }
+        }
+        _ => InstanceOrder::of_vm(&format!("vm-{number}")),
+    });
+    Part { instances: orders.collect(), ..part(1) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vms_end_beside_containers_whose_hypervisor_hangs_and_are_said_to_have_ended() {
+    // It hangs when they are removed, or already when one of them was to be started.
+    for at in [Verb::Delete, Verb::Launch] {
+        let vms = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+        let containers = Arc::new(MemoryHypervisor::new(InstanceType::Container));
+        let mut node =
+            Ordered::start_with(vec![Arc::clone(&vms) as _, Arc::clone(&containers) as _], None).await;
+        let calls = if at == Verb::Delete { 10 } else { 1 };
+        (1..=calls).for_each(|nth| containers.fail(at, nth, Fault::Hang));
+        node.run(1, of_both_kinds()).await;
+        let up = 12 - usize::from(at == Verb::Launch);
+        let with =
+            |state: &NodeState, status| state.instances.iter().filter(|one| one.status == status).count();
+        node.until("what does not hang runs", |state| with(state, InstanceStatus::Running) == up).await;
+        assert!(!node.call(EndPart { cluster: "lab".to_owned(), task: 1 }).await.gone);
+        node.until("the VMs have ended", |state| {
+            let mut vms = state.instances.iter().filter(|one| one.name.as_str().starts_with("vm-"));
+            vms.all(|vm| vm.status == InstanceStatus::Stopped && vm.reason.is_some())
+        })
+        .await;
+        assert_eq!((vms.running(), node.data_plane.disks().len()), (0, 0));
+        assert_eq!(containers.running(), up - 2, "it does not hang");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
