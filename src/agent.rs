@@ -111,6 +111,17 @@ pub enum AgentError {
         "another agent of node '{0}' runs on this host: end it, or give this one a name of its own with --name"
     )]
     NameTaken(HostName),
+    /// The folder is that of a node with another name, which has tasks.
+    #[error(
+        "{} is that of node '{node}', and what its tasks run is known by that name: start the agent with --name {node}, or end its tasks first",
+        dir.display()
+    )]
+    OtherNode {
+        /// The folder.
+        dir: PathBuf,
+        /// The name that the node has.
+        node: String,
+    },
     /// The folder or one of its files cannot be used.
     #[error("{}: {source}", path.display())]
     Io {
@@ -172,8 +183,8 @@ impl Agent {
     /// [`AgentError`]; nothing is left running then.
     pub async fn start(options: Options, services: Services) -> Result<Self, AgentError> {
         options.security.check(options.listen)?;
-        let dir = options.dir.clone();
-        let opened = tokio::task::spawn_blocking(move || open(&dir)).await;
+        let (dir, name) = (options.dir.clone(), options.name.clone());
+        let opened = tokio::task::spawn_blocking(move || open(&dir, &name)).await;
         let at = |source| AgentError::Io { path: options.dir.clone(), source };
         let (lock, journal) = opened.map_err(|error| at(error.into()))??;
         let address = options.listen;
@@ -220,10 +231,26 @@ impl Agent {
     }
 }
 
-/// Makes and takes the folder.
-fn open(dir: &Path) -> Result<(std::fs::File, journal::Journal), AgentError> {
+/// Makes and takes the folder, for the node of that name.
+fn open(dir: &Path, name: &HostName) -> Result<(std::fs::File, journal::Journal), AgentError> {
     create_private(dir).map_err(|source| AgentError::Io { path: dir.to_owned(), source })?;
-    Ok((lock(dir)?, journal::Journal::open(dir)?))
+    let lock = lock(dir)?;
+    check_name(dir, name)?;
+    let journal = journal::Journal::open(dir)?;
+    journal.set_node(name)?;
+    Ok((lock, journal))
+}
+
+/// Checks that the folder `dir` is not that of a node with another name than `name` which has tasks. [`Agent::start`] does so
+/// too; a program that starts something else before asks here first.
+///
+/// # Errors
+/// [`AgentError::OtherNode`], or [`AgentError::Journal`] when that cannot be seen.
+pub fn check_name(dir: &Path, name: &HostName) -> Result<(), AgentError> {
+    match journal::Journal::other_node(dir, name)? {
+        Some(node) => Err(AgentError::OtherNode { dir: dir.to_owned(), node }),
+        None => Ok(()),
+    }
 }
 
 fn create_private(dir: &Path) -> io::Result<()> {

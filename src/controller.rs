@@ -166,6 +166,8 @@ struct Shared {
     nodes: nodes::Nodes,
     told: round::Told,
     notices: round::Notices,
+    /// All nodes were asked once since this controller began.
+    asked: tokio::sync::watch::Sender<bool>,
     /// When this controller began to ask.
     started: Instant,
     /// The cluster's identity.
@@ -246,6 +248,7 @@ impl Controller {
             nodes: nodes::Nodes::new(options.security.clone()),
             told: round::Told::default(),
             notices: round::Notices::default(),
+            asked: tokio::sync::watch::Sender::new(false),
             started: Instant::now(),
             options,
             database,

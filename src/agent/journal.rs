@@ -1,6 +1,7 @@
 //! What an agent was ordered to do, and how far it is, on disk: one file a task, replaced whole.
 //!
 //! ```text
+//! DIR/node                the name of the node, by which what it runs is marked
 //! DIR/cluster             the cluster whose orders are taken
 //! DIR/tasks/N.json        the part of task N: Record
 //! DIR/ended.json          the last tasks of a cluster that have ended here: Ended
@@ -77,6 +78,11 @@ impl Ended {
         self.cluster.as_deref() == cluster && self.tasks.contains(&task)
     }
 
+    /// The highest of those of the cluster.
+    pub(super) fn last(&self, cluster: Option<&str>) -> Option<i64> {
+        self.tasks.last().copied().filter(|_| self.cluster.as_deref() == cluster)
+    }
+
     /// Adds a task. Those of another cluster are forgotten: one that the node has left gives it no orders.
     pub(super) fn add(&mut self, cluster: Option<&str>, task: i64) {
         if self.cluster.as_deref() != cluster {
@@ -140,14 +146,40 @@ impl Journal {
         self.tasks_dir().join(format!("{task}.json"))
     }
 
+    /// The name that the folder's node has, if it has one that `name` cannot take the place of: what its tasks run is found
+    /// by the name, and would be taken for gone, and its disks for left over.
+    pub(super) fn other_node(dir: &Path, name: &HostName) -> Result<Option<String>, JournalError> {
+        let Some(node) = text(dir.join("node"))? else { return Ok(None) };
+        if node == name.as_str() {
+            return Ok(None);
+        }
+        let path = dir.join("tasks");
+        let files = match std::fs::read_dir(&path) {
+            Ok(files) => files,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(JournalError::Io { path, source }),
+        };
+        for file in files {
+            let file = file.map_err(|source| JournalError::Io { path: path.clone(), source })?;
+            if is_record(&file.path()) {
+                return Ok(Some(node));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Notes the node's name.
+    pub(super) fn set_node(&self, name: &HostName) -> Result<(), JournalError> {
+        let path = self.dir.join("node");
+        match text(path.clone())? {
+            Some(known) if known == name.as_str() => Ok(()),
+            _ => self.write(&path, name.as_str().as_bytes()),
+        }
+    }
+
     /// The cluster whose orders are taken.
     pub(super) fn cluster(&self) -> Result<Option<String>, JournalError> {
-        let path = self.dir.join("cluster");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text.trim().to_owned())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(JournalError::Io { path, source }),
-        }
+        text(self.dir.join("cluster"))
     }
 
     pub(super) fn set_cluster(&self, cluster: &str) -> Result<(), JournalError> {
@@ -161,7 +193,7 @@ impl Journal {
         let mut records = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(at)? {
             let path = entry.map_err(at)?.path();
-            if path.extension().is_some_and(|extension| extension == "json") {
+            if is_record(&path) {
                 records.push(read(&path)?);
             }
         }
@@ -205,6 +237,19 @@ impl Journal {
     }
 }
 
+fn is_record(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "json")
+}
+
+/// The one line of a file, if it is there.
+fn text(path: PathBuf) -> Result<Option<String>, JournalError> {
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(text.trim().to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(JournalError::Io { path, source }),
+    }
+}
+
 fn read(path: &Path) -> Result<Record, JournalError> {
     let damaged = |reason: String| JournalError::Damaged { path: path.to_owned(), reason };
     let bytes = std::fs::read(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })?;
@@ -243,6 +288,24 @@ mod tests {
         again.forget(1).unwrap();
         again.forget(1).unwrap();
         assert_eq!(again.records().unwrap(), [record(2)]);
+    }
+
+    #[test]
+    fn a_node_is_renamed_when_it_has_no_tasks_and_not_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let [n4, n5] = ["n4", "n5"].map(|name| name.parse::<HostName>().unwrap());
+        assert_eq!(Journal::other_node(&dir.path().join("none"), &n4).unwrap(), None);
+        let journal = Journal::open(dir.path()).unwrap();
+        journal.save(&record(1)).unwrap();
+        assert_eq!(Journal::other_node(dir.path(), &n4).unwrap(), None, "its name was not noted yet");
+        journal.set_node(&n4).unwrap();
+        assert_eq!(Journal::other_node(dir.path(), &n4).unwrap(), None);
+        assert_eq!(Journal::other_node(dir.path(), &n5).unwrap().as_deref(), Some("n4"));
+        journal.forget(1).unwrap();
+        assert_eq!(Journal::other_node(dir.path(), &n5).unwrap(), None);
+        journal.set_node(&n5).unwrap();
+        journal.save(&record(2)).unwrap();
+        assert_eq!(Journal::other_node(dir.path(), &n4).unwrap().as_deref(), Some("n5"));
     }
 
     #[test]

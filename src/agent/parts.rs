@@ -64,7 +64,8 @@ struct Running {
     left_networks: bool,
     /// Ends the work on its instances.
     cancel: CancellationToken,
-    tasks: TaskTracker,
+    /// The work on its instances, by kind: what hangs with one hypervisor keeps back no end by the other.
+    tasks: BTreeMap<InstanceType, TaskTracker>,
 }
 
 /// What is known of an instance beside its step.
@@ -101,6 +102,13 @@ impl Parts {
     pub(super) fn tasks(&self) -> Vec<i64> {
         let inner = self.inner();
         inner.own().map(|part| part.record.task).collect()
+    }
+
+    /// The highest number of a task of the cluster that is known here.
+    pub(super) fn last_task(&self) -> Option<i64> {
+        let inner = self.inner();
+        let ended = inner.ended.last(inner.cluster.as_deref());
+        inner.own().map(|part| part.record.task).max().max(ended)
     }
 
     /// The cluster whose orders are taken.
@@ -146,6 +154,19 @@ impl Parts {
             let live = part.live.entry(name.clone()).or_default();
             live.note.get_or_insert_with(|| note.to_owned());
         }
+    }
+
+    /// Notes that an instance of a part that is being ended has gone; false if it had ended before. Not in the journal: it is
+    /// looked for again after a kill.
+    fn set_gone(&self, task: i64, name: &HostName) -> bool {
+        let mut inner = self.inner();
+        let Some(part) = inner.parts.get_mut(&task) else { return false };
+        let ended = |step: &Step| matches!(step, Step::Stopped | Step::Failed(_));
+        let Some(step) = part.record.steps.get_mut(name).filter(|step| !ended(step)) else { return false };
+        *step = Step::Stopped;
+        let note = Some("it has ended with its task".to_owned());
+        part.live.insert(name.clone(), Live { note, ..Live::default() });
+        true
     }
 
     /// Notes how long an instance took to be up.
@@ -287,7 +308,7 @@ pub(super) async fn accept(
         return Err(Fault::new(FaultCode::Invalid, message));
     }
     with_journal(shared, move |shared, journal| {
-        let known = known(&shared.parts.inner(), &cluster, task);
+        let known = known(&shared.parts.inner(), &cluster, task, &part);
         if let Some(known) = known {
             return Ok(known);
         }
@@ -302,18 +323,36 @@ pub(super) async fn accept(
 }
 
 /// What to answer to a part of a task that is known here.
-fn known(inner: &Inner, cluster: &str, task: i64) -> Option<Result<bool, Fault>> {
+fn known(inner: &Inner, cluster: &str, task: i64, wanted: &Part) -> Option<Result<bool, Fault>> {
+    const OLDER: &str =
+        "if the controller's database was restored from a backup, end the new task and deploy again";
+    let invalid = |message: String| Some(Err(Fault::new(FaultCode::Invalid, message)));
     match inner.parts.get(&task) {
-        Some(part) if part.record.cluster.as_deref() == Some(cluster) => Some(Ok(false)),
+        Some(part) if part.record.cluster.as_deref() == Some(cluster) => {
+            if of_same(&part.record.part, wanted) {
+                Some(Ok(false))
+            } else {
+                invalid(format!("there is another task {task} on this node: {OLDER}"))
+            }
+        }
         Some(_) => {
             let message = format!("task {task} of the cluster that this node was in is still being ended");
             Some(Err(Fault::new(FaultCode::Failed, message)))
         }
         None if inner.ended.has(Some(cluster), task) => {
-            Some(Err(Fault::new(FaultCode::Invalid, format!("task {task} has ended on this node"))))
+            invalid(format!("task {task} has ended on this node: {OLDER}"))
         }
         None => None,
     }
+}
+
+/// Whether two parts are orders of the same instances. Where their images come from differs from time to time.
+fn of_same(one: &Part, other: &Part) -> bool {
+    let instances = |part: &Part| {
+        let orders = part.instances.iter();
+        orders.map(|order| (order.name.clone(), order.image.clone())).collect::<BTreeSet<_>>()
+    };
+    instances(one) == instances(other)
 }
 
 /// Goes on with what was ordered before this agent started.
@@ -344,12 +383,15 @@ pub(super) async fn resume(shared: &Arc<Shared>) -> Result<(), JournalError> {
 
 fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
     let task = record.task;
-    let (cancel, tasks) = (shared.cancel.child_token(), TaskTracker::new());
+    let cancel = shared.cancel.child_token();
+    let kinds = record.part.instances.iter().map(|order| order.kind);
+    let tasks: BTreeMap<_, _> = kinds.map(|kind| (kind, TaskTracker::new())).collect();
     if !record.ending {
         let networks = instance::Once::default();
         let orders = record.part.instances.iter().filter_map(|order| record.part.whole(order));
         for order in orders {
             let step = record.steps.get(&order.name).cloned().unwrap_or_default();
+            let tasks = &tasks[&order.kind];
             let job = instance::Job {
                 shared: Arc::clone(shared),
                 task,
@@ -387,7 +429,8 @@ pub(super) fn hypervisor(shared: &Shared, kind: InstanceType) -> Option<&Arc<dyn
 
 /// Waits for the work on instances to end, once the agent is to end.
 pub(super) async fn join(shared: &Shared) {
-    let all: Vec<_> = shared.parts.inner().parts.values().map(|part| part.tasks.clone()).collect();
+    let all: Vec<_> =
+        shared.parts.inner().parts.values().flat_map(|part| part.tasks.values().cloned()).collect();
     for tasks in all {
         tasks.close();
         tasks.wait().await;

@@ -150,5 +150,6 @@ pub(super) async fn state(shared: &Shared) -> NodeState {
         tasks: shared.parts.tasks(),
         instances,
         troubles,
+        last_task: shared.parts.last_task(),
     }
 }

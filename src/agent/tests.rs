@@ -45,11 +45,15 @@ struct Ordered {
 
 impl Ordered {
     async fn start(hypervisor: Arc<MemoryHypervisor>, networks: Option<Arc<dyn Networks>>) -> Self {
+        Self::start_with(vec![hypervisor], networks).await
+    }
+
+    async fn start_with(hypervisors: Vec<Arc<dyn Hypervisor>>, networks: Option<Arc<dyn Networks>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data_plane = Arc::new(MemoryDataPlane::with_image(image(), ImageKind::Vm, 1 << 30));
         let services = Services {
             data_plane: Arc::clone(&data_plane) as _,
-            hypervisors: vec![hypervisor],
+            hypervisors,
             networks,
             container_images: None,
         };
@@ -108,6 +112,40 @@ async fn what_has_started_runs_on_though_that_cannot_be_written_down() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_of_another_name_does_not_start_on_a_store_whose_tasks_run() {
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    node.run(1, part(1)).await;
+    node.until("it runs", |state| has(state, InstanceStatus::Running)).await;
+    node.agent.stop().await;
+
+    // It would not find the VM by its own name: as on another hypervisor.
+    let elsewhere = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let (data_plane, dir) = (Arc::clone(&node.data_plane), node.dir.path().to_owned());
+    let services = |hypervisor: &Arc<MemoryHypervisor>| Services {
+        data_plane: Arc::clone(&data_plane) as _,
+        hypervisors: vec![Arc::clone(hypervisor) as _],
+        networks: None,
+        container_images: None,
+    };
+    let options = |name: &str| Options::new(name.parse().unwrap(), &dir);
+    let error = Agent::start(options("n5"), services(&elsewhere)).await.unwrap_err().to_string();
+    assert!(error.contains("is that of node 'n1'") && error.contains("--name n1"), "{error}");
+    assert_eq!(node.data_plane.disks().len(), 1, "a disk was removed from under a guest");
+
+    node.agent = Agent::start(options("n1"), services(&hypervisor)).await.unwrap();
+    let stream = Security::default().connect_to(node.agent.address(), Role::Node).await.unwrap();
+    node.link = Link::new(stream);
+    node.until("it goes on", |state| has(state, InstanceStatus::Running)).await;
+    node.call(EndPart { cluster: "lab".to_owned(), task: 1 }).await;
+    node.until("it has ended", |state| state.tasks.is_empty()).await;
+    node.agent.stop().await;
+    let renamed = Agent::start(options("n5"), services(&elsewhere)).await.unwrap();
+    renamed.stop().await;
+    assert_eq!(std::fs::read_to_string(node.dir.path().join("node")).unwrap(), "n5");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_ended_ends_though_that_cannot_be_written_down() {
     let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
     let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
@@ -156,6 +194,43 @@ async fn a_removal_that_hangs_keeps_back_neither_what_went_wrong_with_others_nor
     assert_eq!(hypervisor.running(), 2);
     let stopped = tokio::time::timeout(Duration::from_secs(5), node.agent.stop()).await;
     stopped.expect("it waits for what hangs");
+}
+
+/// Containers, more than are removed at once, and behind them VMs.
+fn of_both_kinds() -> Part {
+    let orders = (1..=12).map(|number| match number {
+        1..=10 => {
+            InstanceOrder { kind: InstanceType::Container, ..InstanceOrder::of_vm(&format!("box-{number}")) }
+        }
+        _ => InstanceOrder::of_vm(&format!("vm-{number}")),
+    });
+    Part { instances: orders.collect(), ..part(1) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vms_end_beside_containers_whose_hypervisor_hangs_and_are_said_to_have_ended() {
+    // It hangs when they are removed, or already when one of them was to be started.
+    for at in [Verb::Delete, Verb::Launch] {
+        let vms = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+        let containers = Arc::new(MemoryHypervisor::new(InstanceType::Container));
+        let mut node =
+            Ordered::start_with(vec![Arc::clone(&vms) as _, Arc::clone(&containers) as _], None).await;
+        let calls = if at == Verb::Delete { 10 } else { 1 };
+        (1..=calls).for_each(|nth| containers.fail(at, nth, Fault::Hang));
+        node.run(1, of_both_kinds()).await;
+        let up = 12 - usize::from(at == Verb::Launch);
+        let with =
+            |state: &NodeState, status| state.instances.iter().filter(|one| one.status == status).count();
+        node.until("what does not hang runs", |state| with(state, InstanceStatus::Running) == up).await;
+        assert!(!node.call(EndPart { cluster: "lab".to_owned(), task: 1 }).await.gone);
+        node.until("the VMs have ended", |state| {
+            let mut vms = state.instances.iter().filter(|one| one.name.as_str().starts_with("vm-"));
+            vms.all(|vm| vm.status == InstanceStatus::Stopped && vm.reason.is_some())
+        })
+        .await;
+        assert_eq!((vms.running(), node.data_plane.disks().len()), (0, 0));
+        assert_eq!(containers.running(), up - 2, "it does not hang");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -217,6 +292,29 @@ async fn a_disk_that_is_a_device_stays_one_as_long_as_its_vm_may_run_and_no_long
     assert_eq!(data_plane.devices().len(), 1, "its VM may still run");
     node.until("it has ended", |state| !state.tasks.contains(&3)).await;
     assert_eq!((data_plane.devices(), data_plane.disks()), (Vec::new(), Vec::new()));
+    node.agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_number_that_is_given_again_after_a_restore_is_no_order_for_the_task_that_has_it() {
+    let hypervisor = Arc::new(MemoryHypervisor::new(InstanceType::Vm));
+    let mut node = Ordered::start(Arc::clone(&hypervisor), None).await;
+    node.until("it knows of no task", |state| state.last_task.is_none()).await;
+    node.run(7, part(7)).await;
+    node.until("it runs", |state| has(state, InstanceStatus::Running) && state.last_task == Some(7)).await;
+    let mut moved = part(7);
+    moved.images[0].sources.push("10.0.0.1:7602".parse().unwrap());
+    let order = |part| RunPart { cluster: "lab".to_owned(), task: 7, part };
+    assert!(!node.call(order(moved)).await.new, "the same order, from other sources, is another one");
+    let error = node.link.call(&order(part(8)), Duration::from_secs(10)).await.unwrap_err().to_string();
+    assert!(error.contains("there is another task 7") && error.contains("deploy again"), "{error}");
+    node.call(EndPart { cluster: "lab".to_owned(), task: 7 }).await;
+    node.until("it has ended, and is remembered", |state| {
+        state.tasks.is_empty() && state.last_task == Some(7)
+    })
+    .await;
+    let error = node.link.call(&order(part(8)), Duration::from_secs(10)).await.unwrap_err().to_string();
+    assert!(error.contains("has ended on this node") && error.contains("deploy again"), "{error}");
     node.agent.stop().await;
 }
 

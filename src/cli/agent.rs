@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bootcache::agent::{Agent, DockerImages, HostNetworks, NameLock, Options, Serve, Services};
+use bootcache::agent::{Agent, DockerImages, HostNetworks, NameLock, Options, Serve, Services, check_name};
 use bootcache::control::Request;
 use bootcache::controller::SOCKET;
 use bootcache::controller::client::Target;
@@ -73,6 +73,8 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
             Some(name) => name,
             None => host_name()?,
         };
+        // The daemon would be started under the name.
+        check_name(&dir.join("agent"), &name)?;
         let _alone = match (args.no_vms, args.no_containers) {
             (true, true) => None,
             _ => Some(NameLock::take(&name).await?),

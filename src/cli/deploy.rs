@@ -82,7 +82,7 @@ pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Res
         let mut view = View::new();
         let limit = args.timeout.map_or(Duration::MAX, Duration::from_secs);
         let done = tokio::select! {
-            done = wait(&mut client, task, &mut view) => done?,
+            done = wait(&mut client, task, &mut view) => done,
             () = ending.wait() => {
                 view.clear();
                 eprintln!("task {task} goes on: `bootcache tasks` shows it, `bootcache end {task}` ends it");
@@ -94,7 +94,7 @@ pub(crate) fn deploy(globals: &super::Globals, args: &DeployArgs) -> anyhow::Res
             }
         };
         view.clear();
-        finish(globals, &done)
+        finish(globals, &done?)
     })
 }
 
@@ -114,7 +114,7 @@ async fn wait(client: &mut Steady, task: i64, view: &mut View) -> anyhow::Result
     let mut told = BTreeSet::new();
     let mut looked = Instant::now();
     loop {
-        let Some(row) = task_row(client, task).await? else { bail!("task {task} was ended meanwhile") };
+        let row = wanted_yet(task, task_row(client, task).await?)?;
         if view.shown {
             view.show(&row, &nodes(client).await?);
         }
@@ -131,6 +131,14 @@ async fn wait(client: &mut Steady, task: i64, view: &mut View) -> anyhow::Result
             }
         }
         tokio::time::sleep(TICK).await;
+    }
+}
+
+/// The task, unless somebody else has ended it: there is nothing to wait for then, and nothing left to end.
+fn wanted_yet(task: i64, row: Option<TaskRow>) -> anyhow::Result<TaskRow> {
+    match row {
+        Some(row) if row.status != TaskStatus::Ending => Ok(row),
+        _ => bail!("task {task} was ended meanwhile, by somebody else"),
     }
 }
 
@@ -347,6 +355,26 @@ mod tests {
 
     /// What name, bar and the spaces between leave of 80 columns.
     const ROOM: usize = 80 - 12 - 1 - 10 - 1;
+
+    #[test]
+    fn whoever_waits_is_told_that_somebody_else_has_ended_the_task() {
+        let row = |status| TaskRow {
+            task: 17,
+            name: "lab".parse().unwrap(),
+            status,
+            created_ms: 0,
+            up_ms: None,
+            instances: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+        };
+        for status in [TaskStatus::Starting, TaskStatus::Running, TaskStatus::Failed] {
+            assert_eq!(wanted_yet(17, Some(row(status))).unwrap().status, status);
+        }
+        for row in [Some(row(TaskStatus::Ending)), None] {
+            let error = wanted_yet(17, row).unwrap_err().to_string();
+            assert!(error.starts_with("task 17 was ended meanwhile"), "{error}");
+        }
+    }
 
     #[test]
     fn a_node_s_states_fit_a_line_of_eighty_columns() {

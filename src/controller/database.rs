@@ -350,6 +350,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_node_that_boasts_of_a_number_leaves_numbers_for_more_tasks() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let plan = "name = 'lab'\n[[groups]]\nname = 'g'\ntype = 'vm'\nimage = 'debian'";
+        let plan = crate::plan::read::parse(plan).unwrap();
+        let work = move |tx: &Transaction<'_>| {
+            let mut made = Vec::new();
+            for (request, last) in [("r1", 41), ("r2", 7), ("r3", i64::MAX), ("r4", i64::MIN)] {
+                tasks::pass_over(tx, last)?;
+                let new = NewTask { request, plan: &plan, now: 1 };
+                made.push(create_task::<DatabaseError>(tx, &new, |_| Ok(std::collections::BTreeMap::new()))?);
+            }
+            Ok::<_, DatabaseError>(made)
+        };
+        assert_eq!(database.run(work).await.unwrap(), [42, 43, 1_000_044, 1_000_045]);
+    }
+
+    #[tokio::test]
     async fn an_error_undoes_all_of_a_piece_of_work() {
         let dir = tempfile::tempdir().unwrap();
         let database = Database::open(&dir.path().join("db")).unwrap();

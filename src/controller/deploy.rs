@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 
@@ -27,6 +28,9 @@ const MISTAKES_SHOWN: usize = 8;
 const LIST_BYTES_MAX: usize = CONTROL_PAYLOAD_MAX / 2;
 /// What is left free in the frame of an order for what is added when it is given: where each image comes from.
 const ORDER_BYTES_FREE: usize = 128 << 10;
+
+/// How long a deployment waits until all nodes were asked once: longer than a round takes.
+const FIRST_ROUND_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why something that a user asked for was not done.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +95,9 @@ pub(super) async fn deploy(shared: &Arc<Shared>, request: &str, plan: Plan) -> R
     if !mistakes.is_empty() {
         return Err(DeployError::Plan(mistakes));
     }
+    // Nodes may know of tasks that a restored database does not: their numbers are not given again.
+    let asked = async { shared.asked.subscribe().wait_for(|asked| *asked).await.map(drop) };
+    let _late = tokio::time::timeout(FIRST_ROUND_PATIENCE, asked).await;
     let (request, owner) = (request.to_owned(), Arc::clone(shared));
     let task = shared
         .database

@@ -67,8 +67,9 @@ pub(super) async fn run(shared: Arc<Shared>) {
             () = shared.cancel.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        if let Err(error) = round(&shared).await {
-            warn!("a heartbeat round was lost: {error}");
+        match round(&shared).await {
+            Ok(()) => drop(shared.asked.send_replace(true)),
+            Err(error) => warn!("a heartbeat round was lost: {error}"),
         }
     }
 }

@@ -138,7 +138,9 @@ async fn cluster_of(options: Options, names: &[&str]) -> (Controller, Vec<TestNo
     }
     eventually("all nodes are registered", async || {
         let nodes = nodes(&controller).await;
-        nodes.len() == names.len() && nodes.iter().all(|node| !node.images.is_empty())
+        // It takes orders once it has heard which cluster it is in.
+        let joined = members.iter().all(|node| node.dir.path().join("cluster").exists());
+        joined && nodes.len() == names.len() && nodes.iter().all(|node| !node.images.is_empty())
     })
     .await;
     (controller, members)

@@ -337,8 +337,13 @@ fn enough_addresses(plan: &Plan, place: &mut Place<'_>) {
     for (name, network) in &plan.networks {
         let nics = |group: &Group| group.networks.iter().filter(|nic| nic.network == *name).count() as u64;
         let wanted: u64 = plan.groups.iter().map(|group| group.total() * nics(group)).sum();
-        // A node's bridge needs one, and the gateway.
-        let there = network.subnet.hosts().saturating_sub(2);
+        let on_it =
+            || plan.groups.iter().flat_map(|group| group.networks.iter().map(move |nic| (group, nic)));
+        let on_it = || on_it().filter(|(_, nic)| nic.network == *name);
+        // A node needs one beside its containers; the gateway is outside, or one of the instances.
+        let nodes = on_it().any(|(group, _)| group.kind == InstanceType::Container);
+        let gateway = network.gateway.is_some() && on_it().all(|(_, nic)| nic.address != network.gateway);
+        let there = network.subnet.hosts().saturating_sub(u128::from(nodes) + u128::from(gateway));
         if u128::from(wanted) > there {
             let message = format!("{wanted} addresses are needed, {} has {there} free", network.subnet);
             place.key(name.as_str()).key("subnet").wrong(message);
@@ -403,6 +408,38 @@ mod tests {
                 Some(start) => assert!(found[0].starts_with(start), "{found:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_small_subnet_has_room_for_what_needs_an_address_and_no_more() {
+        let small = |vms: u32, containers: u32, gateway: Option<&str>, router: bool| {
+            plan(|p| {
+                network(p).subnet = "10.0.0.0/30".parse().unwrap();
+                network(p).gateway = gateway.map(|address| address.parse().unwrap());
+                p.groups[0].count = Some(vms);
+                p.groups[1].nodes = None;
+                p.groups[1].count = Some(containers);
+                p.groups[1].networks[0].address = None;
+                if router {
+                    let mut group = p.groups[0].clone();
+                    (group.name, group.count) = ("router".parse().unwrap(), None);
+                    group.networks[0].address = network(p).gateway;
+                    p.groups.push(group);
+                }
+                p.groups.retain(|group| group.count != Some(0));
+            })
+        };
+        let full = |wanted: u32, free: u32| {
+            [format!("networks.lan.subnet: {wanted} addresses are needed, 10.0.0.0/30 has {free} free")]
+        };
+        assert_eq!(small(2, 0, None, false), [""; 0]);
+        assert_eq!(small(3, 0, None, false), full(3, 2));
+        assert_eq!(small(1, 0, Some("10.0.0.1"), false), [""; 0]);
+        assert_eq!(small(2, 0, Some("10.0.0.1"), false), full(2, 1));
+        assert_eq!(small(1, 0, Some("10.0.0.1"), true), [""; 0], "the router is the gateway");
+        assert_eq!(small(2, 0, Some("10.0.0.1"), true), full(3, 2));
+        assert_eq!(small(0, 1, None, false), [""; 0]);
+        assert_eq!(small(1, 1, None, false), full(2, 1));
     }
 
     #[test]

@@ -39,12 +39,13 @@ pub fn expand(
 ) -> Result<BTreeMap<usize, Part>, Vec<Mistake>> {
     let mut networks = BTreeMap::new();
     for (name, network) in &plan.networks {
-        let users: BTreeSet<usize> = placed
-            .iter()
-            .filter(|p| plan.groups[p.group].networks.iter().any(|nic| nic.network == *name))
-            .map(|p| p.node)
-            .collect();
-        let addresses = Addresses::new(plan, name, network, &users).ok_or_else(|| {
+        // Docker wants an address of the node beside its containers; VMs need none.
+        let of_containers = |group: &Group| {
+            group.kind == InstanceType::Container && group.networks.iter().any(|nic| nic.network == *name)
+        };
+        let with_address: BTreeSet<usize> =
+            placed.iter().filter(|p| of_containers(&plan.groups[p.group])).map(|p| p.node).collect();
+        let addresses = Addresses::new(plan, name, network, &with_address).ok_or_else(|| {
             let path = ["networks", name.as_str(), "subnet"].map(|key| Step::Key(key.to_owned())).to_vec();
             let message = format!("{} has too few addresses for instances and nodes", network.subnet);
             vec![Mistake { path, message }]
@@ -185,15 +186,15 @@ fn mac(cluster: &str, instance: &HostName, nic: usize) -> String {
     format!("{:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}", a & 0xfc | 0x02)
 }
 
-/// The addresses of a network: those of nodes, and those that are still free.
+/// The addresses of a network: those of nodes that have containers on it, and those that are still free.
 struct Addresses {
     nodes: BTreeMap<usize, IpAddr>,
     free: std::vec::IntoIter<IpAddr>,
 }
 
 impl Addresses {
-    /// `None` when there are too few.
-    fn new(plan: &Plan, name: &HostName, network: &Network, users: &BTreeSet<usize>) -> Option<Self> {
+    /// Each node of `with_address` has one of its own. `None` when there are too few.
+    fn new(plan: &Plan, name: &HostName, network: &Network, with_address: &BTreeSet<usize>) -> Option<Self> {
         let mut taken: HashSet<IpAddr> = network.gateway.into_iter().collect();
         let mut wanted = 0;
         for group in &plan.groups {
@@ -211,10 +212,10 @@ impl Addresses {
         let hosts = network.subnet.hosts();
         let mut from_top = (1..=hosts).rev().filter_map(|number| network.subnet.host(number));
         let mut nodes = BTreeMap::new();
-        for user in users {
+        for node in with_address {
             let address = from_top.by_ref().find(|address| !taken.contains(address))?;
             taken.insert(address);
-            nodes.insert(*user, address);
+            nodes.insert(*node, address);
         }
         let wanted = usize::try_from(wanted).expect("a plan has at most 10,000 instances");
         let free: Vec<IpAddr> = (1..=hosts)
@@ -240,8 +241,7 @@ mod tests {
     }
 
     fn expanded() -> BTreeMap<usize, Part> {
-        let plan: Plan = toml::from_str(
-            r#"
+        let text = r#"
             name = "lab"
             [networks.lan]
             subnet = "10.0.0.0/24"
@@ -262,12 +262,17 @@ mod tests {
             image = "debian"
             disk_by = "kernel"
             networks = [{ network = "lan", address = "10.0.0.1" }]
-            "#,
-        )
-        .unwrap();
-        let placed: Vec<_> = [(0, 0, 0), (0, 1, 1), (0, 2, 0), (1, 0, 1)]
-            .map(|(group, number, node)| Placed { group, number, node })
-            .to_vec();
+            "#;
+        of(text, &[(0, 0, 0), (0, 1, 1), (0, 2, 0), (1, 0, 1)]).unwrap()
+    }
+
+    /// A plan of instances of debian, each placed by its group, its number and its node.
+    fn of(text: &str, placed: &[(usize, u32, usize)]) -> Result<BTreeMap<usize, Part>, Vec<Mistake>> {
+        let plan: Plan = toml::from_str(text).unwrap();
+        let placed: Vec<_> = placed
+            .iter()
+            .map(|(group, number, node)| Placed { group: *group, number: *number, node: *node })
+            .collect();
         let image = "debian".parse::<ImageName>().unwrap();
         let needed = Needed {
             name: image.clone(),
@@ -278,7 +283,7 @@ mod tests {
         };
         let images = HashMap::from([(image, needed)]);
         let context = Context { cluster: "c", task: 7, report: None };
-        expand(&plan, &placed, &names(&["n1", "n2"]), &images, context).unwrap()
+        expand(&plan, &placed, &names(&["n1", "n2"]), &images, context)
     }
 
     #[test]
@@ -302,12 +307,49 @@ mod tests {
         assert_eq!(by_kernel, [router]);
     }
 
+    /// Groups of both kinds on a network.
+    fn on_one_network(subnet: &str) -> String {
+        let group = |name: &str, kind: &str| {
+            format!(
+                "[[groups]]\nname = '{name}'\ntype = '{kind}'\nimage = 'debian'\ncount = 2\n\
+                 networks = [{{ network = 'lan' }}]\n"
+            )
+        };
+        let groups = group("vms", "vm") + &group("boxes", "container");
+        format!("name = 'lab'\n[networks.lan]\nsubnet = '{subnet}'\n{groups}")
+    }
+
     #[test]
-    fn nodes_have_addresses_that_no_instance_has() {
+    fn nodes_with_containers_on_a_network_have_addresses_that_no_instance_has() {
+        let text = on_one_network("10.0.0.0/24");
+        let addresses = |placed: &[(usize, u32, usize)]| {
+            let parts = of(&text, placed).unwrap();
+            let of_node = |part: &Part| part.networks[0].node_address.map(|address| address.to_string());
+            parts.values().map(of_node).collect::<Vec<_>>()
+        };
+        let some = |last: u8| Some(format!("10.0.0.{last}"));
+        assert_eq!(addresses(&[(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)]), [some(254), some(253)]);
+        assert_eq!(addresses(&[(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1)]), [None, some(254)]);
+        assert!(expanded().values().flat_map(|part| &part.networks).all(|spec| spec.node_address.is_none()));
+    }
+
+    #[test]
+    fn vms_alone_leave_no_address_of_a_small_subnet_unused() {
+        let text = on_one_network("10.0.0.0/30");
+        let vms = text.split_inclusive("[[groups]]").take(2).collect::<String>();
+        let vms = vms.trim_end_matches("[[groups]]");
+        let parts = of(vms, &[(0, 0, 0), (0, 1, 1)]).unwrap();
+        let nics =
+            parts.values().flat_map(|part| &part.instances).map(|order| order.nics[0].address.unwrap().0);
+        assert_eq!(nics.map(|ip| ip.to_string()).collect::<Vec<_>>(), ["10.0.0.1", "10.0.0.2"]);
+        let mistakes = of(&text, &[(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)]).unwrap_err();
+        assert!(mistakes[0].message.contains("too few addresses"), "{mistakes:?}");
+    }
+
+    #[test]
+    fn a_network_is_a_bridge_of_the_same_name_on_every_node() {
         let parts = expanded();
         let lan = |node: usize| parts[&node].networks.iter().find(|n| n.name.as_str() == "lan").unwrap();
-        assert_eq!(lan(0).node_address, Some("10.0.0.254".parse().unwrap()));
-        assert_eq!(lan(1).node_address, Some("10.0.0.253".parse().unwrap()));
         assert_eq!((lan(0).uplink.as_deref(), lan(1).uplink.as_deref()), (Some("eth1"), None));
         assert_eq!(lan(0).bridge, lan(1).bridge);
         assert_eq!(lan(0).bridge.len(), 12);

@@ -277,6 +277,10 @@ pub struct NodeState {
     pub instances: Vec<InstanceState>,
     /// What is wrong with it, one line each, for people.
     pub troubles: Vec<String>,
+    /// The highest number of a task of the cluster that it has, or remembers to have ended, if it knows of any: a controller
+    /// whose database was restored gives none of them again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_task: Option<i64>,
 }
 
 body!(AskNode, FrameType::NODE_STATUS, NodeState);

@@ -1,8 +1,10 @@
 //! The end of a part: its instances, their disks and its networks go, and that it has ended is remembered.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::{Inner, RETRY, failed, hypervisor, runs_none, with_journal};
@@ -10,7 +12,7 @@ use crate::agent::Shared;
 use crate::agent::journal::{Journal, Record};
 use crate::hypervisor::InstanceType;
 use crate::name::HostName;
-use crate::wire::cluster::{Fault, shortened};
+use crate::wire::cluster::{Fault, InstanceOrder, shortened};
 
 /// Instances of a part that are removed at once.
 const REMOVALS_MAX: usize = 8;
@@ -50,13 +52,14 @@ pub(super) fn order(shared: &Arc<Shared>, journal: &Journal, mut record: Record)
 pub(super) fn begin(shared: &Arc<Shared>, inner: &Inner, task: i64) {
     let part = &inner.parts[&task];
     part.cancel.cancel();
-    part.tasks.close();
+    for tasks in part.tasks.values() {
+        tasks.close();
+    }
     let (tasks, record, owner) = (part.tasks.clone(), part.record.clone(), Arc::clone(shared));
     shared.parts.ends.spawn(async move {
         let shared = owner;
-        tasks.wait().await;
         let cleaned = async {
-            while let Err(error) = clean(&shared, &record).await {
+            while let Err(error) = clean(&shared, &record, &tasks).await {
                 warn!("task {task} cannot be ended yet: {error}");
                 set_trouble(&shared, task, error);
                 tokio::time::sleep(RETRY).await;
@@ -85,19 +88,32 @@ pub(super) fn begin(shared: &Arc<Shared>, inner: &Inner, task: i64) {
     });
 }
 
-/// Removes everything that belongs to a part: all of it that can be, though some cannot.
-async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
-    let mut errors = Vec::new();
-    let orders = record.part.instances.iter();
-    let removals: Vec<_> = orders.map(|order| remove(shared, &order.name, order.kind)).collect();
-    let mut removals = futures_util::stream::iter(removals).buffer_unordered(REMOVALS_MAX);
-    while let Some(removed) = removals.next().await {
+/// Removes everything that belongs to a part: all of it that can be, though some cannot. Each kind by itself, once the work
+/// `tasks` on it has ended: a hypervisor that hangs keeps back none of the other.
+async fn clean(
+    shared: &Shared,
+    record: &Record,
+    tasks: &BTreeMap<InstanceType, TaskTracker>,
+) -> Result<(), String> {
+    let (mut errors, mut left) = (Vec::new(), BTreeSet::new());
+    let of_kinds = tasks.iter().map(|(kind, tasks)| {
+        let orders = record.part.instances.iter().filter(|order| order.kind == *kind);
+        let removals: Vec<_> = orders.map(|order| take_away(shared, record.task, order)).collect();
+        let removals = async move {
+            tasks.wait().await;
+            futures_util::stream::iter(removals).buffer_unordered(REMOVALS_MAX)
+        };
+        removals.flatten_stream().boxed()
+    });
+    let mut removals = futures_util::stream::select_all(of_kinds);
+    while let Some((order, removed)) = removals.next().await {
         let Err(error) = removed else { continue };
         // It is told now: the others may hang for minutes.
         if errors.is_empty() {
             set_trouble(shared, record.task, error.clone());
         }
         errors.push(error);
+        left.extend(order.nics.iter().map(|nic| &nic.network));
     }
     drop(removals);
     if errors.is_empty()
@@ -105,7 +121,8 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
     {
         part.left_networks = true;
     }
-    for network in &record.part.networks {
+    // One that an instance may still be on stays.
+    for network in record.part.networks.iter().filter(|network| !left.contains(&network.name)) {
         let _alone = shared.parts.networks().await;
         // Of parts that end together, the last to come here removes it.
         let others = shared.parts.inner().parts.values().any(|part| {
@@ -122,6 +139,20 @@ async fn clean(shared: &Shared, record: &Record) -> Result<(), String> {
         [only] => Err(only.clone()),
         [first, more @ ..] => Err(format!("{first} (and {} more)", more.len())),
     }
+}
+
+/// Removes an instance of a part, and has the controller told that it has gone.
+async fn take_away<'o>(
+    shared: &Shared,
+    task: i64,
+    order: &'o InstanceOrder,
+) -> (&'o InstanceOrder, Result<(), String>) {
+    let removed = remove(shared, &order.name, order.kind).await;
+    if removed.is_ok() && shared.parts.set_gone(task, &order.name) {
+        // Whoever listened may have ended: the agent is ending then.
+        let _ = shared.changes.send(order.name.clone());
+    }
+    (order, removed)
 }
 
 fn set_trouble(shared: &Shared, task: i64, trouble: String) {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Transaction, params};
 
-use super::{Result, hosts, images, instances, number};
+use super::{Result, hosts, images, instances, number, tasks};
 use crate::name::{HostName, ImageName};
 use crate::wire::cluster::{NodeState, lines};
 
@@ -105,6 +105,9 @@ fn present(
              ON CONFLICT (host_id, item_id) DO UPDATE SET value = excluded.value",
         )?
         .execute(params![host_id, item, value])?;
+    }
+    if let Some(last) = state.last_task {
+        tasks::pass_over(tx, last)?;
     }
     instances::update(tx, host_id, &state.instances, now)?;
     parts(tx, node, &state.tasks, outcome)

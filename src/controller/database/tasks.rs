@@ -38,6 +38,10 @@ pub(crate) enum OrderKind {
 /// The requests of so many last tasks are remembered when the tasks have ended.
 const REQUESTS_KEPT: i64 = 10_000;
 
+/// So many numbers of tasks are passed over at once, at most: what a node says is not believed to the last, since there is no
+/// number after the highest of all.
+const NUMBERS_PASSED_MAX: i64 = 1_000_000;
+
 fn status_of_word(word: &str) -> Result<TaskStatus> {
     TaskStatus::ALL
         .into_iter()
@@ -86,6 +90,27 @@ pub(crate) fn create<E: From<DatabaseError>>(
     let parts = parts(task)?;
     write_parts(tx, task, &parts)?;
     Ok(task)
+}
+
+/// A node knows of tasks up to `last`: none made from now on has their numbers, which nodes take for tasks that have ended. The
+/// database may be older than those tasks, if it was restored.
+pub(super) fn pass_over(tx: &Transaction<'_>, last: i64) -> Result<()> {
+    let seen: Option<i64> = tx
+        .prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'task'")?
+        .query_row([], |row| row.get(0))
+        .optional()?;
+    let own = seen.unwrap_or(0);
+    let last = last.min(own.saturating_add(NUMBERS_PASSED_MAX));
+    if last <= own {
+        return Ok(());
+    }
+    // The table of SQLite's own has no key.
+    let sql = match seen {
+        Some(_) => "UPDATE sqlite_sequence SET seq = ?1 WHERE name = 'task'",
+        None => "INSERT INTO sqlite_sequence (name, seq) VALUES ('task', ?1)",
+    };
+    tx.execute(sql, [last])?;
+    Ok(())
 }
 
 fn write_parts(tx: &Transaction<'_>, task: i64, parts: &BTreeMap<i64, Part>) -> Result<()> {

@@ -33,6 +33,39 @@ async fn a_controller_that_ends_anywhere_goes_on_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_deployed_with_a_restored_database_runs_under_a_number_that_no_node_knows() {
+    let (dir, backup) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let copy = |from: &Path, to: &Path| {
+        for file in ["", "-wal", "-shm"].map(|end| format!("{DATABASE_FILE}{end}")) {
+            let _ = std::fs::remove_file(to.join(&file));
+            if from.join(&file).exists() {
+                std::fs::copy(from.join(&file), to.join(&file)).unwrap();
+            }
+        }
+    };
+    let (controller, members) = cluster(dir.path(), &["n1"]).await;
+    let again = || Options { listen: controller.addresses().to_vec(), ..options(dir.path()) };
+    controller.stop().await;
+    copy(dir.path(), backup.path());
+    let later = Controller::start(again()).await.unwrap();
+    for request in ["r1", "r2", "r3"] {
+        later.deploy(request, plan(1, "started")).await.unwrap();
+    }
+    eventually("all run", async || count(&later, InstanceStatus::Running).await == 3).await;
+    later.end(2).await.unwrap();
+    eventually("the second has ended", async || tasks(&later).await.len() == 2).await;
+    later.stop().await;
+    drop(later);
+
+    copy(backup.path(), dir.path());
+    let restored = Controller::start(again()).await.unwrap();
+    assert_eq!(restored.deploy("r4", plan(1, "started")).await.unwrap(), 4);
+    eventually("it runs", async || count(&restored, InstanceStatus::Running).await == 1).await;
+    eventually("the others have ended", async || members[0].instances().await == ["lab-4-g-1"]).await;
+    restored.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_that_comes_back_adopts_what_runs() {
     let dir = tempfile::tempdir().unwrap();
     let (controller, mut members) = cluster(dir.path(), &["n1"]).await;
