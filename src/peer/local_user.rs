@@ -2,13 +2,13 @@
 //! loopback, and without certificates that would be all that it takes to give orders.
 //!
 //! Read from `/proc/net/tcp` (Documentation/networking/proc_net_tcp.rst): addresses as hexadecimal words in the order of
-//! the host's bytes, the state (1: established), the user.
+//! the host's bytes, the user, the inode of the socket, which is 0 once nobody has it open.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// The state of a connection that neither side has closed. Of others the kernel need not know the user any more.
-const ESTABLISHED: &str = "01";
+/// The inode of a socket that was closed: the kernel need not know its user any more, and some say 0.
+const CLOSED: &str = "0";
 
 /// Refuses a connection whose other end, `from`, is on this host and belongs to another user than this process's or root.
 /// `to` is this end.
@@ -40,7 +40,7 @@ pub(crate) fn check(from: SocketAddr, to: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// The user of the end `from` of the established connection to `to`, if the table has it.
+/// The user of the end `from` of the connection to `to`, if the table has it and it is open.
 fn user(table: &str, from: SocketAddr, to: SocketAddr) -> Option<u32> {
     let same = |text: &str, wanted: SocketAddr| {
         address(text).is_some_and(|it| {
@@ -48,9 +48,9 @@ fn user(table: &str, from: SocketAddr, to: SocketAddr) -> Option<u32> {
         })
     };
     table.lines().skip(1).find_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().take(8).collect();
-        let [_, local, remote, ESTABLISHED, _, _, _, user] = fields[..] else { return None };
-        if same(local, from) && same(remote, to) { user.parse().ok() } else { None }
+        let fields: Vec<&str> = line.split_whitespace().take(10).collect();
+        let [_, local, remote, _, _, _, _, user, _, inode] = fields[..] else { return None };
+        if inode != CLOSED && same(local, from) && same(remote, to) { user.parse().ok() } else { None }
     })
 }
 
@@ -86,6 +86,9 @@ mod tests {
             let near = TcpStream::connect((to, port)).unwrap();
             let (far, from) = listener.accept().unwrap();
             check(from, far.local_addr().unwrap()).unwrap();
+            // That it says no more is no reason to think otherwise.
+            near.shutdown(std::net::Shutdown::Write).unwrap();
+            check(from, far.local_addr().unwrap()).unwrap();
             drop(near);
             let late = check(from, far.local_addr().unwrap()).unwrap_err();
             assert_eq!(late.kind(), io::ErrorKind::PermissionDenied, "{bind}");
@@ -97,7 +100,7 @@ mod tests {
         let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
             0: 0100007F:9C40 0100007F:1F90 01 00000000:00000000 00:00000000 00000000  1000        0 1 1 0\n\
             1: 0100007F:1F90 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 2 1 0\n\
-            2: 0100007F:9C41 0100007F:1F90 06 00000000:00000000 00:00000000 00000000     0        0 3 1 0\n";
+            2: 0100007F:9C41 0100007F:1F90 05 00000000:00000000 00:00000000 00000000     0        0 0 1 0\n";
         let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
         assert_eq!(user(table, at(40000), at(8080)), Some(1000));
         assert_eq!(user(table, at(8080), at(40000)), Some(0));

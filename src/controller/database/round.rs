@@ -197,6 +197,7 @@ mod tests {
                 peer: None,
                 images: None,
                 tasks: Vec::new(),
+                last_task: None,
                 instances: vec![instance],
                 troubles: vec!["full\x1b[2J\nof lies".to_owned(), "hot".to_owned()],
             };
