@@ -33,10 +33,19 @@ use super::uplink::Uplink;
 /// Two for each node of a burst; more nodes are turned away, and come again.
 const CONNECTIONS_MAX: usize = 4096;
 
+/// Why a node gives nothing of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lack {
+    /// It does not have it, and is not getting it.
+    Absent,
+    /// It has it, and cannot read it.
+    Unreadable,
+}
+
 /// Where the server finds images.
 pub trait Provider: Send + Sync + 'static {
     /// The image that is meant, if this node has it or is getting it. Very many may wait for it at once.
-    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>>;
+    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Result<Arc<Holding>, Lack>>;
 
     /// This node's load, as it is told to peers.
     fn load(&self) -> Load {

@@ -329,13 +329,16 @@ async fn describe(
     let wanted = target.root.map_or_else(|| Wanted::Name(target.name.clone()), Wanted::Root);
     let described = call(Ask::Describe(wanted)).await??;
     if !matches!(described.answer, Answer::Described { .. }) {
-        return Err(SourceError::Absent);
+        return Err(SourceError::of(&described.answer));
     }
     let manifest = Manifest::from_bytes(described.bulk()).map_err(|_| SourceError::OtherImage)?;
     if target.root.is_some_and(|root| root != manifest.root) {
         return Err(SourceError::OtherImage);
     }
     let top = call(Ask::Top { root: manifest.root }).await??;
+    if top.answer != Answer::Data {
+        return Err(SourceError::of(&top.answer));
+    }
     if crate::image::tree::root_digest(manifest.size, top.bulk()) != manifest.root {
         return Err(SourceError::OtherImage);
     }

@@ -18,7 +18,7 @@ use crate::peer::message::{
 };
 
 use super::session::{Class, Outgoing, Queues, Session};
-use super::Server;
+use super::{Lack, Server};
 
 /// How often a watched image is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
@@ -29,6 +29,16 @@ const PACK_LEVEL: i32 = 1;
 type Answered = (Answer, Vec<u8>);
 
 const ABSENT: Answered = (Answer::Absent, Vec::new());
+
+/// What is said of an image of which nothing is given.
+fn lacking(lack: Lack) -> Answered {
+    match lack {
+        Lack::Absent => ABSENT,
+        Lack::Unreadable => {
+            (Answer::Refused("it has the image, but cannot read it: see its log".to_owned()), Vec::new())
+        }
+    }
+}
 
 /// Answers one request into the queue of its class.
 pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, request: Request) {
@@ -45,7 +55,7 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
     let uplink = &server.options.uplink;
     let mut promise = None;
     if let Ask::Frame { root, index, wait: true } = ask
-        && let Some(holding) = session.image(server, &Wanted::Root(root)).await
+        && let Ok(holding) = session.image(server, &Wanted::Root(root)).await
     {
         let there_is = holding.frames().is_some_and(|frames| (index as usize) < frames.count());
         if there_is && let Some(other) = elsewhere(server, session, &holding, index) {
@@ -100,7 +110,10 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
         }
         Ask::Watch { .. } | Ask::Cancel { .. } => return ABSENT,
     };
-    let Some(holding) = session.image(server, &wanted).await else { return ABSENT };
+    let holding = match session.image(server, &wanted).await {
+        Ok(holding) => holding,
+        Err(lack) => return lacking(lack),
+    };
     match ask {
         Ask::Describe(_) => {
             let peers = server.tracker.come(holding.root(), session.id, session.peer);
@@ -243,8 +256,9 @@ async fn pack(data: Vec<u8>) -> io::Result<(Vec<u8>, bool)> {
 /// Tells what is held: when there are more boot frames or everything, and as a sign of life. Which pages there are, a
 /// longer message, only with the latter: a hundred nodes that fill tell each other all the time.
 async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wanted: &Wanted) {
-    let Some(holding) = session.image(server, wanted).await else {
-        return send(queues, Class::Other, id, ABSENT, Fate::Send).await;
+    let holding = match session.image(server, wanted).await {
+        Ok(holding) => holding,
+        Err(lack) => return send(queues, Class::Other, id, lacking(lack), Fate::Send).await,
     };
     let mut beat = Instant::now();
     let mut told = None;
