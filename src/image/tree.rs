@@ -628,6 +628,7 @@ mod tests {
         let damaged = |error| matches!(error, TreeError::Damaged { what: "it has become shorter", .. });
         assert!(tree.verify_block(1, &[7; BLOCK_BYTES], last).unwrap(), "of the page that was read");
         assert!(damaged(tree.verify_block(130, &[7; BLOCK_BYTES], last).unwrap_err()));
+        let last = &mut LastPage::default();
         assert!(damaged(tree.verify_block(0, &[7; BLOCK_BYTES], last).unwrap_err()));
         assert!(damaged(tree.is_zero(0).unwrap_err()) && damaged(tree.block_digest(0).unwrap_err()));
         assert!(damaged(tree.page(0).unwrap_err()) && damaged(tree.page_bytes(1).unwrap_err()));

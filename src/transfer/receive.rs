@@ -376,7 +376,7 @@ mod tests {
         let (group, page) = (tree.group_bytes(0).unwrap(), tree.page_bytes(0).unwrap());
         let length = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap();
         let answer = |groups: usize, pages: usize| Answer::Blocks {
-            groups: vec![(0, length(group)); groups],
+            groups: vec![(0, length(&group)); groups],
             pages: vec![(0, length(&page)); pages],
             extents: Vec::new(),
             packed: false,
