@@ -171,7 +171,7 @@ impl LocalCache {
     pub fn recover(
         &mut self,
         trust_saved: bool,
-        mut verify: impl FnMut(u64, &[u8]) -> Option<bool>,
+        mut verify: impl FnMut(u64, &[u8]) -> io::Result<Option<bool>>,
     ) -> io::Result<i64> {
         let before = self.presence.count().cast_signed();
         let mut block_bytes = [0; BLOCK_BYTES];
@@ -187,7 +187,7 @@ impl LocalCache {
                 let length = usize::try_from(bytes_in_block(block, self.size)).expect("at most a block");
                 let bytes = &mut block_bytes[..length];
                 self.file.read_exact_at(bytes, block * BLOCK_SIZE)?;
-                match (verify(block, bytes), here) {
+                match (verify(block, bytes)?, here) {
                     (Some(true), _) => {
                         self.presence.set(one);
                     }

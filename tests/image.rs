@@ -326,6 +326,26 @@ fn an_increment_travels_alone_and_is_whole_again_where_its_base_is() {
 }
 
 #[test]
+fn verify_tells_a_file_that_cannot_be_read_from_one_that_differs() {
+    let store = Store::new();
+    let raw = disk(&store, "disk.raw", 5);
+    add(&store, "base", &raw, &[]);
+    increment(&store, "base", "more", 30);
+    let dir = stored(&store, "more").parent().unwrap().to_owned();
+    for file in ["index", "tree"] {
+        let (path, away) = (dir.join(file), dir.join("away"));
+        fs::rename(&path, &away).unwrap();
+        // It opens, and every read of it fails.
+        fs::create_dir(&path).unwrap();
+        let verified = store.command(["image", "verify", "more"]).output().unwrap();
+        assert_eq!(verified.status.code(), Some(1), "{file}: {verified:?}");
+        fs::remove_dir(&path).unwrap();
+        fs::rename(&away, &path).unwrap();
+    }
+    store.run(["image", "verify", "more"]);
+}
+
+#[test]
 fn a_changed_byte_of_an_increment_is_found_by_verify() {
     let store = Store::new();
     let raw = disk(&store, "disk.raw", 5);

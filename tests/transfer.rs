@@ -491,6 +491,38 @@ async fn an_image_that_is_recorded_while_it_is_served_boots_faster_from_then_on_
     assert!(error.to_string().contains("does not have the image"), "{error}");
 }
 
+/// It passed for one that does not have the image.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_cannot_read_its_image_is_told_apart_from_one_that_lacks_it() {
+    let sample = Sample::new(1 << 20, 71);
+    let origin = Node::origin(&sample, None).await;
+    let tree = origin.store().resolve(&sample.name).unwrap().tree_path();
+    std::fs::remove_file(&tree).unwrap();
+    // It opens, and every read of it fails.
+    std::fs::create_dir(&tree).unwrap();
+    let node = Node::empty(None).await;
+    let error = node.try_pull(&[origin.address]).await.unwrap_err();
+    assert!(error.to_string().contains("has the image, but cannot read it"), "{error}");
+}
+
+/// The node was killed by SIGBUS.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tree_that_is_cut_while_its_node_serves_it_costs_others_a_source_and_no_more() {
+    let sample = Sample::new(8 << 20, 73);
+    let (broken, sound) = (Node::origin(&sample, None).await, Node::origin(&sample, None).await);
+    let first = Node::empty(None).await;
+    let engine = first.pull(&[broken.address], |_| ()).await;
+    assert!(engine.done().await);
+    engine.stop().await;
+    let tree = broken.store().resolve(&sample.name).unwrap().tree_path();
+    std::fs::File::options().write(true).open(tree).unwrap().set_len(4096).unwrap();
+    let second = Node::empty(None).await;
+    let engine = second.pull(&[broken.address, sound.address], |_| ()).await;
+    assert!(engine.done().await);
+    engine.stop().await;
+    assert!(second.read_file() == first.read_file());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_boot_cache_that_is_pinned_is_taken() {
     let sample = Sample::new(8 << 20, 67);

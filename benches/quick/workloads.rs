@@ -11,6 +11,7 @@ use bootcache::boot_cache::recording::{Read, Recording};
 use bootcache::boot_cache::{BootCache, Builder, decode_frame};
 use bootcache::choose::{Candidate, Draw, Has, Item, Load, Need, PeerKey, Weights, by_name};
 use bootcache::digest::Digest;
+use bootcache::image::page::LastPage;
 use bootcache::image::tree::Tree;
 use bootcache::image::tree_builder::build_from;
 use bootcache::image_disk::ImageDisk;
@@ -122,8 +123,9 @@ fn tree_verify(operations: u32) {
     let tree = Tree::open(&path, Some(root)).expect("the tree just built");
     let mut block = vec![0; 4096];
     disk.read_exact_at(&mut block, 4096 * 7).expect("a block");
+    let mut last = LastPage::default();
     for _ in 0..operations {
-        assert!(tree.verify_block(7, black_box(&block)));
+        assert!(tree.verify_block(7, black_box(&block), &mut last).expect("a tree that can be read"));
     }
 }
 

@@ -11,6 +11,7 @@ use bootcache::block::blocks_for;
 use bootcache::boot_cache::merge::first_touches;
 use bootcache::boot_cache::recording::Recording;
 use bootcache::boot_cache::{BootCache, kept};
+use bootcache::image::page::PAGE_BLOCKS;
 use bootcache::image::tree::Tree;
 use bootcache::name::ImageName;
 use bootcache::store::{ImageEntry, Store};
@@ -164,11 +165,17 @@ impl Subject {
         for (dir, form, extension) in [(&args.svg, Form::Svg, "svg"), (&args.png, Form::Png, "png")] {
             let Some(dir) = dir else { continue };
             std::fs::create_dir_all(dir).with_context(|| format!("{} cannot be made", dir.display()))?;
-            let tree = match &self.image {
-                Some(entry) => Some(Tree::open(&entry.tree_path(), Some(entry.root))?),
-                None => None,
+            let mut bitmaps = Vec::new();
+            if let Some(entry) = &self.image {
+                let tree = Tree::open(&entry.tree_path(), Some(entry.root))?;
+                for group in 0..tree.groups() {
+                    bitmaps.extend(tree.bitmaps(group)?);
+                }
+            }
+            let is_zero = |block: u64| {
+                let bitmap = usize::try_from(block / PAGE_BLOCKS).ok().and_then(|page| bitmaps.get(page));
+                bitmap.is_none_or(|bitmap| bitmap >> (block % PAGE_BLOCKS) & 1 == 0)
             };
-            let is_zero = |block: u64| tree.as_ref().is_none_or(|tree| tree.is_zero(block));
             let touches = first_touches(recordings, blocks_for(self.size));
             let offsets = dir.join(format!("offsets.{extension}"));
             draw_offsets(&offsets, form, theme, summary, &touches, &is_zero)?;

@@ -132,7 +132,7 @@ impl Copier<'_> {
         }
         let damaged = OnceLock::new();
         let scanned = scan(self.disk, self.watch, |view| {
-            if let Some(block) = self.bad_block(view) {
+            if let Some(block) = self.bad_block(view)? {
                 // Another thread may have found one too; either will do.
                 let _ = damaged.set(block);
                 return Err(ScanError::Cancelled);
@@ -145,14 +145,16 @@ impl Copier<'_> {
         }
     }
 
-    fn bad_block(&self, view: &PageView<'_>) -> Option<u64> {
-        let first = view.index * PAGE_BLOCKS;
-        let Some(data) = view.data else {
-            return (first..self.tree.blocks().min(first + PAGE_BLOCKS))
-                .find(|block| !self.tree.is_zero(*block));
+    fn bad_block(&self, view: &PageView<'_>) -> Result<Option<u64>, TreeError> {
+        let page = self.tree.page(view.index)?;
+        let bad = match view.data {
+            None => page.data_runs().next().map(|run| run.start),
+            Some(data) => {
+                let mut blocks = data.chunks(BLOCK_BYTES).enumerate();
+                blocks.find(|(i, data)| !page.verify(*i, data)).map(|(i, _)| i)
+            }
         };
-        let mut blocks = (first..).zip(data.chunks(BLOCK_BYTES));
-        blocks.find(|(block, data)| !self.tree.verify_block(*block, data)).map(|(block, _)| block)
+        Ok(bad.map(|i| view.index * PAGE_BLOCKS + i as u64))
     }
 }
 

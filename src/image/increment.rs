@@ -12,7 +12,9 @@ use std::sync::atomic::Ordering;
 use crate::block::Extent;
 use crate::digest::Digest;
 use crate::name::ImageName;
-use crate::overlay::{BlockState, Header, INDEX_FILE, OverlayError, Run, read_index, write_index};
+use crate::overlay::{
+    BlockState, Header, INDEX_FILE, IndexError, OverlayError, Run, read_index, write_index,
+};
 use crate::store::{Hold, ImageEntry, Scratch, Store, StoreError, at};
 
 use super::export::ExportError;
@@ -20,6 +22,7 @@ use super::increment_file::{self, IncrementFileError, Reader};
 use super::increment_tree::{Change, build_increment_tree};
 use super::manifest::{MANIFEST_VERSION, Manifest, SourceFormat};
 use super::new_file::NewFile;
+use super::page::LastPage;
 use super::scan::{ScanError, Watch};
 use super::tree::{Tree, TreeError};
 
@@ -68,11 +71,18 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> IncrementError {
 /// The blocks that increment `entry` has itself, in order.
 ///
 /// # Errors
-/// [`StoreError::Damaged`] when its index is not sound or not of this image.
+/// [`StoreError::Damaged`] when its index is not sound or not of this image, [`StoreError::Io`] when it cannot be read.
 pub(super) fn own_changes(entry: &ImageEntry) -> Result<Vec<Change>, StoreError> {
     let path = entry.index_path();
     let damaged = |what: String| StoreError::Damaged { path: path.clone(), what };
-    let (header, runs) = read_index(&path).map_err(|error| damaged(error.to_string()))?;
+    let (header, runs) = read_index(&path).map_err(|error| match error {
+        OverlayError::Index { error: IndexError::Io(error), .. }
+            if error.kind() != io::ErrorKind::NotFound =>
+        {
+            StoreError::Io { path: path.clone(), error }
+        }
+        error => damaged(error.to_string()),
+    })?;
     if Some(header.base) != entry.manifest.base || header.size != entry.manifest.size {
         return Err(damaged(
             "it is the index of another image; remove the image and add it again".to_owned(),
@@ -190,7 +200,7 @@ pub fn export_increment(
     let disk = File::open(&disk_path).map_err(at(&disk_path))?;
     let target = NewFile::create(path)?;
     watch.start("exporting", entry.manifest.allocated);
-    let mut damaged = None;
+    let (mut damaged, mut unreadable, mut last) = (None, None, LastPage::default());
     let mut out = BufWriter::new(&target.file);
     let written = increment_file::write(&mut out, &entry.manifest, &changes, |extent, buffer| {
         if watch.is_cancelled() {
@@ -198,12 +208,26 @@ pub fn export_increment(
         }
         read_blocks(&disk, extent, entry.manifest.size, buffer)?;
         watch.done.fetch_add(extent.bytes(), Ordering::Relaxed);
-        let mut blocks = extent.blocks().zip(buffer.chunks(4096));
-        damaged = blocks.find(|(block, data)| !tree.verify_block(*block, data)).map(|(block, _)| block);
-        if damaged.is_some() { Err(io::Error::other("damaged")) } else { Ok(()) }
+        for (block, data) in extent.blocks().zip(buffer.chunks(4096)) {
+            match tree.verify_block(block, data, &mut last) {
+                Ok(true) => {}
+                Ok(false) => {
+                    damaged = Some(block);
+                    return Err(io::Error::other("damaged"));
+                }
+                Err(error) => {
+                    unreadable = Some(error);
+                    return Err(io::Error::other("unreadable"));
+                }
+            }
+        }
+        Ok(())
     });
     let written = written.and_then(|()| out.flush());
     drop(out);
+    if let Some(error) = unreadable {
+        return Err(error.into());
+    }
     match (written, damaged) {
         (Ok(()), _) => target.finish(),
         (Err(_), Some(block)) => Err(ExportError::Damaged { root: entry.root, block }),

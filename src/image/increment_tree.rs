@@ -44,10 +44,11 @@ pub fn build_increment_tree(
         let end = (first + PAGE_BLOCKS).min(blocks);
         let from = changes.partition_point(|change| change.extent.end() <= first);
         let changes = &changes[from..];
+        let below = if first < base.blocks() { base.page(index)? } else { Page::zero() };
         if changes.first().is_none_or(|change| change.extent.start >= end)
             && base_has_all_of(base, index, blocks)
         {
-            builder.put(index, &base.page(index))?;
+            builder.put(index, &below)?;
             continue;
         }
         let mut page = Page::zero();
@@ -64,8 +65,7 @@ pub fn build_increment_tree(
                     disk.read_exact_at(data, block * BLOCK_SIZE)?;
                     (!is_zero(data)).then(|| block_digest(data))
                 }
-                None if block < base.blocks() => base.block_digest(block),
-                None => None,
+                None => below.digest_at(place),
             };
             if let Some(digest) = digest {
                 page.push(place, digest);

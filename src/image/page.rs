@@ -40,8 +40,13 @@ pub fn block_digest(data: &[u8]) -> Digest {
     hasher.finalize().into()
 }
 
+/// The place of `block` in its page.
+pub(super) fn place_in_page(block: u64) -> usize {
+    usize::try_from(block % PAGE_BLOCKS).expect("a page has 128 blocks")
+}
+
 /// The digests of up to 128 consecutive blocks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Page {
     bitmap: u128,
     digests: Vec<Digest>,
@@ -124,10 +129,48 @@ impl Page {
         runs(!self.bitmap & !past_end)
     }
 
+    /// Whether block `i` is all zeroes.
+    pub const fn is_zero_at(&self, i: usize) -> bool {
+        self.bitmap >> i & 1 == 0
+    }
+
+    /// The digest of block `i`; none when it is all zeroes.
+    pub fn digest_at(&self, i: usize) -> Option<Digest> {
+        let before = (self.bitmap & ((1 << i) - 1)).count_ones();
+        (!self.is_zero_at(i)).then(|| self.digests[before as usize])
+    }
+
+    /// Whether `data` is the content of block `i`: 4096 bytes, or those that the disk has of its last block.
+    pub fn verify(&self, i: usize, data: &[u8]) -> bool {
+        self.digest_at(i).map_or_else(|| is_zero(data), |digest| block_digest(data) == digest)
+    }
+
     /// The digest of each block that is not zero, with its place in the page.
     pub fn digests(&self) -> impl Iterator<Item = (usize, Digest)> {
         let bitmap = self.bitmap;
         (0..128).filter(move |i| bitmap >> i & 1 == 1).zip(self.digests.iter().copied())
+    }
+}
+
+/// The page that was looked at last: who goes through the blocks of one tree in order reads each page once.
+#[derive(Debug, Default)]
+pub struct LastPage {
+    index: Option<u64>,
+    page: Page,
+}
+
+impl LastPage {
+    /// Page `index`, with `read` when it is not the last.
+    pub(super) fn get(
+        &mut self,
+        index: u64,
+        read: impl FnOnce(u64) -> Result<Page, TreeError>,
+    ) -> Result<&Page, TreeError> {
+        if self.index != Some(index) {
+            self.page = read(index)?;
+            self.index = Some(index);
+        }
+        Ok(&self.page)
     }
 }
 
@@ -165,6 +208,8 @@ mod tests {
             let expected: Vec<usize> = (0..blocks.len()).filter(|i| blocks[*i]).collect();
             prop_assert_eq!(&places, &expected);
             prop_assert_eq!(page.data_runs().flatten().collect::<Vec<_>>(), expected);
+            let digests: Vec<_> = (0..blocks.len()).filter_map(|i| Some((i, page.digest_at(i)?))).collect();
+            prop_assert_eq!(digests, page.digests().collect::<Vec<_>>());
             let zero: Vec<usize> = (0..blocks.len()).filter(|i| !blocks[*i]).collect();
             prop_assert_eq!(page.zero_runs(blocks.len()).flatten().collect::<Vec<_>>(), zero);
             prop_assert!(page.data_runs().zip(page.data_runs().skip(1)).all(|(a, b)| a.end < b.start));

@@ -17,8 +17,8 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::digest::Digest;
 
-use super::page::{PAGE_BLOCKS, Page};
-use super::tree::{GROUP_PAGES, Layout, MappedTree, TreeError, group_digest, root_digest, zero_page_digest};
+use super::page::{LastPage, PAGE_BLOCKS, Page};
+use super::tree::{GROUP_PAGES, Layout, TreeError, TreeFile, group_digest, root_digest, zero_page_digest};
 use super::tree_builder::write_page;
 
 /// What is known of a block's content.
@@ -36,7 +36,7 @@ pub enum Verdict {
 #[derive(Debug)]
 pub struct PartialTree {
     file: File,
-    mapped: MappedTree,
+    stored: TreeFile,
     groups: Known,
     pages: Known,
     /// The last sync failed. Held while one runs.
@@ -90,32 +90,30 @@ impl PartialTree {
     }
 
     fn load(file: File, path: &Path) -> Result<Self, TreeError> {
-        let mapped = MappedTree::new(&file, path)?;
-        let layout = mapped.layout;
-        let tree = Self {
+        let io_error = |error| TreeError::Io { path: path.to_owned(), error };
+        let stored = TreeFile::new(file.try_clone().map_err(io_error)?, path)?;
+        let layout = stored.layout;
+        let (groups, pages) = (Known::new(layout.groups()), Known::new(layout.pages()));
+        for group in 0..layout.groups() {
+            let Some(sound) = stored.sound_pages(group)? else { continue };
+            groups.set(group);
+            let numbered = (group * GROUP_PAGES..).zip(sound);
+            numbered.filter(|(_, sound)| *sound).for_each(|(page, _)| pages.set(page));
+        }
+        Ok(Self {
             file,
-            mapped,
-            groups: Known::new(layout.groups()),
-            pages: Known::new(layout.pages()),
+            stored,
+            groups,
+            pages,
             sync_failed: Mutex::new(false),
             #[cfg(test)]
             fail_sync: std::sync::atomic::AtomicBool::new(false),
-        };
-        for group in 0..layout.groups() {
-            if !tree.mapped.group_is_sound(group) {
-                continue;
-            }
-            tree.groups.set(group);
-            tree.group_pages(group).filter(|page| tree.mapped.page_is_sound(*page)).for_each(|page| {
-                tree.pages.set(page);
-            });
-        }
-        Ok(tree)
+        })
     }
 
     fn group_pages(&self, group: u64) -> std::ops::Range<u64> {
         let first = group * GROUP_PAGES;
-        first..first + self.mapped.layout.pages_in_group(group)
+        first..first + self.stored.layout.pages_in_group(group)
     }
 
     /// Takes the page digests of `group`.
@@ -123,12 +121,12 @@ impl PartialTree {
     /// # Errors
     /// [`TreeError::Malformed`] when they are not this group's: the sender is wrong; [`TreeError::Io`].
     pub fn add_group(&self, group: u64, bytes: &[u8]) -> Result<(), TreeError> {
-        let layout = self.mapped.layout;
+        let layout = self.stored.layout;
         if group >= layout.groups() {
             return Err(TreeError::Malformed("there is no such group"));
         }
         if bytes.len() as u64 != layout.group_length(group)
-            || group_digest(bytes) != self.mapped.group_digest(group)
+            || group_digest(bytes) != self.stored.group_digest(group)
         {
             return Err(TreeError::Malformed("a group does not have its digest"));
         }
@@ -136,15 +134,21 @@ impl PartialTree {
             return Ok(());
         }
         self.file.write_all_at(bytes, layout.group_at(group)).map_err(|error| self.io_error(error))?;
-        self.groups.set(group);
         let zero = zero_page_digest();
-        for page in self.group_pages(group).filter(|page| self.mapped.page_digest(*page) == zero) {
+        let (digests, _) = bytes.as_chunks();
+        let bitmaps = self.stored.bitmaps(group)?;
+        for ((page, digest), bitmap) in self.group_pages(group).zip(digests).zip(bitmaps) {
+            if *digest != zero.0 {
+                continue;
+            }
             // A crash may have left a torn page here before the group was known to be sound.
-            if self.mapped.bitmap(page) != 0 {
+            if bitmap != 0 {
                 write_page(&self.file, layout, page, &Page::zero()).map_err(|error| self.io_error(error))?;
             }
             self.pages.set(page);
         }
+        // Last: when something of it fails, all of it is done again.
+        self.groups.set(group);
         Ok(())
     }
 
@@ -153,7 +157,7 @@ impl PartialTree {
     /// # Errors
     /// [`TreeError::Malformed`] when it is not this page, or its group is not known; [`TreeError::Io`].
     pub fn add_page(&self, page: u64, bytes: &[u8]) -> Result<(), TreeError> {
-        let layout = self.mapped.layout;
+        let layout = self.stored.layout;
         if page >= layout.pages() {
             return Err(TreeError::Malformed("there is no such page"));
         }
@@ -161,7 +165,7 @@ impl PartialTree {
             return Err(TreeError::Malformed("a page came before its group"));
         }
         let parsed = Page::parse(bytes, layout.blocks_in_page(page))?;
-        if super::tree::page_digest(bytes) != self.mapped.page_digest(page) {
+        if super::tree::page_digest(bytes) != self.stored.page_digest(page)? {
             return Err(TreeError::Malformed("a page does not have its digest"));
         }
         if self.pages.has(page) {
@@ -172,46 +176,59 @@ impl PartialTree {
         Ok(())
     }
 
-    /// Whether `data` is the content of `block`: 4096 bytes, or those that the disk has of its last block.
-    pub fn verify_block(&self, block: u64, data: &[u8]) -> Verdict {
-        if block >= self.mapped.layout.blocks() {
-            return Verdict::Bad;
+    /// Whether `data` is the content of `block`: 4096 bytes, or those that the disk has of its last block. `last` is of
+    /// this tree alone.
+    ///
+    /// # Errors
+    /// As of [`PartialTree::page`].
+    pub fn verify_block(&self, block: u64, data: &[u8], last: &mut LastPage) -> Result<Verdict, TreeError> {
+        if block >= self.stored.layout.blocks() {
+            return Ok(Verdict::Bad);
         }
-        match self.pages.has(block / PAGE_BLOCKS) {
+        Ok(match self.pages.has(block / PAGE_BLOCKS) {
             false => Verdict::UnknownPage,
-            true if self.mapped.verify_block(block, data) => Verdict::Good,
+            true if self.stored.verify_block(block, data, last)? => Verdict::Good,
             true => Verdict::Bad,
-        }
+        })
     }
 
     /// Whether `block` is all zeroes; none when its page is not known.
-    pub fn is_zero(&self, block: u64) -> Option<bool> {
-        self.pages.has(block / PAGE_BLOCKS).then(|| self.mapped.is_zero(block))
+    ///
+    /// # Errors
+    /// As of [`PartialTree::page`].
+    pub fn is_zero(&self, block: u64) -> Result<Option<bool>, TreeError> {
+        self.pages.has(block / PAGE_BLOCKS).then(|| self.stored.is_zero(block)).transpose()
     }
 
     /// The digest of `block`; none when it is all zeroes or its page is not known.
-    pub fn block_digest(&self, block: u64) -> Option<Digest> {
-        self.pages.has(block / PAGE_BLOCKS).then(|| self.mapped.block_digest(block)).flatten()
+    ///
+    /// # Errors
+    /// As of [`PartialTree::page`].
+    pub fn block_digest(&self, block: u64) -> Result<Option<Digest>, TreeError> {
+        match self.pages.has(block / PAGE_BLOCKS) {
+            true => self.stored.block_digest(block),
+            false => Ok(None),
+        }
     }
 
     /// The image's identity.
     pub const fn root(&self) -> Digest {
-        self.mapped.root
+        self.stored.root
     }
 
     /// The disk's size in bytes.
     pub const fn size(&self) -> u64 {
-        self.mapped.layout.size
+        self.stored.layout.size
     }
 
     /// Number of groups.
     pub const fn groups(&self) -> u64 {
-        self.mapped.layout.groups()
+        self.stored.layout.groups()
     }
 
     /// Number of pages.
     pub const fn pages(&self) -> u64 {
-        self.mapped.layout.pages()
+        self.stored.layout.pages()
     }
 
     /// Whether the page digests of `group` are known.
@@ -236,24 +253,29 @@ impl PartialTree {
 
     /// The group digests, to send on.
     pub fn top_bytes(&self) -> &[u8] {
-        self.mapped.top()
+        self.stored.top()
     }
 
     /// The page digests of `group`, to send on, once they are known.
-    pub fn group_bytes(&self, group: u64) -> Option<&[u8]> {
-        self.groups.has(group).then(|| self.mapped.group(group))
+    ///
+    /// # Errors
+    /// As of [`PartialTree::page`].
+    pub fn group_bytes(&self, group: u64) -> Result<Option<Vec<u8>>, TreeError> {
+        self.groups.has(group).then(|| self.stored.group(group)).transpose()
     }
 
-    /// Page `page`, to send on, once it is known.
-    pub fn page_bytes(&self, page: u64) -> Option<Vec<u8>> {
-        self.pages.has(page).then(|| self.mapped.page(page).to_bytes())
+    /// Page `page`, once it is known.
+    ///
+    /// # Errors
+    /// [`TreeError::Io`] when the file cannot be read, [`TreeError::Damaged`] when it has become shorter.
+    pub fn page(&self, page: u64) -> Result<Option<Page>, TreeError> {
+        self.pages.has(page).then(|| self.stored.page(page)).transpose()
     }
 
     /// Makes what has come durable; needed once, when the image is complete.
     ///
     /// # Errors
-    /// [`TreeError::Io`], also when parts are no longer known that a sync before has lost; [`TreeError::Damaged`] when it
-    /// has lost the top.
+    /// [`TreeError::Io`], also when parts are no longer known that a sync before has lost.
     pub fn sync(&self) -> Result<(), TreeError> {
         let mut failed = self.sync_failed.lock().unwrap_or_else(PoisonError::into_inner);
         if *failed {
@@ -272,37 +294,38 @@ impl PartialTree {
         self.file.sync_all()
     }
 
-    /// Writes everything that is known, after a check of what the file now has of it.
+    /// Writes everything that is known, after a check of what the file now has of it. What cannot be read is lost as well:
+    /// it comes again, and is written anew.
     fn write_again(&self) -> Result<(), TreeError> {
-        let layout = self.mapped.layout;
+        let layout = self.stored.layout;
         let write =
             |bytes: &[u8], at| self.file.write_all_at(bytes, at).map_err(|error| self.io_error(error));
-        // Copies: what is written is what was checked.
-        let top = self.mapped.top().to_vec();
-        if root_digest(layout.size, &top) != self.mapped.root {
-            return Err(self.mapped.damaged("its top was lost by a sync that failed"));
-        }
-        write(&top, layout.top_at())?;
-        write(&layout.header(self.mapped.root), 0)?;
+        self.file.set_len(layout.length()).map_err(|error| self.io_error(error))?;
+        write(self.stored.top(), layout.top_at())?;
+        write(&layout.header(self.stored.root), 0)?;
         let mut lost = 0;
         for group in (0..layout.groups()).filter(|group| self.groups.has(*group)) {
-            let bytes = self.mapped.group(group).to_vec();
-            if group_digest(&bytes) == self.mapped.group_digest(group) {
-                write(&bytes, layout.group_at(group))?;
-                continue;
+            match self.stored.group(group) {
+                Ok(bytes) if group_digest(&bytes) == self.stored.group_digest(group) => {
+                    write(&bytes, layout.group_at(group))?;
+                }
+                _ => {
+                    lost += 1;
+                    self.groups.clear(group);
+                    self.group_pages(group).for_each(|page| self.pages.clear(page));
+                }
             }
-            lost += 1;
-            self.groups.clear(group);
-            self.group_pages(group).for_each(|page| self.pages.clear(page));
         }
         for index in (0..layout.pages()).filter(|page| self.pages.has(*page)) {
-            let page = self.mapped.page(index);
-            let digest = if page.is_zero() { zero_page_digest() } else { page.digest() };
-            if digest != self.mapped.page_digest(index) {
-                lost += 1;
-                self.pages.clear(index);
-            } else if !page.is_zero() {
-                write_page(&self.file, layout, index, &page).map_err(|error| self.io_error(error))?;
+            match self.sound_page(index) {
+                Ok(Some(page)) if page.is_zero() => {}
+                Ok(Some(page)) => {
+                    write_page(&self.file, layout, index, &page).map_err(|error| self.io_error(error))?;
+                }
+                _ => {
+                    lost += 1;
+                    self.pages.clear(index);
+                }
             }
         }
         if lost == 0 {
@@ -312,8 +335,15 @@ impl PartialTree {
         Err(self.io_error(io::Error::other(what)))
     }
 
+    /// Page `page`, if it has its digest.
+    fn sound_page(&self, page: u64) -> Result<Option<Page>, TreeError> {
+        let found = self.stored.page(page)?;
+        let digest = if found.is_zero() { zero_page_digest() } else { found.digest() };
+        Ok((digest == self.stored.page_digest(page)?).then_some(found))
+    }
+
     fn io_error(&self, error: io::Error) -> TreeError {
-        TreeError::Io { path: self.mapped.path.clone(), error }
+        TreeError::Io { path: self.stored.path.clone(), error }
     }
 }
 
@@ -375,31 +405,39 @@ mod tests {
         (Tree::open(&path, None).unwrap(), blocks)
     }
 
+    fn verdict(partial: &PartialTree, block: u64, data: &[u8]) -> Verdict {
+        partial.verify_block(block, data, &mut LastPage::default()).unwrap()
+    }
+
     #[test]
     fn parts_that_come_make_the_same_file_as_the_whole_tree() {
         let dir = tempfile::tempdir().unwrap();
         let (tree, blocks) = whole(dir.path());
         let path = dir.path().join("partial");
         let partial = PartialTree::create(&path, tree.root(), tree.size(), tree.top_bytes()).unwrap();
-        assert_eq!(partial.verify_block(0, &blocks[0].1), Verdict::UnknownPage);
+        assert_eq!(verdict(&partial, 0, &blocks[0].1), Verdict::UnknownPage);
         for group in 0..tree.groups() {
-            assert!(partial.add_page(group * GROUP_PAGES, &tree.page_bytes(group * GROUP_PAGES)).is_err());
-            partial.add_group(group, tree.group_bytes(group)).unwrap();
+            assert!(
+                partial
+                    .add_page(group * GROUP_PAGES, &tree.page_bytes(group * GROUP_PAGES).unwrap())
+                    .is_err()
+            );
+            partial.add_group(group, &tree.group_bytes(group).unwrap()).unwrap();
         }
         assert_eq!(
-            partial.verify_block(300, &[0; BLOCK_BYTES]),
+            verdict(&partial, 300, &[0; BLOCK_BYTES]),
             Verdict::Good,
             "zero pages come with the group"
         );
         let missing: Vec<u64> = partial.missing_pages().collect();
         assert_eq!(missing, [0, 1, 128, 259]);
         for page in missing {
-            partial.add_page(page, &tree.page_bytes(page)).unwrap();
+            partial.add_page(page, &tree.page_bytes(page).unwrap()).unwrap();
         }
         assert!(partial.is_complete());
         for (at, data) in &blocks {
-            assert_eq!(partial.verify_block(*at, data), Verdict::Good);
-            assert_eq!(partial.verify_block(*at, &[9; BLOCK_BYTES]), Verdict::Bad);
+            assert_eq!(verdict(&partial, *at, data), Verdict::Good);
+            assert_eq!(verdict(&partial, *at, &[9; BLOCK_BYTES]), Verdict::Bad);
         }
         partial.sync().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(dir.path().join("whole")).unwrap());
@@ -412,10 +450,10 @@ mod tests {
         let (tree, _) = whole(dir.path());
         let path = dir.path().join("partial");
         let partial = PartialTree::create(&path, tree.root(), tree.size(), tree.top_bytes()).unwrap();
-        partial.add_group(0, tree.group_bytes(0)).unwrap();
-        partial.add_page(0, &tree.page_bytes(0)).unwrap();
-        partial.add_page(1, &tree.page_bytes(1)).unwrap();
-        let layout = partial.mapped.layout;
+        partial.add_group(0, &tree.group_bytes(0).unwrap()).unwrap();
+        partial.add_page(0, &tree.page_bytes(0).unwrap()).unwrap();
+        partial.add_page(1, &tree.page_bytes(1).unwrap()).unwrap();
+        let layout = partial.stored.layout;
         drop(partial);
         let file = File::options().write(true).open(&path).unwrap();
         file.write_all_at(&[0; 32], layout.digest_at(129)).unwrap();
@@ -423,10 +461,10 @@ mod tests {
         let partial = PartialTree::open(&path, tree.root()).unwrap();
         assert!(partial.knows_group(0) && !partial.knows_group(1));
         assert!(partial.knows_page(0) && !partial.knows_page(1) && !partial.knows_page(5));
-        partial.add_page(1, &tree.page_bytes(1)).unwrap();
-        partial.add_page(5, &tree.page_bytes(5)).unwrap();
+        partial.add_page(1, &tree.page_bytes(1).unwrap()).unwrap();
+        partial.add_page(5, &tree.page_bytes(5).unwrap()).unwrap();
         assert!(partial.missing_pages().all(|page| page >= GROUP_PAGES));
-        assert_eq!(partial.is_zero(5 * PAGE_BLOCKS), Some(true));
+        assert_eq!(partial.is_zero(5 * PAGE_BLOCKS).unwrap(), Some(true));
     }
 
     /// What a tree has when everything has come.
@@ -441,10 +479,10 @@ mod tests {
     /// Adds what is missing.
     fn bring(partial: &PartialTree, tree: &Tree) {
         for group in (0..tree.groups()).filter(|group| !partial.knows_group(*group)) {
-            partial.add_group(group, tree.group_bytes(group)).unwrap();
+            partial.add_group(group, &tree.group_bytes(group).unwrap()).unwrap();
         }
         for page in partial.missing_pages().collect::<Vec<_>>() {
-            partial.add_page(page, &tree.page_bytes(page)).unwrap();
+            partial.add_page(page, &tree.page_bytes(page).unwrap()).unwrap();
         }
     }
 
@@ -458,7 +496,7 @@ mod tests {
         // The page cache has it all, and the disk nothing.
         let disk = dir.path().join("what is on the disk");
         partial.file = File::options().read(true).write(true).create_new(true).open(&disk).unwrap();
-        partial.file.set_len(partial.mapped.layout.length()).unwrap();
+        partial.file.set_len(partial.stored.layout.length()).unwrap();
         partial.sync().unwrap();
         assert!(std::fs::read(&disk).unwrap() == std::fs::read(dir.path().join("whole")).unwrap());
     }
@@ -467,7 +505,7 @@ mod tests {
     fn what_a_failed_sync_has_dropped_is_not_known_any_more() {
         let dir = tempfile::tempdir().unwrap();
         let (tree, partial) = complete(dir.path());
-        let layout = partial.mapped.layout;
+        let layout = partial.stored.layout;
         partial.fail_sync.store(true, Ordering::Relaxed);
         partial.sync().unwrap_err();
         partial.file.write_all_at(&[0; 32], layout.digest_at(129)).unwrap();
@@ -479,11 +517,31 @@ mod tests {
         partial.sync().unwrap();
         let file = std::fs::read(dir.path().join("partial")).unwrap();
         assert!(partial.is_complete() && file == std::fs::read(dir.path().join("whole")).unwrap());
-        // The top alone cannot come again.
+        // The top, which cannot come again, is in memory.
         partial.fail_sync.store(true, Ordering::Relaxed);
         partial.sync().unwrap_err();
         partial.file.write_all_at(&[0; 32], layout.top_at()).unwrap();
-        assert!(matches!(partial.sync(), Err(TreeError::Damaged { .. })));
+        partial.sync().unwrap();
+        assert!(std::fs::read(dir.path().join("partial")).unwrap() == file);
+    }
+
+    #[test]
+    fn what_cannot_be_read_after_a_failed_sync_comes_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, partial) = complete(dir.path());
+        let layout = partial.stored.layout;
+        partial.fail_sync.store(true, Ordering::Relaxed);
+        partial.sync().unwrap_err();
+        partial.file.set_len(layout.digest_at(PAGE_BLOCKS)).unwrap();
+        let last = &mut LastPage::default();
+        assert!(matches!(partial.verify_block(129, &[2; BLOCK_BYTES], last), Err(TreeError::Damaged { .. })));
+        assert!(matches!(partial.page(1), Err(TreeError::Damaged { .. })));
+        partial.sync().unwrap_err();
+        assert!(partial.knows_group(0) && partial.knows_page(0) && !partial.knows_page(1));
+        bring(&partial, &tree);
+        partial.sync().unwrap();
+        let file = std::fs::read(dir.path().join("partial")).unwrap();
+        assert!(partial.is_complete() && file == std::fs::read(dir.path().join("whole")).unwrap());
     }
 
     #[test]
@@ -506,17 +564,17 @@ mod tests {
             let (tree, _) = whole(dir.path());
             let path = dir.path().join("partial");
             let partial = PartialTree::create(&path, tree.root(), tree.size(), tree.top_bytes()).unwrap();
-            let mut group = tree.group_bytes(0).to_vec();
+            let mut group = tree.group_bytes(0).unwrap();
             let place = at.index(group.len());
             group[place] ^= 1_u8 << bit;
             prop_assert!(partial.add_group(0, &group).is_err());
-            prop_assert!(partial.add_group(1, tree.group_bytes(0)).is_err());
-            partial.add_group(0, tree.group_bytes(0)).unwrap();
-            let mut bytes = tree.page_bytes(page);
+            prop_assert!(partial.add_group(1, &tree.group_bytes(0).unwrap()).is_err());
+            partial.add_group(0, &tree.group_bytes(0).unwrap()).unwrap();
+            let mut bytes = tree.page_bytes(page).unwrap();
             let place = at.index(bytes.len());
             bytes[place] ^= 1_u8 << bit;
             prop_assert!(partial.add_page(page, &bytes).is_err());
-            prop_assert!(partial.add_page(1 - page, &tree.page_bytes(page)).is_err());
+            prop_assert!(partial.add_page(1 - page, &tree.page_bytes(page).unwrap()).is_err());
             prop_assert!(!partial.knows_page(page));
         }
     }

@@ -21,6 +21,10 @@
 //! ```
 //!
 //! A [`Tree`] has been checked as a whole when it was opened; the accessors do not check again.
+//!
+//! Of an open tree only the top is in memory: 32 bytes for 64 MiB of disk, 4 MiB for the largest. The rest is read when it is
+//! wanted, a page of digests (4 KiB) for 512 KiB of disk, from the page cache as a rule. It is not mapped: a disk that
+//! cannot be read, or a file that was cut, would then kill the process, and not fail the one request.
 
 use std::fs::File;
 use std::io;
@@ -28,13 +32,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use memmap2::Mmap;
-
 use crate::block::blocks_for;
 use crate::digest::{DIGEST_BYTES, Digest};
 
 use super::extents::data_extents;
-use super::page::{self, BITMAP_BYTES, PAGE_BLOCKS, Page};
+use super::page::{self, BITMAP_BYTES, LastPage, PAGE_BLOCKS, PAGE_DIGEST_BYTES, Page};
 
 /// Pages in a group.
 pub const GROUP_PAGES: u64 = 128;
@@ -183,18 +185,20 @@ pub fn zero_page_digest() -> Digest {
     *ZERO
 }
 
-/// A tree's file, mapped; what its parts say is not checked here.
+/// A tree's file; what its parts say is not checked here.
 #[derive(Debug)]
-pub(super) struct MappedTree {
+pub(super) struct TreeFile {
     pub(super) layout: Layout,
     pub(super) root: Digest,
     pub(super) path: PathBuf,
-    map: Mmap,
+    file: File,
+    /// The group digests, which have the root.
+    top: Vec<u8>,
 }
 
-impl MappedTree {
-    /// Maps `file`, after checks of magic, version, length, and that the top has the root which the header names.
-    pub(super) fn new(file: &File, path: &Path) -> Result<Self, TreeError> {
+impl TreeFile {
+    /// Takes `file`, after checks of magic, version, length, and that the top has the root which the header names.
+    pub(super) fn new(file: File, path: &Path) -> Result<Self, TreeError> {
         let io_error = |error| TreeError::Io { path: path.to_owned(), error };
         let damaged = |what| TreeError::Damaged { path: path.to_owned(), what };
         let mut header = [0; HEADER_BYTES];
@@ -214,11 +218,9 @@ impl MappedTree {
             return Err(damaged("its length does not fit the disk's size"));
         }
         let root = Digest(header[24..].try_into().expect("the rest of the header is the root"));
-        // SAFETY: the map is read-only. The store writes a tree's file through `pwrite` only, at places that no
-        // reader was told of yet, never shortens it, and replaces it by rename.
-        let map = unsafe { Mmap::map(file) }.map_err(io_error)?;
-        let tree = Self { layout, root, path: path.to_owned(), map };
-        if root_digest(layout.size, tree.top()) != root {
+        let mut tree = Self { layout, root, path: path.to_owned(), file, top: Vec::new() };
+        tree.top = tree.bytes(layout.top_at(), layout.top_length())?;
+        if root_digest(layout.size, &tree.top) != root {
             return Err(damaged("its top does not have its root"));
         }
         Ok(tree)
@@ -228,80 +230,121 @@ impl MappedTree {
         TreeError::Damaged { path: self.path.clone(), what }
     }
 
-    pub(super) fn bytes(&self, at: u64, length: u64) -> &[u8] {
-        let at = usize::try_from(at).expect("the file is mapped, so its offsets fit");
-        let length = usize::try_from(length).expect("the file is mapped, so its offsets fit");
-        &self.map[at..at + length]
+    fn read(&self, at: u64, buffer: &mut [u8]) -> Result<(), TreeError> {
+        self.file.read_exact_at(buffer, at).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => self.damaged("it has become shorter"),
+            _ => TreeError::Io { path: self.path.clone(), error },
+        })
+    }
+
+    /// A part that is short: 4 MiB is the longest there is.
+    fn bytes(&self, at: u64, length: u64) -> Result<Vec<u8>, TreeError> {
+        let mut bytes = vec![0; usize::try_from(length).expect("the parts of a tree are short")];
+        self.read(at, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn array<const LENGTH: usize>(&self, at: u64) -> Result<[u8; LENGTH], TreeError> {
+        let mut bytes = [0; LENGTH];
+        self.read(at, &mut bytes)?;
+        Ok(bytes)
     }
 
     pub(super) fn top(&self) -> &[u8] {
-        self.bytes(self.layout.top_at(), self.layout.top_length())
+        &self.top
     }
 
-    pub(super) fn group(&self, group: u64) -> &[u8] {
+    pub(super) fn group(&self, group: u64) -> Result<Vec<u8>, TreeError> {
         self.bytes(self.layout.group_at(group), self.layout.group_length(group))
     }
 
-    pub(super) fn digest(&self, at: u64) -> Digest {
-        Digest(self.bytes(at, DIGEST_LENGTH).try_into().expect("a digest has 32 bytes"))
-    }
-
     pub(super) fn group_digest(&self, group: u64) -> Digest {
-        self.digest(self.layout.top_at() + group * DIGEST_LENGTH)
+        let at = usize::try_from(group).expect("a tree has few groups") * DIGEST_BYTES;
+        Digest(self.top[at..at + DIGEST_BYTES].try_into().expect("a digest has 32 bytes"))
     }
 
-    pub(super) fn page_digest(&self, page: u64) -> Digest {
-        self.digest(self.layout.page_digest_at(page))
+    pub(super) fn page_digest(&self, page: u64) -> Result<Digest, TreeError> {
+        Ok(Digest(self.array(self.layout.page_digest_at(page))?))
     }
 
-    pub(super) fn bitmap(&self, page: u64) -> u128 {
-        let bytes = self.bytes(self.layout.bitmap_at(page), BITMAP_BYTES as u64);
-        u128::from_le_bytes(bytes.try_into().expect("a bitmap has 16 bytes"))
+    pub(super) fn bitmap(&self, page: u64) -> Result<u128, TreeError> {
+        Ok(u128::from_le_bytes(self.array(self.layout.bitmap_at(page))?))
     }
 
-    pub(super) fn page(&self, page: u64) -> Page {
-        let bitmap = self.bitmap(page);
-        let mut result = Page::zero();
-        for i in (0..128).filter(|i| bitmap >> i & 1 == 1) {
-            result.push(i, self.digest(self.layout.digest_at(page * PAGE_BLOCKS + i as u64)));
+    /// The bitmaps of the pages of `group`.
+    pub(super) fn bitmaps(&self, group: u64) -> Result<Vec<u128>, TreeError> {
+        let length = self.layout.pages_in_group(group) * BITMAP_BYTES as u64;
+        let bytes = self.bytes(self.layout.bitmap_at(group * GROUP_PAGES), length)?;
+        let (bitmaps, _) = bytes.as_chunks();
+        Ok(bitmaps.iter().map(|bitmap| u128::from_le_bytes(*bitmap)).collect())
+    }
+
+    /// The places of the digests of page `page`; those of zero blocks are zero.
+    fn slots(&self, page: u64) -> Result<[u8; PAGE_DIGEST_BYTES], TreeError> {
+        self.array(self.layout.digest_at(page * PAGE_BLOCKS))
+    }
+
+    pub(super) fn page(&self, page: u64) -> Result<Page, TreeError> {
+        match self.bitmap(page)? {
+            0 => Ok(Page::zero()),
+            bitmap => Ok(page_of(bitmap, &self.slots(page)?)),
         }
-        result
     }
 
-    /// Whether the stored group digest is that of the stored group.
-    pub(super) fn group_is_sound(&self, group: u64) -> bool {
-        group_digest(self.group(group)) == self.group_digest(group)
-    }
-
-    /// Whether the stored page digest is that of the stored page.
-    pub(super) fn page_is_sound(&self, page: u64) -> bool {
-        if self.bitmap(page) == 0 {
-            return self.page_digest(page) == zero_page_digest();
+    /// The pages of `group` with the digests that it names, and whether they have them; none when the group does not have
+    /// its own.
+    pub(super) fn sound_pages(&self, group: u64) -> Result<Option<Vec<bool>>, TreeError> {
+        let bytes = self.group(group)?;
+        if group_digest(&bytes) != self.group_digest(group) {
+            return Ok(None);
         }
-        self.page(page).digest() == self.page_digest(page)
+        let (digests, _) = bytes.as_chunks();
+        let bitmaps = self.bitmaps(group)?;
+        let is_sound = |((page, digest), bitmap): ((u64, &[u8; DIGEST_BYTES]), u128)| {
+            let found = match bitmap {
+                0 => zero_page_digest(),
+                bitmap => page_of(bitmap, &self.slots(page)?).digest(),
+            };
+            Ok(found.0 == *digest)
+        };
+        (group * GROUP_PAGES..).zip(digests).zip(bitmaps).map(is_sound).collect::<Result<_, _>>().map(Some)
     }
 
-    pub(super) fn is_zero(&self, block: u64) -> bool {
-        self.bitmap(block / PAGE_BLOCKS) >> (block % PAGE_BLOCKS) & 1 == 0
+    pub(super) fn is_zero(&self, block: u64) -> Result<bool, TreeError> {
+        Ok(self.bitmap(block / PAGE_BLOCKS)? >> (block % PAGE_BLOCKS) & 1 == 0)
     }
 
-    pub(super) fn block_digest(&self, block: u64) -> Option<Digest> {
-        (!self.is_zero(block)).then(|| self.digest(self.layout.digest_at(block)))
+    pub(super) fn block_digest(&self, block: u64) -> Result<Option<Digest>, TreeError> {
+        match self.is_zero(block)? {
+            true => Ok(None),
+            false => Ok(Some(Digest(self.array(self.layout.digest_at(block))?))),
+        }
     }
 
     /// Whether `data` is the content of `block`: 4096 bytes, or those that the disk has of its last block.
-    pub(super) fn verify_block(&self, block: u64, data: &[u8]) -> bool {
-        match self.block_digest(block) {
-            Some(digest) => page::block_digest(data) == digest,
-            None => page::is_zero(data),
-        }
+    pub(super) fn verify_block(
+        &self,
+        block: u64,
+        data: &[u8],
+        last: &mut LastPage,
+    ) -> Result<bool, TreeError> {
+        let page = last.get(block / PAGE_BLOCKS, |page| self.page(page))?;
+        Ok(page.verify(page::place_in_page(block), data))
     }
 }
 
-/// A whole digest tree, checked when it was opened and mapped into memory. Cheap to share; never changes.
+/// The page with `bitmap` whose digests are among `slots`.
+fn page_of(bitmap: u128, slots: &[u8; PAGE_DIGEST_BYTES]) -> Page {
+    let (slots, _) = slots.as_chunks();
+    let mut page = Page::zero();
+    (0..128).filter(|i| bitmap >> i & 1 == 1).for_each(|i| page.push(i, Digest(slots[i])));
+    page
+}
+
+/// A whole digest tree, checked when it was opened. Cheap to share; never changes. What is asked of it is within the disk.
 #[derive(Debug)]
 pub struct Tree {
-    mapped: MappedTree,
+    stored: TreeFile,
 }
 
 impl Tree {
@@ -311,26 +354,26 @@ impl Tree {
     /// [`TreeError::Damaged`] when a byte is not what it was, [`TreeError::OtherImage`] when `expected` is given and
     /// is not the root, [`TreeError::Io`].
     pub fn open(path: &Path, expected: Option<Digest>) -> Result<Self, TreeError> {
-        let io_error = |error| TreeError::Io { path: path.to_owned(), error };
-        let file = File::open(path).map_err(io_error)?;
-        let mapped = MappedTree::new(&file, path)?;
-        if let Some(expected) = expected.filter(|expected| *expected != mapped.root) {
-            return Err(TreeError::OtherImage { path: path.to_owned(), found: mapped.root, expected });
+        let file = File::open(path).map_err(|error| TreeError::Io { path: path.to_owned(), error })?;
+        let stored = TreeFile::new(file, path)?;
+        if let Some(expected) = expected.filter(|expected| *expected != stored.root) {
+            return Err(TreeError::OtherImage { path: path.to_owned(), found: stored.root, expected });
         }
-        let tree = Self { mapped };
-        tree.check(&file)?;
+        let tree = Self { stored };
+        tree.check()?;
         Ok(tree)
     }
 
     /// Every group and page against its digest, and everything that carries no meaning against zero.
-    fn check(&self, file: &File) -> Result<(), TreeError> {
-        let tree = &self.mapped;
+    fn check(&self) -> Result<(), TreeError> {
+        let tree = &self.stored;
         let layout = tree.layout;
-        if !(0..layout.groups()).all(|group| tree.group_is_sound(group)) {
-            return Err(tree.damaged("a group does not have its digest"));
-        }
-        if !(0..layout.pages()).all(|page| tree.page_is_sound(page)) {
-            return Err(tree.damaged("a page does not have its digest"));
+        for group in 0..layout.groups() {
+            let pages =
+                tree.sound_pages(group)?.ok_or_else(|| tree.damaged("a group does not have its digest"))?;
+            if pages.contains(&false) {
+                return Err(tree.damaged("a page does not have its digest"));
+            }
         }
         let padding = [
             (12, 16),
@@ -339,19 +382,26 @@ impl Tree {
             (layout.page_digest_at(layout.pages()), layout.bitmap_at(0)),
             (layout.bitmap_at(layout.pages()), layout.digest_at(0)),
         ];
-        if !padding.iter().all(|(from, to)| page::is_zero(tree.bytes(*from, to - from))) {
-            return Err(tree.damaged("bytes without meaning are not zero"));
+        for (from, to) in padding {
+            if !page::is_zero(&tree.bytes(from, to - from)?) {
+                return Err(tree.damaged("bytes without meaning are not zero"));
+            }
         }
-        // Only what is stored is looked at: touching the holes would fill memory with zeroes.
+        // Only what is stored is looked at: most of a large tree may be holes.
         let io_error = |error| TreeError::Io { path: tree.path.clone(), error };
-        for extent in data_extents(file, layout.digest_at(0)..layout.length()) {
+        for extent in data_extents(&tree.file, layout.digest_at(0)..layout.length()) {
             let extent = extent.map_err(io_error)?;
-            let first = (extent.start - layout.digest_at(0)) / DIGEST_LENGTH;
-            let end = (extent.end - layout.digest_at(0)).div_ceil(DIGEST_LENGTH);
-            let clean =
-                |block: u64| !tree.is_zero(block) || tree.digest(layout.digest_at(block)).0 == [0; 32];
-            if !(first..end).all(clean) {
-                return Err(tree.damaged("a zero block has a digest"));
+            let page_of = |at: u64| (at - layout.digest_at(0)) / PAGE_DIGEST_BYTES as u64;
+            for page in page_of(extent.start)..=page_of(extent.end - 1) {
+                let bitmap = tree.bitmap(page)?;
+                if bitmap == u128::MAX {
+                    continue;
+                }
+                let slots = tree.slots(page)?;
+                let (slots, _) = slots.as_chunks::<DIGEST_BYTES>();
+                if (0..128).any(|i| bitmap >> i & 1 == 0 && slots[i] != [0; DIGEST_BYTES]) {
+                    return Err(tree.damaged("a zero block has a digest"));
+                }
             }
         }
         Ok(())
@@ -359,67 +409,100 @@ impl Tree {
 
     /// The image's identity.
     pub const fn root(&self) -> Digest {
-        self.mapped.root
+        self.stored.root
     }
 
     /// The disk's size in bytes.
     pub const fn size(&self) -> u64 {
-        self.mapped.layout.size
+        self.stored.layout.size
     }
 
     /// Number of blocks.
     pub const fn blocks(&self) -> u64 {
-        self.mapped.layout.blocks()
+        self.stored.layout.blocks()
     }
 
     /// Number of pages.
     pub const fn pages(&self) -> u64 {
-        self.mapped.layout.pages()
+        self.stored.layout.pages()
     }
 
     /// Number of groups.
     pub const fn groups(&self) -> u64 {
-        self.mapped.layout.groups()
+        self.stored.layout.groups()
     }
 
     /// Number of blocks that are not all zeroes.
-    pub fn data_blocks(&self) -> u64 {
-        (0..self.pages()).map(|page| u64::from(self.mapped.bitmap(page).count_ones())).sum()
+    ///
+    /// # Errors
+    /// As of [`Tree::page`].
+    pub fn data_blocks(&self) -> Result<u64, TreeError> {
+        (0..self.groups()).try_fold(0, |blocks, group| {
+            let bitmaps = self.bitmaps(group)?;
+            Ok(blocks + bitmaps.iter().map(|bitmap| u64::from(bitmap.count_ones())).sum::<u64>())
+        })
+    }
+
+    /// For each page of `group` which of its blocks are not all zeroes: bit i set for block i.
+    ///
+    /// # Errors
+    /// As of [`Tree::page`].
+    pub fn bitmaps(&self, group: u64) -> Result<Vec<u128>, TreeError> {
+        self.stored.bitmaps(group)
     }
 
     /// Whether `block` is all zeroes.
-    pub fn is_zero(&self, block: u64) -> bool {
-        self.mapped.is_zero(block)
+    ///
+    /// # Errors
+    /// As of [`Tree::page`].
+    pub fn is_zero(&self, block: u64) -> Result<bool, TreeError> {
+        self.stored.is_zero(block)
     }
 
     /// The digest of `block`; none when it is all zeroes.
-    pub fn block_digest(&self, block: u64) -> Option<Digest> {
-        self.mapped.block_digest(block)
+    ///
+    /// # Errors
+    /// As of [`Tree::page`].
+    pub fn block_digest(&self, block: u64) -> Result<Option<Digest>, TreeError> {
+        self.stored.block_digest(block)
     }
 
-    /// Whether `data` is the content of `block`: 4096 bytes, or those that the disk has of its last block.
-    pub fn verify_block(&self, block: u64, data: &[u8]) -> bool {
-        self.mapped.verify_block(block, data)
+    /// Whether `data` is the content of `block`: 4096 bytes, or those that the disk has of its last block. `last` is of
+    /// this tree alone.
+    ///
+    /// # Errors
+    /// As of [`Tree::page`].
+    pub fn verify_block(&self, block: u64, data: &[u8], last: &mut LastPage) -> Result<bool, TreeError> {
+        self.stored.verify_block(block, data, last)
     }
 
     /// The group digests, to send: 32 bytes a group.
     pub fn top_bytes(&self) -> &[u8] {
-        self.mapped.top()
+        self.stored.top()
     }
 
     /// The page digests of `group`, to send: 32 bytes a page, at most 4096.
-    pub fn group_bytes(&self, group: u64) -> &[u8] {
-        self.mapped.group(group)
+    ///
+    /// # Errors
+    /// As of [`Tree::page`].
+    pub fn group_bytes(&self, group: u64) -> Result<Vec<u8>, TreeError> {
+        self.stored.group(group)
     }
 
     /// Page `page`, to send: see [`super::page`].
-    pub fn page_bytes(&self, page: u64) -> Vec<u8> {
-        self.mapped.page(page).to_bytes()
+    ///
+    /// # Errors
+    /// As of [`Tree::page`].
+    pub fn page_bytes(&self, page: u64) -> Result<Vec<u8>, TreeError> {
+        Ok(self.page(page)?.to_bytes())
     }
 
     /// Page `page`.
-    pub fn page(&self, page: u64) -> Page {
-        self.mapped.page(page)
+    ///
+    /// # Errors
+    /// [`TreeError::Io`] when the file cannot be read, [`TreeError::Damaged`] when it has become shorter.
+    pub fn page(&self, page: u64) -> Result<Page, TreeError> {
+        self.stored.page(page)
     }
 }
 
@@ -489,12 +572,16 @@ mod tests {
             let tree = build(dir.path(), &disk);
             prop_assert_eq!(tree.root(), model_root(&disk));
             prop_assert_eq!(tree.blocks(), disk.len().div_ceil(BLOCK_BYTES) as u64);
+            let mut last = LastPage::default();
             for (i, block) in disk.chunks(BLOCK_BYTES).enumerate() {
-                prop_assert!(tree.verify_block(i as u64, block));
-                prop_assert_eq!(tree.is_zero(i as u64), block.iter().all(|byte| *byte == 0));
+                let i = i as u64;
+                prop_assert!(tree.verify_block(i, block, &mut last).unwrap());
+                let is_zero = block.iter().all(|byte| *byte == 0);
+                prop_assert_eq!(tree.is_zero(i).unwrap(), is_zero);
+                prop_assert_eq!(tree.block_digest(i).unwrap(), (!is_zero).then(|| page::block_digest(block)));
                 let mut other = block.to_vec();
                 other[0] ^= 1;
-                prop_assert!(!tree.verify_block(i as u64, &other));
+                prop_assert!(!tree.verify_block(i, &other, &mut last).unwrap());
             }
         }
     }
@@ -506,7 +593,7 @@ mod tests {
         let tree = build(dir.path(), &disk);
         assert_eq!((tree.groups(), tree.pages()), (3, 259));
         assert_eq!(tree.root(), model_root(&disk));
-        assert_eq!(tree.data_blocks(), 4);
+        assert_eq!(tree.data_blocks().unwrap(), 4);
     }
 
     #[test]
@@ -529,6 +616,35 @@ mod tests {
         }
     }
 
+    /// Whoever looked at it was killed.
+    #[test]
+    fn a_file_that_is_cut_while_it_is_open_gives_an_error_for_what_is_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = build(dir.path(), &[7; 3 << 20]);
+        let file = File::options().write(true).open(dir.path().join("tree")).unwrap();
+        let last = &mut LastPage::default();
+        assert!(tree.verify_block(0, &[7; BLOCK_BYTES], last).unwrap());
+        file.set_len(4096).unwrap();
+        let damaged = |error| matches!(error, TreeError::Damaged { what: "it has become shorter", .. });
+        assert!(tree.verify_block(1, &[7; BLOCK_BYTES], last).unwrap(), "of the page that was read");
+        assert!(damaged(tree.verify_block(130, &[7; BLOCK_BYTES], last).unwrap_err()));
+        let last = &mut LastPage::default();
+        assert!(damaged(tree.verify_block(0, &[7; BLOCK_BYTES], last).unwrap_err()));
+        assert!(damaged(tree.is_zero(0).unwrap_err()) && damaged(tree.block_digest(0).unwrap_err()));
+        assert!(damaged(tree.page(0).unwrap_err()) && damaged(tree.page_bytes(1).unwrap_err()));
+        assert!(damaged(tree.group_bytes(0).unwrap_err()) && damaged(tree.data_blocks().unwrap_err()));
+        assert_eq!(tree.top_bytes().len(), 32);
+    }
+
+    #[test]
+    fn a_tree_that_cannot_be_read_is_no_damaged_one() {
+        let dir = tempfile::tempdir().unwrap();
+        // It opens, and every read of it fails.
+        std::fs::create_dir(dir.path().join("tree")).unwrap();
+        let error = Tree::open(&dir.path().join("tree"), None).unwrap_err();
+        assert!(matches!(&error, TreeError::Io { error, .. } if error.kind() == io::ErrorKind::IsADirectory));
+    }
+
     #[test]
     fn the_tree_of_another_image_is_refused() {
         let dir = tempfile::tempdir().unwrap();
@@ -549,7 +665,7 @@ mod tests {
         build_from(&File::open(source).unwrap(), 10 << 30, &path).unwrap();
         assert!(std::fs::metadata(&path).unwrap().blocks() * 512 < 2 << 20);
         let tree = Tree::open(&path, None).unwrap();
-        assert!(!tree.is_zero((5 << 30) / BLOCK_SIZE));
-        assert_eq!(tree.data_blocks(), 1);
+        assert!(!tree.is_zero((5 << 30) / BLOCK_SIZE).unwrap());
+        assert_eq!(tree.data_blocks().unwrap(), 1);
     }
 }

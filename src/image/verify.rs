@@ -1,7 +1,8 @@
 //! Whether an image in the store is what it was: every block against the digest tree, the whole disk against its plain
 //! BLAKE3, and every block of the boot cache against the tree.
 //!
-//! What cannot be read as what it should be is a [`Finding`], not an error: verification goes on to find the rest.
+//! What is not what it should be is a [`Finding`], not an error: verification goes on to find the rest. A file that the
+//! system does not read is an error: of what is in it nothing is known.
 
 use std::fmt;
 use std::io;
@@ -12,10 +13,10 @@ use crate::boot_cache::{BootCache, BootCacheError, decode_frame};
 use crate::digest::Digest;
 use crate::store::{ImageEntry, Store, StoreError};
 
-use super::page::PAGE_BLOCKS;
+use super::page::{LastPage, PAGE_BLOCKS};
 use super::scan::{PageView, ScanError, Watch, scan};
 use super::stored_disk::StoredDisk;
-use super::tree::Tree;
+use super::tree::{Tree, TreeError};
 
 /// A difference between what is stored and what should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,9 +96,13 @@ pub fn verify(store: &Store, entry: &ImageEntry, watch: &Watch) -> Result<Report
         return Err(VerifyError::Incomplete(entry.root));
     }
     let damaged = |what: String| Report { raw_blake3: None, findings: vec![Finding::File(what)] };
+    let unreadable = |error| VerifyError::Read { root: entry.root, error };
     let tree = match Tree::open(&entry.tree_path(), Some(entry.root)) {
         Ok(tree) if tree.size() == entry.manifest.size => tree,
         Ok(_) => return Ok(damaged("the manifest's size is not that of the image".to_owned())),
+        Err(TreeError::Io { path, error }) if is_unreadable(&error) => {
+            return Err(unreadable(TreeError::Io { path, error }.into()));
+        }
         Err(error) => return Ok(damaged(error.to_string())),
     };
     let disk = match StoredDisk::open(store, entry) {
@@ -107,15 +112,19 @@ pub fn verify(store: &Store, entry: &ImageEntry, watch: &Watch) -> Result<Report
     };
     watch.start("verifying", tree.size());
     let bad = Mutex::new((0, u64::MAX));
-    let raw = scan(&disk, watch, |view| {
-        let (count, first) = bad_blocks(&tree, view);
+    let scanned = scan(&disk, watch, |view| {
+        let (count, first) = bad_blocks(&tree, view)?;
         if count > 0 {
             let mut bad = bad.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             *bad = (bad.0 + count, bad.1.min(first));
         }
         Ok(())
-    })
-    .map_err(|error| VerifyError::Read { root: entry.root, error })?;
+    });
+    let raw = match scanned {
+        Ok(raw) => raw,
+        Err(ScanError::Tree(error @ TreeError::Damaged { .. })) => return Ok(damaged(error.to_string())),
+        Err(error) => return Err(unreadable(error)),
+    };
     let mut findings = Vec::new();
     match bad.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         (0, _) if entry.manifest.raw_blake3.is_some_and(|expected| expected != raw) => {
@@ -124,49 +133,86 @@ pub fn verify(store: &Store, entry: &ImageEntry, watch: &Watch) -> Result<Report
         (0, _) => {}
         (count, first) => findings.push(Finding::Blocks { count, first }),
     }
-    findings.extend(verify_boot(entry, &tree));
+    findings.extend(verify_boot(entry, &tree).map_err(unreadable)?);
     Ok(Report { raw_blake3: Some(raw), findings })
 }
 
+/// Whether there is something that the system does not read; what is missing or cut short is damage.
+fn is_unreadable(error: &io::Error) -> bool {
+    !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof)
+}
+
 /// How many blocks of a page are not what the tree says, and the byte offset of the first.
-fn bad_blocks(tree: &Tree, view: &PageView<'_>) -> (u64, u64) {
+fn bad_blocks(tree: &Tree, view: &PageView<'_>) -> Result<(u64, u64), TreeError> {
+    let page = tree.page(view.index)?;
     let first = view.index * PAGE_BLOCKS;
-    let is_bad = |block: &u64| match view.data {
+    let blocks = usize::try_from(PAGE_BLOCKS.min(tree.blocks() - first)).expect("at most 128");
+    let is_bad = |i: &usize| match view.data {
         Some(data) => {
-            let at = usize::try_from((block - first) * BLOCK_BYTES as u64).expect("a page spans 512 KiB");
-            !tree.verify_block(*block, &data[at..data.len().min(at + BLOCK_BYTES)])
+            let at = i * BLOCK_BYTES;
+            !page.verify(*i, &data[at..data.len().min(at + BLOCK_BYTES)])
         }
-        None => !tree.is_zero(*block),
+        None => !page.is_zero_at(*i),
     };
-    let mut bad = (first..tree.blocks().min(first + PAGE_BLOCKS)).filter(is_bad);
-    match bad.next() {
-        Some(block) => (1 + bad.count() as u64, BlockIndex(block).offset()),
+    let mut bad = (0..blocks).filter(is_bad);
+    Ok(match bad.next() {
+        Some(i) => (1 + bad.count() as u64, BlockIndex(first + i as u64).offset()),
         None => (0, 0),
+    })
+}
+
+/// Why the blocks of a boot cache cannot be compared.
+enum BootFailure {
+    Boot(BootCacheError),
+    Tree(TreeError),
+}
+
+impl From<BootCacheError> for BootFailure {
+    fn from(error: BootCacheError) -> Self {
+        Self::Boot(error)
+    }
+}
+
+impl From<TreeError> for BootFailure {
+    fn from(error: TreeError) -> Self {
+        Self::Tree(error)
     }
 }
 
 /// The boot cache of a pulled image lacks the frames whose blocks came in another way, and is missing when no source had
 /// the one that the manifest names. Neither is damage: the blocks are on the disk.
-fn verify_boot(entry: &ImageEntry, tree: &Tree) -> Option<Finding> {
-    let boot = entry.manifest.boot.as_ref()?;
+fn verify_boot(entry: &ImageEntry, tree: &Tree) -> Result<Option<Finding>, ScanError> {
+    let Some(boot) = entry.manifest.boot.as_ref() else { return Ok(None) };
     let partial = entry.is_pulled();
-    let checked = BootCache::open(&entry.boot_path(), entry.root).and_then(|cache| {
+    let check = || {
+        let cache = BootCache::open(&entry.boot_path(), entry.root)?;
         if cache.heads_digest() != boot.heads_digest || cache.file_length() != boot.file_length {
-            return Err(BootCacheError::Damaged("it is not the one that the manifest names"));
+            return Err(BootCacheError::Damaged("it is not the one that the manifest names").into());
         }
         bad_boot_blocks(&cache, tree, partial)
-    });
-    match checked {
-        Ok(0) => None,
-        Ok(count) => Some(Finding::BootBlocks { count }),
-        Err(BootCacheError::Io(error)) if partial && error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => Some(Finding::File(error.to_string())),
+    };
+    match check() {
+        Ok(0) => Ok(None),
+        Ok(count) => Ok(Some(Finding::BootBlocks { count })),
+        Err(BootFailure::Boot(BootCacheError::Io(error)))
+            if partial && error.kind() == io::ErrorKind::NotFound =>
+        {
+            Ok(None)
+        }
+        Err(BootFailure::Boot(BootCacheError::Io(error))) if is_unreadable(&error) => {
+            Err(io::Error::other(BootCacheError::Io(error)).into())
+        }
+        Err(BootFailure::Boot(error)) => Ok(Some(Finding::File(error.to_string()))),
+        Err(BootFailure::Tree(error @ TreeError::Damaged { .. })) => {
+            Ok(Some(Finding::File(error.to_string())))
+        }
+        Err(BootFailure::Tree(error)) => Err(error.into()),
     }
 }
 
 /// How many blocks of the boot cache are not those of the image; of a `partial` one those of the frames that are there.
-fn bad_boot_blocks(cache: &BootCache, tree: &Tree, partial: bool) -> Result<u64, BootCacheError> {
-    let mut count = 0;
+fn bad_boot_blocks(cache: &BootCache, tree: &Tree, partial: bool) -> Result<u64, BootFailure> {
+    let (mut count, mut last) = (0, LastPage::default());
     for index in 0..cache.heads().frames().len() {
         let bytes = match cache.read_frame(index) {
             Err(BootCacheError::BadFrame(_)) if partial => continue,
@@ -176,12 +222,52 @@ fn bad_boot_blocks(cache: &BootCache, tree: &Tree, partial: bool) -> Result<u64,
             for (i, block) in extent.blocks().enumerate() {
                 let good = match data {
                     _ if block >= tree.blocks() => false,
-                    Some(data) => tree.verify_block(block, &data[i * BLOCK_BYTES..(i + 1) * BLOCK_BYTES]),
-                    None => tree.is_zero(block),
+                    Some(data) => {
+                        tree.verify_block(block, &data[i * BLOCK_BYTES..(i + 1) * BLOCK_BYTES], &mut last)?
+                    }
+                    None => tree.is_zero(block)?,
                 };
                 count += u64::from(!good);
             }
         }
     }
     Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+    use crate::image::import::{ImportOptions, import};
+    use crate::image::manifest::{ImageKind, SourceFormat};
+
+    /// The image of a disk in a store in `dir`.
+    fn one_image(dir: &Path) -> (Store, ImageEntry) {
+        let store = Store::open(&dir.join("store")).unwrap();
+        let file = dir.join("disk.raw");
+        fs::write(&file, [7; 9000]).unwrap();
+        let (format, kind) = (Some(SourceFormat::Raw), Some(ImageKind::Vm));
+        let options = ImportOptions { format, kind, ..ImportOptions::default() };
+        let entry = import(&store, &"base".parse().unwrap(), &file, options, &Watch::default()).unwrap();
+        (store, entry)
+    }
+
+    /// It passed for damage, and the advice was to remove the image.
+    #[test]
+    fn a_tree_that_cannot_be_read_is_an_error_and_no_finding() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, entry) = one_image(dir.path());
+        fs::remove_file(entry.tree_path()).unwrap();
+        let missing = verify(&store, &entry, &Watch::default()).unwrap();
+        assert!(matches!(&missing.findings[..], [Finding::File(_)]), "{missing:?}");
+        // It opens, and every read of it fails.
+        fs::create_dir(entry.tree_path()).unwrap();
+        let error = verify(&store, &entry, &Watch::default()).unwrap_err();
+        assert!(
+            matches!(error, VerifyError::Read { error: ScanError::Tree(TreeError::Io { .. }), .. }),
+            "{error}"
+        );
+    }
 }

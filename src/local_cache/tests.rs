@@ -85,7 +85,7 @@ proptest! {
                     std::fs::write(&path, &durable).unwrap();
                     cache = LocalCache::open(dir.path(), ROOT, size).unwrap();
                     let verify = |index: u64, bytes: &[u8]| {
-                        Some(bytes == slice(&image, Extent::new(index, 1)))
+                        Ok(Some(bytes == slice(&image, Extent::new(index, 1))))
                     };
                     cache.recover(true, verify).unwrap();
                 }
@@ -110,7 +110,7 @@ fn a_killed_daemon_wins_back_what_it_had_not_saved() {
     drop(cache);
     let mut cache = LocalCache::open(dir.path(), ROOT, 40 * BLOCK_SIZE).unwrap();
     assert!(!cache.has(Extent::new(20, 1)));
-    let won = cache.recover(true, |index, bytes| Some(bytes == block(index))).unwrap();
+    let won = cache.recover(true, |index, bytes| Ok(Some(bytes == block(index)))).unwrap();
     // 24 is a zero block: nothing of it is in the file, and its page will tell.
     assert_eq!((won, cache.has(Extent::new(20, 4))), (4, true));
 }
@@ -123,7 +123,7 @@ fn a_block_that_rotted_is_forgotten_when_everything_is_verified_again() {
     let mut cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
     cache.insert(0, &image(6 * BLOCK_SIZE)).unwrap();
     cache.file.write_all_at(&[9; 10], 5 * BLOCK_SIZE + 5).unwrap();
-    cache.recover(false, |index, bytes| Some(bytes == block(index))).unwrap();
+    cache.recover(false, |index, bytes| Ok(Some(bytes == block(index)))).unwrap();
     assert_eq!(cache.absent(Extent::new(0, 8)), [Extent::new(5, 1)]);
 }
 
@@ -255,7 +255,7 @@ fn what_a_check_of_everything_finds_wrong_is_not_believed_after_a_crash() {
     cache.file.write_all_at(&[9; 10], 5 * BLOCK_SIZE + 5).unwrap();
     for won in [-1, 0] {
         let mut cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
-        assert_eq!(cache.recover(false, |index, bytes| Some(bytes == block(index))).unwrap(), won);
+        assert_eq!(cache.recover(false, |index, bytes| Ok(Some(bytes == block(index)))).unwrap(), won);
         drop(cache);
         let cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
         assert_eq!(cache.absent(Extent::new(0, 6)), [Extent::new(5, 1)]);
@@ -276,7 +276,7 @@ fn a_zero_block_reads_as_zeroes_whatever_a_crash_left_in_its_place() {
     cache.insert(2, &[9; 4 * BLOCK_BYTES]).unwrap();
     drop(cache);
     let mut cache = LocalCache::open(dir.path(), ROOT, 8 * BLOCK_SIZE).unwrap();
-    assert_eq!(cache.recover(true, |_, _| None).unwrap(), 0);
+    assert_eq!(cache.recover(true, |_, _| Ok(None)).unwrap(), 0);
     // As a page tells it, and as a block that was fetched.
     cache.insert_zero(Extent::new(1, 2)).unwrap();
     cache.insert(3, &[0; BLOCK_BYTES]).unwrap();

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bootcache_nbd::disk::BoxFuture;
 use bootcache_nbd::{Disk, SharedDisk};
@@ -23,7 +23,7 @@ use crate::store::{ImageEntry, Store, StoreError};
 
 use super::holding::Holding;
 use super::message::{Load, Wanted};
-use super::server::Provider;
+use super::server::{Lack, Provider};
 
 /// Increments upon increments: a bound for a store that is damaged.
 const LAYERS_MAX: usize = 64;
@@ -31,6 +31,9 @@ const LAYERS_MAX: usize = 64;
 /// How often it is looked whether what was opened is still in the store, and after which a tree that was damaged is read
 /// again for who asks.
 const TIDY_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The same complaint about an image is made again only after this long, however many ask for it.
+const COMPLAIN_AGAIN: Duration = Duration::from_secs(60);
 
 /// Why an image of the store cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +68,8 @@ pub struct Catalogue {
     coming: Mutex<ByRoot>,
     /// Those of the store that were opened.
     opened: Mutex<BTreeMap<Digest, Opened>>,
+    /// What was last complained of, and when.
+    complaints: Mutex<BTreeMap<Digest, (String, Instant)>>,
     /// Each held while its image is opened.
     turns: Mutex<BTreeMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
     load: Box<dyn Fn() -> Load + Send + Sync>,
@@ -83,6 +88,7 @@ impl Catalogue {
             store,
             coming: Mutex::default(),
             opened: Mutex::default(),
+            complaints: Mutex::default(),
             turns: Mutex::default(),
             load: Box::new(load),
         })
@@ -112,6 +118,7 @@ impl Catalogue {
     /// Forgets which were damaged. Blocks.
     pub fn tidy(&self) {
         lock(&self.opened).retain(|_, (_, holding)| holding.is_some());
+        lock(&self.complaints).retain(|_, (_, made)| made.elapsed() < COMPLAIN_AGAIN);
         let opened: Vec<(Digest, Stamp)> =
             lock(&self.opened).iter().map(|(root, (stamp, _))| (*root, *stamp)).collect();
         for (root, stamp) in opened {
@@ -136,13 +143,13 @@ impl Catalogue {
     }
 
     /// What is held of image `root`, if nothing has to be opened to know. Blocks for a moment.
-    fn known(&self, root: Digest) -> Option<Option<Arc<Holding>>> {
+    fn known(&self, root: Digest) -> Option<Result<Arc<Holding>, Lack>> {
         if let Some(holding) = lock(&self.coming).get(&root) {
-            return Some(Some(Arc::clone(holding)));
+            return Some(Ok(Arc::clone(holding)));
         }
-        let Some(stamp) = self.stamp(root) else { return Some(None) };
+        let Some(stamp) = self.stamp(root) else { return Some(Err(Lack::Absent)) };
         let (opened, holding) = lock(&self.opened).get(&root).cloned()?;
-        (opened == stamp).then_some(holding)
+        (opened == stamp).then(|| holding.ok_or(Lack::Unreadable))
     }
 
     fn turn(&self, root: Digest) -> Arc<tokio::sync::Mutex<()>> {
@@ -152,21 +159,36 @@ impl Catalogue {
     }
 
     /// Opens image `root` of the store, and remembers what came of it. Blocks.
-    fn open_anew(&self, root: Digest) -> Option<Arc<Holding>> {
+    fn open_anew(&self, root: Digest) -> Result<Arc<Holding>, Lack> {
         // Before the manifest is read: what changes in between is seen the next time.
-        let stamp = self.stamp(root)?;
-        let entry = self.store.image(root).ok()?;
-        let opened = self.open(&entry).map(Arc::new);
-        if let Err(error) = &opened
-            && !matches!(error, OpenError::Incomplete)
-        {
-            tracing::warn!(image = %root.short(), %error, "cannot give an image to peers");
-        }
+        let stamp = self.stamp(root).ok_or(Lack::Absent)?;
+        let opened = self.store.image(root).map_err(OpenError::from).and_then(|entry| self.open(&entry));
+        let opened = opened.map(Arc::new);
         // What else is wrong may be over in a moment, and costs little to see.
         if matches!(opened, Ok(_) | Err(OpenError::Tree(TreeError::Damaged { .. }))) {
             lock(&self.opened).insert(root, (stamp, opened.as_ref().ok().cloned()));
         }
-        opened.ok()
+        opened.map_err(|error| match error {
+            OpenError::Incomplete | OpenError::Store(StoreError::NoSuchRoot(_)) => Lack::Absent,
+            error => {
+                let error = error.to_string();
+                if self.is_new_complaint(root, &error) {
+                    tracing::warn!(image = %root.short(), error, "cannot give an image to peers");
+                }
+                Lack::Unreadable
+            }
+        })
+    }
+
+    /// Whether `error` was not complained of just now.
+    fn is_new_complaint(&self, root: Digest, error: &str) -> bool {
+        let mut complaints = lock(&self.complaints);
+        let known = complaints.get(&root);
+        if known.is_some_and(|(known, made)| known == error && made.elapsed() < COMPLAIN_AGAIN) {
+            return false;
+        }
+        complaints.insert(root, (error.to_owned(), Instant::now()));
+        true
     }
 
     fn open(&self, entry: &ImageEntry) -> Result<Holding, OpenError> {
@@ -204,14 +226,15 @@ fn is_pulled(dir: &Path) -> bool {
 }
 
 impl Provider for Catalogue {
-    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>> {
+    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Result<Arc<Holding>, Lack>> {
         Box::pin(async move {
             let catalogue = Arc::clone(&self);
             let look = move || {
                 let root = catalogue.root_of(&wanted)?;
                 Some((root, catalogue.known(root)))
             };
-            let (root, known) = tokio::task::spawn_blocking(look).await.ok()??;
+            let looked = tokio::task::spawn_blocking(look).await.ok().flatten();
+            let (root, known) = looked.ok_or(Lack::Absent)?;
             if let Some(found) = known {
                 return found;
             }
@@ -221,7 +244,7 @@ impl Provider for Catalogue {
                 let _turn = turn;
                 self.known(root).unwrap_or_else(|| self.open_anew(root))
             };
-            tokio::task::spawn_blocking(open).await.ok()?
+            tokio::task::spawn_blocking(open).await.unwrap_or(Err(Lack::Unreadable))
         })
     }
 
@@ -273,7 +296,8 @@ mod tests {
             }
             tokio::time::sleep(Duration::from_millis(300)).await;
             let absent = Arc::clone(&catalogue).find(Wanted::Root(Digest::of(b"not here")));
-            let other = async { (spawn_blocking(|| 7).await.unwrap(), absent.await.is_none()) };
+            let other =
+                async { (spawn_blocking(|| 7).await.unwrap(), absent.await.unwrap_err() == Lack::Absent) };
             (asking, tokio::time::timeout(limit, other).await)
         });
         let early = asking.try_join_next();
@@ -285,7 +309,7 @@ mod tests {
         let rest = runtime.block_on(async {
             let all = async {
                 while let Some(found) = asking.join_next().await {
-                    assert!(found.unwrap().is_none());
+                    assert_eq!(found.unwrap().unwrap_err(), Lack::Unreadable);
                 }
             };
             tokio::time::timeout(limit, all).await
@@ -300,7 +324,7 @@ mod tests {
     async fn a_tree_that_is_damaged_is_not_read_again_for_each_who_asks() {
         let dir = tempfile::tempdir().unwrap();
         let (catalogue, entry) = one_image(dir.path());
-        let find = async || Arc::clone(&catalogue).find(Wanted::Root(entry.root)).await.is_some();
+        let find = async || Arc::clone(&catalogue).find(Wanted::Root(entry.root)).await.is_ok();
         let tree = File::options().read(true).write(true).open(entry.dir.join("tree")).unwrap();
         let mut right = [0];
         tree.read_exact_at(&mut right, 4096).unwrap();
@@ -322,5 +346,27 @@ mod tests {
         tree.write_all_at(&right, 4096).unwrap();
         touch();
         assert!(find().await);
+    }
+
+    /// It said that it has no such image, and a line of the log for each who asked told why.
+    #[tokio::test]
+    async fn an_image_that_cannot_be_read_is_not_absent_and_is_complained_of_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalogue, entry) = one_image(dir.path());
+        let find = async || Arc::clone(&catalogue).find(Wanted::Root(entry.root)).await;
+        let (tree, away) = (entry.dir.join("tree"), entry.dir.join("away"));
+        fs::rename(&tree, &away).unwrap();
+        // It opens, and every read of it fails.
+        fs::create_dir(&tree).unwrap();
+        for _ in 0..3 {
+            assert_eq!(find().await.unwrap_err(), Lack::Unreadable);
+        }
+        let (complaint, _) = lock(&catalogue.complaints).get(&entry.root).cloned().unwrap();
+        assert!(!catalogue.is_new_complaint(entry.root, &complaint), "{complaint}");
+        assert!(catalogue.is_new_complaint(entry.root, "another one"));
+        assert!(catalogue.is_new_complaint(Digest::of(b"another image"), "another one"));
+        fs::remove_dir(&tree).unwrap();
+        fs::rename(&away, &tree).unwrap();
+        find().await.unwrap();
     }
 }

@@ -16,7 +16,7 @@ use crate::block::{Extent, bytes_in_block};
 use crate::boot_cache::{BootCache, BootCacheError, Heads};
 use crate::digest::Digest;
 use crate::image::manifest::Manifest;
-use crate::image::page::PAGE_BLOCKS;
+use crate::image::page::{LastPage, PAGE_BLOCKS, Page};
 use crate::image::partial_tree::{PartialTree, Verdict};
 use crate::image::tree::{Tree, TreeError};
 use crate::local_cache::LocalCache;
@@ -33,12 +33,15 @@ pub enum KnownTree {
 }
 
 impl KnownTree {
-    /// Whether `data` is the content of `block`.
-    pub fn verify(&self, block: u64, data: &[u8]) -> Verdict {
+    /// Whether `data` is the content of `block`. `last` is of this tree alone.
+    ///
+    /// # Errors
+    /// As of [`KnownTree::page`].
+    pub fn verify(&self, block: u64, data: &[u8], last: &mut LastPage) -> Result<Verdict, TreeError> {
         match self {
-            Self::Whole(tree) if tree.verify_block(block, data) => Verdict::Good,
-            Self::Whole(_) => Verdict::Bad,
-            Self::Partial(tree) => tree.verify_block(block, data),
+            Self::Whole(tree) if tree.verify_block(block, data, last)? => Ok(Verdict::Good),
+            Self::Whole(_) => Ok(Verdict::Bad),
+            Self::Partial(tree) => tree.verify_block(block, data, last),
         }
     }
 
@@ -51,18 +54,24 @@ impl KnownTree {
     }
 
     /// The page digests of `group`, if it exists and is known.
-    pub fn group(&self, group: u64) -> Option<&[u8]> {
+    ///
+    /// # Errors
+    /// As of [`KnownTree::page`].
+    pub fn group(&self, group: u64) -> Result<Option<Vec<u8>>, TreeError> {
         match self {
-            Self::Whole(tree) => (group < tree.groups()).then(|| tree.group_bytes(group)),
-            Self::Partial(tree) => (group < tree.groups()).then(|| tree.group_bytes(group)).flatten(),
+            Self::Whole(tree) => (group < tree.groups()).then(|| tree.group_bytes(group)).transpose(),
+            Self::Partial(tree) => tree.group_bytes(group),
         }
     }
 
-    /// Page `page` as it is sent, if it exists and is known.
-    pub fn page(&self, page: u64) -> Option<Vec<u8>> {
+    /// Page `page`, if it exists and is known.
+    ///
+    /// # Errors
+    /// [`TreeError::Io`] when the file cannot be read, [`TreeError::Damaged`] when it has become shorter.
+    pub fn page(&self, page: u64) -> Result<Option<Page>, TreeError> {
         match self {
-            Self::Whole(tree) => (page < tree.pages()).then(|| tree.page_bytes(page)),
-            Self::Partial(tree) => (page < tree.pages()).then(|| tree.page_bytes(page)).flatten(),
+            Self::Whole(tree) => (page < tree.pages()).then(|| tree.page(page)).transpose(),
+            Self::Partial(tree) => tree.page(page),
         }
     }
 
@@ -83,15 +92,21 @@ impl KnownTree {
     }
 
     /// Whether `block` is all zeroes; none when that is not known.
-    pub fn is_zero(&self, block: u64) -> Option<bool> {
+    ///
+    /// # Errors
+    /// As of [`KnownTree::page`].
+    pub fn is_zero(&self, block: u64) -> Result<Option<bool>, TreeError> {
         match self {
-            Self::Whole(tree) => Some(tree.is_zero(block)),
+            Self::Whole(tree) => tree.is_zero(block).map(Some),
             Self::Partial(tree) => tree.is_zero(block),
         }
     }
 
     /// The digest of `block`; none when it is all zeroes or not known.
-    pub fn block_digest(&self, block: u64) -> Option<Digest> {
+    ///
+    /// # Errors
+    /// As of [`KnownTree::page`].
+    pub fn block_digest(&self, block: u64) -> Result<Option<Digest>, TreeError> {
         match self {
             Self::Whole(tree) => tree.block_digest(block),
             Self::Partial(tree) => tree.block_digest(block),

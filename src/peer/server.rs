@@ -42,10 +42,19 @@ const STRANGERS_MAX: usize = 256;
 /// Of those, from one address: half, so that nobody has the hall alone.
 const STRANGERS_OF_ONE_MAX: usize = STRANGERS_MAX / 2;
 
+/// Why a node gives nothing of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lack {
+    /// It does not have it, and is not getting it.
+    Absent,
+    /// It has it, and cannot read it.
+    Unreadable,
+}
+
 /// Where the server finds images.
 pub trait Provider: Send + Sync + 'static {
     /// The image that is meant, if this node has it or is getting it. Very many may wait for it at once.
-    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>>;
+    fn find(self: Arc<Self>, wanted: Wanted) -> BoxFuture<'static, Result<Arc<Holding>, Lack>>;
 
     /// This node's load, as it is told to peers.
     fn load(&self) -> Load {
@@ -239,8 +248,8 @@ mod tests {
     struct Nothing;
 
     impl Provider for Nothing {
-        fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>> {
-            Box::pin(std::future::ready(None))
+        fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Result<Arc<Holding>, Lack>> {
+            Box::pin(std::future::ready(Err(Lack::Absent)))
         }
     }
 

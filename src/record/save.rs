@@ -16,6 +16,7 @@ use crate::boot_cache::recording::Recording;
 use crate::boot_cache::{Builder, Written, kept};
 use crate::digest::Digest;
 use crate::image::manifest::Boot;
+use crate::image::page::LastPage;
 use crate::image::scan::DiskSource;
 use crate::image::stored_disk::StoredDisk;
 use crate::image::tree::Tree;
@@ -158,8 +159,9 @@ impl Source {
         let (inside, outside) = to.split_at_mut(usize::try_from(inside).expect("a part of the buffer"));
         self.disk.read_at(inside, extent.offset())?;
         outside.fill(0);
+        let mut last = LastPage::default();
         for (block, data) in extent.blocks().zip(to.chunks(BLOCK_BYTES)) {
-            if !self.tree.verify_block(block, data) {
+            if !self.tree.verify_block(block, data, &mut last).map_err(io::Error::other)? {
                 self.wrong.store(block, Ordering::Relaxed);
                 return Err(io::ErrorKind::InvalidData.into());
             }

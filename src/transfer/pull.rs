@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use crate::boot_cache::BootCache;
 use crate::digest::Digest;
 use crate::image::manifest::Manifest;
+use crate::image::page::LastPage;
 use crate::image::partial_tree::PartialTree;
 use crate::image::partial_tree::Verdict;
 use crate::image::tree::TreeError;
@@ -239,14 +240,17 @@ pub fn open(
     let tree = PartialTree::open(&dir.join("tree"), manifest.root)?;
     let disk_error = |error| TreeError::Io { path: dir.join("disk"), error };
     let mut cache = LocalCache::open(dir, manifest.root, manifest.size).map_err(disk_error)?;
-    let check = |block, bytes: &[u8]| match tree.verify_block(block, bytes) {
-        Verdict::Good => Some(true),
-        Verdict::Bad => Some(false),
-        // Nothing says what it should be: with the saved bits distrusted, it is fetched again.
-        Verdict::UnknownPage => verify.then_some(false),
+    let mut last = LastPage::default();
+    let check = |block, bytes: &[u8]| {
+        Ok(match tree.verify_block(block, bytes, &mut last).map_err(io::Error::other)? {
+            Verdict::Good => Some(true),
+            Verdict::Bad => Some(false),
+            // Nothing says what it should be: with the saved bits distrusted, it is fetched again.
+            Verdict::UnknownPage => verify.then_some(false),
+        })
     };
     let recovered = cache.recover(!verify, check);
-    recovered.map_err(disk_error)?;
+    recovered.map_err(|error| error.downcast::<TreeError>().unwrap_or_else(disk_error))?;
     let cache = Arc::new(cache);
     let frames = manifest.boot.as_ref().and_then(|boot| {
         let found = BootCache::open(&dir.join("boot"), manifest.root).ok()?;
@@ -325,13 +329,16 @@ async fn describe(
     let wanted = target.root.map_or_else(|| Wanted::Name(target.name.clone()), Wanted::Root);
     let described = call(Ask::Describe(wanted)).await??;
     if !matches!(described.answer, Answer::Described { .. }) {
-        return Err(SourceError::Absent);
+        return Err(SourceError::of(&described.answer));
     }
     let manifest = Manifest::from_bytes(described.bulk()).map_err(|_| SourceError::OtherImage)?;
     if target.root.is_some_and(|root| root != manifest.root) {
         return Err(SourceError::OtherImage);
     }
     let top = call(Ask::Top { root: manifest.root }).await??;
+    if top.answer != Answer::Data {
+        return Err(SourceError::of(&top.answer));
+    }
     if crate::image::tree::root_digest(manifest.size, top.bulk()) != manifest.root {
         return Err(SourceError::OtherImage);
     }

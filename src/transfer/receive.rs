@@ -8,7 +8,7 @@ use std::io;
 
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent, bytes_in_block};
 use crate::boot_cache::{BootCacheError, decode_frame};
-use crate::image::page::PAGE_BLOCKS;
+use crate::image::page::{LastPage, PAGE_BLOCKS};
 use crate::image::partial_tree::Verdict;
 use crate::image::tree::{GROUP_PAGES, TreeError};
 use crate::local_cache::LocalCache;
@@ -140,9 +140,9 @@ fn bytes_of(holding: &Holding, extent: Extent) -> u64 {
 
 /// Verifies `data`, which begins at block `start`, and keeps it if all of it is right.
 pub(super) fn keep(holding: &Holding, cache: &LocalCache, start: u64, data: &[u8]) -> Result<u64, Wrong> {
-    let mut good = 0;
+    let (mut good, mut last) = (0, LastPage::default());
     for (block, bytes) in (start..).zip(data.chunks(BLOCK_BYTES)) {
-        match holding.tree.verify(block, bytes) {
+        match holding.tree.verify(block, bytes, &mut last)? {
             Verdict::Good => good += 1,
             Verdict::Bad if cfg!(bootcache_unchecked) => good += 1,
             Verdict::Bad => return Err(Wrong::Lie("a block does not have its digest")),
@@ -192,33 +192,43 @@ fn keep_run(
 ) -> Result<(), Wrong> {
     let pages = extent.start / PAGE_BLOCKS..=(extent.end() - 1) / PAGE_BLOCKS;
     let unknown: Vec<u64> = pages.filter(|page| !holding.tree.knows_page(*page)).collect();
-    match data {
-        None => extent
-            .blocks()
-            .filter(|block| holding.tree.is_zero(*block) != Some(false))
-            .try_for_each(|block| cache.insert_zero(Extent::new(block, 1)))
-            .map_err(Wrong::Local)?,
-        Some(data) => {
-            let length = usize::try_from(bytes_of(holding, extent)).expect("a frame fits memory");
-            let data = &data[..length];
-            // The heads are pinned, but the tree has the last word.
-            let bad = extent
-                .blocks()
-                .zip(data.chunks(BLOCK_BYTES))
-                .any(|(block, bytes)| holding.tree.verify(block, bytes) == Verdict::Bad);
-            if bad {
-                tracing::error!(
-                    image = %holding.root().short(), frame,
-                    "the boot cache contradicts the image: record the image again"
-                );
-            } else {
-                cache.insert(extent.start, data).map_err(Wrong::Local)?;
-            }
-        }
-    }
+    let kept = write_run(holding, cache, frame, extent, data);
     // A page that came in between was held against what was here before.
     let came = unknown.into_iter().filter(|page| holding.tree.knows_page(*page));
     came.for_each(|page| learn_page(holding, cache, page));
+    kept
+}
+
+/// Writes `extent` of boot frame `frame`, unless the tree says otherwise, as far as it is known.
+fn write_run(
+    holding: &Holding,
+    cache: &LocalCache,
+    frame: usize,
+    extent: Extent,
+    data: Option<&[u8]>,
+) -> Result<(), Wrong> {
+    let Some(data) = data else {
+        for block in extent.blocks() {
+            if holding.tree.is_zero(block)? != Some(false) {
+                cache.insert_zero(Extent::new(block, 1)).map_err(Wrong::Local)?;
+            }
+        }
+        return Ok(());
+    };
+    let length = usize::try_from(bytes_of(holding, extent)).expect("a frame fits memory");
+    let data = &data[..length];
+    let mut last = LastPage::default();
+    for (block, bytes) in extent.blocks().zip(data.chunks(BLOCK_BYTES)) {
+        // The heads are pinned, but the tree has the last word.
+        if holding.tree.verify(block, bytes, &mut last)? == Verdict::Bad {
+            tracing::error!(
+                image = %holding.root().short(), frame,
+                "the boot cache contradicts the image: record the image again"
+            );
+            return Ok(());
+        }
+    }
+    cache.insert(extent.start, data).map_err(Wrong::Local)?;
     Ok(())
 }
 
@@ -251,29 +261,34 @@ pub(super) fn learn_all_zeroes(holding: &Holding, cache: &LocalCache) {
 
 /// A page tells which of its blocks are zero.
 fn learn_zeroes(holding: &Holding, cache: &LocalCache, page: u64) {
+    // They stay absent, and are fetched; what is wrong is told then.
+    let complain = |error: &dyn std::error::Error| {
+        tracing::debug!(image = %holding.root().short(), page, %error, "cannot make a hole of zero blocks");
+    };
     let start = page * PAGE_BLOCKS;
-    let end = (start + PAGE_BLOCKS).min(holding.block_count());
-    let mut at = start;
-    while at < end {
-        let zero = holding.tree.is_zero(at) == Some(true);
-        let run = (at..end).take_while(|block| (holding.tree.is_zero(*block) == Some(true)) == zero).count();
-        if zero && let Err(error) = cache.insert_zero(Extent::new(at, run as u64)) {
-            // They stay absent, and are fetched; what is wrong is told then.
-            tracing::debug!(image = %holding.root().short(), page, %error, "cannot make a hole of zero blocks");
+    let blocks = usize::try_from(PAGE_BLOCKS.min(holding.block_count() - start)).expect("at most 128");
+    let digests = holding.tree.page(page).unwrap_or_else(|error| {
+        complain(&error);
+        None
+    });
+    for run in digests.iter().flat_map(|digests| digests.zero_runs(blocks)) {
+        if let Err(error) = cache.insert_zero(Extent::new(start + run.start as u64, run.len() as u64)) {
+            complain(&error);
         }
-        at += run as u64;
     }
     holding.note_page(page);
 }
 
 /// Holds blocks that came by the stream, before their page, against it.
 fn audit(holding: &Holding, cache: &LocalCache, run: Extent) {
-    let mut wrong = Vec::new();
+    let (mut wrong, mut last) = (Vec::new(), LastPage::default());
     for block in run.blocks() {
         let mut bytes = [0; BLOCK_BYTES];
         let length = usize::try_from(bytes_in_block(block, holding.manifest.size)).expect("at most a block");
         let read = cache.read_blocking(block * BLOCK_SIZE, &mut bytes[..length]);
-        if read.is_err() || holding.tree.verify(block, &bytes[..length]) == Verdict::Bad {
+        // What cannot be held against its digest is not believed either.
+        let verdict = holding.tree.verify(block, &bytes[..length], &mut last);
+        if read.is_err() || matches!(verdict, Err(_) | Ok(Verdict::Bad)) {
             tracing::error!(
                 image = %holding.root().short(), block,
                 "a block is not what the image says: fetching it again; check this disk, and record the image again"
@@ -358,10 +373,10 @@ mod tests {
     #[test]
     fn parts_of_the_tree_that_were_not_asked_for_or_that_come_again_are_a_lie() {
         let (_dir, tree, holding, cache) = nothing_here();
-        let (group, page) = (tree.group_bytes(0), tree.page_bytes(0));
+        let (group, page) = (tree.group_bytes(0).unwrap(), tree.page_bytes(0).unwrap());
         let length = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap();
         let answer = |groups: usize, pages: usize| Answer::Blocks {
-            groups: vec![(0, length(group)); groups],
+            groups: vec![(0, length(&group)); groups],
             pages: vec![(0, length(&page)); pages],
             extents: Vec::new(),
             packed: false,
@@ -389,14 +404,15 @@ mod tests {
     #[test]
     fn a_group_that_is_known_has_nothing_looked_at_again() {
         let (_dir, tree, holding, cache) = nothing_here();
-        holding.tree.add_group(0, tree.group_bytes(0)).unwrap();
-        holding.tree.add_page(0, &tree.page_bytes(0)).unwrap();
+        holding.tree.add_group(0, &tree.group_bytes(0).unwrap()).unwrap();
+        holding.tree.add_page(0, &tree.page_bytes(0).unwrap()).unwrap();
         // Nothing but an audit would find this out.
         cache.insert(1, &[9; BLOCK_BYTES]).unwrap();
-        let groups = vec![(0, u32::try_from(tree.group_bytes(0).len()).unwrap())];
+        let group = tree.group_bytes(0).unwrap();
+        let groups = vec![(0, u32::try_from(group.len()).unwrap())];
         let answer = Answer::Blocks { groups, pages: Vec::new(), extents: Vec::new(), packed: false };
         let ask = ask(Vec::new(), vec![0], Vec::new());
-        blocks(&holding, &cache, &ask, &answer, tree.group_bytes(0)).unwrap();
+        blocks(&holding, &cache, &ask, &answer, &group).unwrap();
         assert!(cache.has(Extent::new(1, 1)));
     }
 
@@ -408,8 +424,8 @@ mod tests {
             std::thread::scope(|scope| {
                 scope.spawn(|| {
                     start.wait();
-                    holding.tree.add_group(0, tree.group_bytes(0)).unwrap();
-                    holding.tree.add_page(0, &tree.page_bytes(0)).unwrap();
+                    holding.tree.add_group(0, &tree.group_bytes(0).unwrap()).unwrap();
+                    holding.tree.add_page(0, &tree.page_bytes(0).unwrap()).unwrap();
                     learn_page(&holding, &cache, 0);
                 });
                 start.wait();
@@ -421,7 +437,8 @@ mod tests {
             for block in cache.present(Extent::new(0, 2)).into_iter().flat_map(Extent::blocks) {
                 let mut bytes = [0; BLOCK_BYTES];
                 cache.read_blocking(block * BLOCK_SIZE, &mut bytes).unwrap();
-                assert_eq!(holding.tree.verify(block, &bytes), Verdict::Good, "block {block}, round {round}");
+                let verdict = holding.tree.verify(block, &bytes, &mut LastPage::default()).unwrap();
+                assert_eq!(verdict, Verdict::Good, "block {block}, round {round}");
             }
             assert!(cache.has(Extent::new(0, 1)), "its page says that it is zero");
         }
@@ -432,8 +449,8 @@ mod tests {
         let (_dir, tree, holding, cache) = nothing_here();
         // As a boot frame that lies: data in a block that is zero.
         cache.insert(0, &[9; 2 * BLOCK_BYTES]).unwrap();
-        holding.tree.add_group(0, tree.group_bytes(0)).unwrap();
-        holding.tree.add_page(0, &tree.page_bytes(0)).unwrap();
+        holding.tree.add_group(0, &tree.group_bytes(0).unwrap()).unwrap();
+        holding.tree.add_page(0, &tree.page_bytes(0).unwrap()).unwrap();
         learn_page(&holding, &cache, 0);
         assert!(cache.has(Extent::new(0, 1)) && !cache.has(Extent::new(1, 1)));
         let mut zero = [1; BLOCK_BYTES];

@@ -81,10 +81,15 @@ impl Similar {
         let tree = Tree::open(&entry.tree_path(), Some(root)).map_err(io::Error::other)?;
         let disk = File::open(entry.disk_path())?;
         let number = self.images.len() as u64;
-        let with_digest =
-            |block| tree.block_digest(block).map(|digest| (prefix(digest), number << 48 | block));
-        let room = ENTRIES_MAX - self.entries.len();
-        self.entries.extend((0..tree.blocks()).filter_map(with_digest).take(room));
+        for page in 0..tree.pages() {
+            let room = ENTRIES_MAX - self.entries.len();
+            if room == 0 {
+                break;
+            }
+            let digests = tree.page(page).map_err(io::Error::other)?;
+            let entry = |(i, digest)| (prefix(digest), number << 48 | (page * PAGE_BLOCKS + i as u64));
+            self.entries.extend(digests.digests().map(entry).take(room));
+        }
         self.images.push(Image { disk, size: tree.size() });
         Ok(())
     }
@@ -119,7 +124,8 @@ impl Shared {
         let Some(similar) = self.similar() else { return };
         let absent = extents.iter().flat_map(|extent| self.cache.absent(*extent));
         for block in absent.flat_map(Extent::blocks) {
-            let Some(digest) = self.holding.tree.block_digest(block) else { continue };
+            // When the tree cannot be read, who fetches the block is told.
+            let Ok(Some(digest)) = self.holding.tree.block_digest(block) else { continue };
             let Some(bytes) = similar.read(digest) else { continue };
             let length = usize::try_from(bytes_in_block(block, self.holding.manifest.size)).unwrap_or(0);
             // Held against the digest once more, as everything is.
@@ -170,8 +176,10 @@ async fn probe(shared: &Arc<Shared>) -> Vec<u64> {
     let step = (pages.len() / PROBE_PAGES).max(1);
     let probe: Vec<u64> = pages.iter().copied().step_by(step).collect();
     fill::fetch_pages(shared, &probe).await;
-    let known = probe.iter().flat_map(|page| page * PAGE_BLOCKS..(page + 1) * PAGE_BLOCKS);
-    let digests: Vec<Digest> = known.filter_map(|block| shared.holding.tree.block_digest(block)).collect();
+    // What cannot be read counts as not known; it is told when the blocks are fetched.
+    let known = probe.iter().filter_map(|page| shared.holding.tree.page(*page).ok().flatten());
+    let digests: Vec<Digest> =
+        known.flat_map(|page| page.digests().map(|(_, digest)| digest).collect::<Vec<_>>()).collect();
     let found = digests.iter().filter(|digest| similar.knows(**digest)).count();
     let pays = !digests.is_empty() && found * 2 >= digests.len();
     if pays { pages } else { Vec::new() }

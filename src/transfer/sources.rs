@@ -67,6 +67,9 @@ struct Choice {
     seen: BTreeMap<PeerKey, Seen>,
 }
 
+/// Longest reason of a source that is shown.
+const REASON_MAX: usize = 200;
+
 /// Why a source could not be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SourceError {
@@ -78,8 +81,24 @@ pub(super) enum SourceError {
     Silent,
     #[error("it does not have the image")]
     Absent,
+    /// What it says, as it may be shown.
+    #[error("{0}")]
+    Refused(String),
     #[error("it describes another image, or none")]
     OtherImage,
+}
+
+impl SourceError {
+    /// What `answer` means, which is none that was asked for.
+    pub(super) fn of(answer: &Answer) -> Self {
+        match answer {
+            Answer::Refused(reason) => {
+                Self::Refused(reason.chars().filter(|c| !c.is_control()).take(REASON_MAX).collect())
+            }
+            Answer::Absent => Self::Absent,
+            _ => Self::OtherImage,
+        }
+    }
 }
 
 impl std::fmt::Debug for Sources {
@@ -263,7 +282,9 @@ impl Sources {
         let answered = tokio::time::timeout(PING_TIMEOUT, connection.call(ask))
             .await
             .map_err(|_| SourceError::Silent)??;
-        let Answer::Described { have, peers } = &answered.answer else { return Err(SourceError::Absent) };
+        let Answer::Described { have, peers } = &answered.answer else {
+            return Err(SourceError::of(&answered.answer));
+        };
         let boot = match Manifest::from_bytes(answered.bulk()) {
             Ok(manifest) if manifest.root == self.root => manifest.boot,
             _ => return Err(SourceError::OtherImage),

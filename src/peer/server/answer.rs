@@ -1,8 +1,8 @@
 //! What each request is answered with. Nothing in a request is believed beyond the limits that were checked.
 
 use std::io;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -10,14 +10,15 @@ use tokio::time::Instant;
 use crate::block::{BLOCK_SIZE, Extent};
 use crate::choose::{Ledger, PeerKey, Relay, relay};
 use crate::digest::Digest;
+use crate::image::tree::TreeError;
 use crate::peer::fault::{self, Fate};
-use crate::peer::holding::Holding;
+use crate::peer::holding::{Holding, KnownTree};
 use crate::peer::message::{
     Answer, Ask, HEARTBEAT, Have, PAGES_LENGTH_MAX, Peer, Reply, Request, Wanted, from_wire, to_wire,
 };
 
-use super::Server;
 use super::session::{Class, Outgoing, Queues, Session};
+use super::{Lack, Server};
 
 /// How often a watched image is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
@@ -28,6 +29,16 @@ const PACK_LEVEL: i32 = 1;
 type Answered = (Answer, Vec<u8>);
 
 const ABSENT: Answered = (Answer::Absent, Vec::new());
+
+/// What is said of an image of which nothing is given.
+fn lacking(lack: Lack) -> Answered {
+    match lack {
+        Lack::Absent => ABSENT,
+        Lack::Unreadable => {
+            (Answer::Refused("it has the image, but cannot read it: see its log".to_owned()), Vec::new())
+        }
+    }
+}
 
 /// Answers one request into the queue of its class.
 pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, request: Request) {
@@ -44,7 +55,7 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
     let uplink = &server.options.uplink;
     let mut promise = None;
     if let Ask::Frame { root, index, wait: true } = ask
-        && let Some(holding) = session.image(server, &Wanted::Root(root)).await
+        && let Ok(holding) = session.image(server, &Wanted::Root(root)).await
     {
         let there_is = holding.frames().is_some_and(|frames| (index as usize) < frames.count());
         if there_is && let Some(other) = elsewhere(server, session, &holding, index) {
@@ -110,11 +121,11 @@ async fn bytes_of(server: &Server, session: &Session, ask: &Ask) -> u64 {
         }
         Ask::Frame { root, index, .. } => {
             let image = image(root).await;
-            image.and_then(|image| Some(image.frames()?.length(*index as usize))).unwrap_or(0)
+            image.ok().and_then(|image| Some(image.frames()?.length(*index as usize))).unwrap_or(0)
         }
         Ask::Heads { root } => {
             let image = image(root).await;
-            image.and_then(|image| Some(image.frames()?.heads_bytes().len() as u64)).unwrap_or(0)
+            image.ok().and_then(|image| Some(image.frames()?.heads_bytes().len() as u64)).unwrap_or(0)
         }
         Ask::Top { root } => image(root).await.map_or(0, |image| image.tree.top().len() as u64),
         Ask::Describe(_) | Ask::Full { .. } | Ask::Watch { .. } | Ask::Cancel { .. } => 0,
@@ -133,7 +144,10 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
         }
         Ask::Watch { .. } | Ask::Cancel { .. } => return ABSENT,
     };
-    let Some(holding) = session.image(server, &wanted).await else { return ABSENT };
+    let holding = match session.image(server, &wanted).await {
+        Ok(holding) => holding,
+        Err(lack) => return lacking(lack),
+    };
     match ask {
         Ask::Describe(_) => {
             let peers = server.tracker.come(holding.root(), session.id, session.peer);
@@ -168,11 +182,11 @@ fn note_full(server: &Server, session: &Session, root: Digest, full: bool) {
     }
 }
 
-async fn frame(holding: &std::sync::Arc<Holding>, index: usize) -> Answered {
+async fn frame(holding: &Arc<Holding>, index: usize) -> Answered {
     if !holding.frames().is_some_and(|frames| frames.has(index)) {
         return ABSENT;
     }
-    let holding = std::sync::Arc::clone(holding);
+    let holding = Arc::clone(holding);
     let read = move || holding.frames().map(|frames| frames.read(index));
     match tokio::task::spawn_blocking(read).await {
         Ok(Some(Ok(bytes))) => (Answer::Data, bytes),
@@ -185,28 +199,19 @@ async fn frame(holding: &std::sync::Arc<Holding>, index: usize) -> Answered {
 }
 
 async fn blocks(
-    holding: &Holding,
+    holding: &Arc<Holding>,
     extents: &[Extent],
     (groups, pages): (&[u32], &[u32]),
     packs: bool,
     elsewhere: bool,
 ) -> io::Result<Answered> {
-    let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a part of the tree is short");
-    let mut bulk = Vec::new();
-    let mut group_heads = Vec::new();
-    for group in groups {
-        if let Some(bytes) = holding.tree.group(u64::from(*group)) {
-            group_heads.push((*group, length(bytes)));
-            bulk.extend_from_slice(bytes);
-        }
-    }
-    let mut page_heads = Vec::new();
-    for page in pages {
-        if let Some(bytes) = holding.tree.page(u64::from(*page)) {
-            page_heads.push((*page, length(&bytes)));
-            bulk.extend_from_slice(&bytes);
-        }
-    }
+    let Parts { groups, pages, mut bulk } = if groups.is_empty() && pages.is_empty() {
+        Parts::default()
+    } else {
+        let (holding, groups, pages) = (Arc::clone(holding), groups.to_vec(), pages.to_vec());
+        let read = move || Parts::read(&holding.tree, &groups, &pages);
+        tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?.map_err(io::Error::other)?
+    };
     let mut extent_heads = Vec::new();
     let mut data = Vec::new();
     let end = holding.block_count();
@@ -225,8 +230,37 @@ async fn blocks(
     let (data, packed) = if packs { pack(data).await? } else { (data, false) };
     debug_assert!(data.len() <= data_length, "packed data is kept only when it is shorter");
     bulk.extend_from_slice(&data);
-    let answer = Answer::Blocks { groups: group_heads, pages: page_heads, extents: extent_heads, packed };
-    Ok((answer, bulk))
+    Ok((Answer::Blocks { groups, pages, extents: extent_heads, packed }, bulk))
+}
+
+/// Parts of a digest tree, as they are sent: their numbers and lengths, and their bytes one after the other.
+#[derive(Default)]
+struct Parts {
+    groups: Vec<(u32, u32)>,
+    pages: Vec<(u32, u32)>,
+    bulk: Vec<u8>,
+}
+
+impl Parts {
+    /// Those of `groups` and `pages` that are known. Blocks.
+    fn read(tree: &KnownTree, groups: &[u32], pages: &[u32]) -> Result<Self, TreeError> {
+        let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a part of the tree is short");
+        let mut parts = Self::default();
+        for group in groups {
+            if let Some(bytes) = tree.group(u64::from(*group))? {
+                parts.groups.push((*group, length(&bytes)));
+                parts.bulk.extend_from_slice(&bytes);
+            }
+        }
+        for page in pages {
+            if let Some(page_digests) = tree.page(u64::from(*page))? {
+                let bytes = page_digests.to_bytes();
+                parts.pages.push((*page, length(&bytes)));
+                parts.bulk.extend_from_slice(&bytes);
+            }
+        }
+        Ok(parts)
+    }
 }
 
 /// The node that the other side should ask for the frame, because this one, the origin, has just sent it there.
@@ -256,8 +290,9 @@ async fn pack(data: Vec<u8>) -> io::Result<(Vec<u8>, bool)> {
 /// Tells what is held: when there are more boot frames or everything, and as a sign of life. Which pages there are, a
 /// longer message, only with the latter: a hundred nodes that fill tell each other all the time.
 async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wanted: &Wanted) {
-    let Some(holding) = session.image(server, wanted).await else {
-        return send(queues, Class::Other, id, ABSENT, Fate::Send).await;
+    let holding = match session.image(server, wanted).await {
+        Ok(holding) => holding,
+        Err(lack) => return send(queues, Class::Other, id, lacking(lack), Fate::Send).await,
     };
     let mut beat = Instant::now();
     let mut told = None;

@@ -23,7 +23,7 @@ use crate::wire::frame::{self, FrameError, FrameType};
 use crate::wire::io::{WireError, read_frame, write_message};
 
 use super::members::{Member, Share};
-use super::{Server, answer};
+use super::{Lack, Server, answer};
 
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// A peer that was greeted and asks nothing for so long is dropped. One that has asked may be silent: it watches.
@@ -88,12 +88,12 @@ pub(super) struct Session {
 
 impl Session {
     /// The image `root`, from what was asked for before or from the provider.
-    pub(super) async fn image(&self, server: &Server, wanted: &Wanted) -> Option<Arc<Holding>> {
+    pub(super) async fn image(&self, server: &Server, wanted: &Wanted) -> Result<Arc<Holding>, Lack> {
         let known = |session: &Self| session.images.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Wanted::Root(root) = wanted
             && let Some(holding) = known(self).get(root)
         {
-            return Some(Arc::clone(holding));
+            return Ok(Arc::clone(holding));
         }
         let holding = Arc::clone(&server.provider).find(wanted.clone()).await?;
         let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
@@ -101,7 +101,7 @@ impl Session {
             images.clear();
         }
         images.insert(holding.root(), Arc::clone(&holding));
-        Some(holding)
+        Ok(holding)
     }
 }
 
@@ -285,8 +285,8 @@ mod tests {
     struct Nothing;
 
     impl Provider for Nothing {
-        fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Option<Arc<Holding>>> {
-            Box::pin(std::future::ready(None))
+        fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Result<Arc<Holding>, Lack>> {
+            Box::pin(std::future::ready(Err(Lack::Absent)))
         }
     }
 

@@ -260,7 +260,7 @@ async fn a_disk_that_was_cut_is_neither_exported_nor_given_to_peers() {
         let error = node.export(name).await.map(|_| ()).unwrap_err();
         assert!(error.contains("it has 61440 bytes, not 65536"), "{error}");
     }
-    let given = async || Arc::clone(&node.catalogue).find(Wanted::Root(root)).await.is_some();
+    let given = async || Arc::clone(&node.catalogue).find(Wanted::Root(root)).await.is_ok();
     assert!(!given().await);
     disk.set_len(64 << 10).unwrap();
     assert!(node.export("a").await.is_ok() && given().await);
