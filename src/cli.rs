@@ -189,6 +189,6 @@ pub(crate) fn set_up_logging(verbose: u8) {
 }
 
 /// Runs a subcommand that waits for sockets.
-pub(crate) fn block_on<F: Future<Output = anyhow::Result<ExitCode>>>(future: F) -> anyhow::Result<ExitCode> {
+pub(crate) fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(future)
 }
