@@ -37,7 +37,7 @@ pub(super) fn transfer(engine: &Engine) -> TransferStatus {
         up: source.up,
         error: source.error,
         banned: source.banned_for.is_some(),
-        banned_seconds: source.banned_for.map_or(0, |time| time.as_secs_f64().ceil() as u64),
+        banned_seconds: source.banned_for.map_or(0, |time| time.as_secs() + 1),
         complete: source.complete,
         bytes: source.bytes,
     });
