@@ -71,6 +71,12 @@ pub enum Request {
         /// Bytes a second that the fill may take; 0: as many as there are.
         fill_rate: u64,
     },
+    /// Removes a name, and with its last name the image. The transfer of one that is on its way, and that nobody uses,
+    /// ends first. Other images can be removed without the daemon.
+    ImageRemove {
+        /// The name.
+        name: ImageName,
+    },
     /// Opens the VM's own socket: one export, the overlay of the same name, and no list of others.
     VmOpen {
         /// The VM, and its overlay.
@@ -114,6 +120,11 @@ pub enum Reply {
     Image {
         /// Root digest of the new image.
         root: Digest,
+    },
+    /// Answer to [`Request::ImageRemove`].
+    Removed {
+        /// Bytes that the file system got back; none when the image has other names.
+        freed: Option<u64>,
     },
     /// Answer to [`Request::VmOpen`].
     Vm(VmInfo),
@@ -194,6 +205,9 @@ pub struct TransferStatus {
     pub corrupt: u64,
     /// Times that a source was banned.
     pub bans: u64,
+    /// Why what comes cannot be kept on this node, and what to do about it; nothing is fetched meanwhile.
+    #[serde(default)]
+    pub trouble: Option<String>,
     /// Where it comes from.
     pub sources: Vec<SourceStatus>,
 }
@@ -207,12 +221,38 @@ pub struct SourceStatus {
     pub node: String,
     /// It answers.
     pub up: bool,
+    /// Why not, as of the last attempt; none before that.
+    #[serde(default)]
+    pub error: Option<String>,
     /// It sent wrong bytes, and is not used for a while.
     pub banned: bool,
+    /// For how long it is not used.
+    #[serde(default)]
+    pub banned_seconds: u64,
     /// It has everything.
     pub complete: bool,
     /// Bytes that came from it.
     pub bytes: u64,
+}
+
+impl SourceStatus {
+    /// How it is, as a person is told it.
+    pub fn state(&self) -> String {
+        match self {
+            Self { banned: true, banned_seconds, .. } => {
+                format!("sent wrong bytes, not used for {banned_seconds} s")
+            }
+            Self { up: false, error: Some(error), .. } => error.clone(),
+            Self { up: false, .. } => "not reached yet".to_owned(),
+            Self { complete: true, .. } => "has everything".to_owned(),
+            _ => "has a part".to_owned(),
+        }
+    }
+
+    /// Whether it can be asked.
+    pub const fn is_usable(&self) -> bool {
+        self.up && !self.banned
+    }
 }
 
 /// One overlay.

@@ -71,6 +71,11 @@ pub trait Fetch: Send + Sync {
     /// A reader waits for the blocks of `absent`. Does not block; called once a read.
     fn want(&self, absent: &[Extent]) -> Coming;
 
+    /// Why nothing comes whatever the sources do, for a person.
+    fn hindrance(&self) -> Option<String> {
+        None
+    }
+
     /// Somebody may soon read the blocks of `absent`. Does not block; may be ignored.
     fn hint(&self, absent: &[Extent]);
 }
@@ -385,6 +390,11 @@ impl LocalCache {
         }
     }
 
+    fn why_nothing_comes(&self) -> String {
+        let hindrance = self.fetch.get().and_then(Weak::upgrade).and_then(|fetch| fetch.hindrance());
+        hindrance.unwrap_or_else(|| "no source brings its blocks".to_owned())
+    }
+
     /// Waits until all of `extent` is here; says what was waited for, and how long.
     async fn wait(&self, extent: Extent) -> io::Result<Option<(Coming, Duration)>> {
         if self.has(extent) {
@@ -406,7 +416,7 @@ impl LocalCache {
             }
             tracing::warn!(
                 image = %self.root.short(), blocks = ?self.absent(extent), seconds = began.elapsed().as_secs(),
-                "a guest's read waits: no source brings its blocks"
+                "a guest's read waits: {}", self.why_nothing_comes()
             );
             log_at += SLOW_READ;
         }

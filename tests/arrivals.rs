@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use bootcache::control::{Reply, Request};
 use bootcache::name::ImageName;
 use bootcache::transfer::{Arrivals, Options, Plan, Target};
 use nodes::{Node, Sample, SlowLink, image_name};
@@ -182,4 +183,56 @@ async fn an_image_that_is_all_here_can_be_removed_and_pulled_again() {
         }
     }
     arrivals.stop().await;
+}
+
+/// Only its own transfer had it in use, and nothing ended that.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_arrives_is_removed_with_its_transfer_once_nobody_uses_it() {
+    let (sample, sibling) = (Sample::new(4 << 20, 7), Sample::new(4 << 20, 7).sibling());
+    let (origin, other_origin) = (Node::origin(&sample, None).await, Node::origin(&sibling, None).await);
+    let links =
+        [SlowLink::new(origin.address, 64 << 10).await, SlowLink::new(other_origin.address, 64 << 10).await];
+    let empty = Node::empty(None).await;
+    let node = bootcache::serve::Node::open(empty.store()).unwrap();
+    let pull = async |name: &ImageName, source: SocketAddr| {
+        let (name, sources) = (name.clone(), vec![source]);
+        let boot = bootcache::transfer::Pin::Any;
+        let request = Request::Pull { name, root: None, boot, sources, fill: true, fill_rate: 0 };
+        let Reply::Image { root } = node.handle(request).await.unwrap() else { panic!("no image") };
+        root
+    };
+    let root = pull(&sample.name, links[0].address).await;
+    let other = pull(&sibling.name, links[1].address).await;
+    let other_engine = node.arrivals().get(other).unwrap();
+    let remove = async || node.handle(Request::ImageRemove { name: sample.name.clone() }).await;
+    let refused = async || remove().await.unwrap_err().to_string();
+
+    let (image, vm) = (sample.name.clone(), "vm".parse().unwrap());
+    node.handle(Request::OverlayCreate { image, name: vm, size: None }).await.unwrap();
+    assert!(refused().await.contains("overlay 'vm'"));
+    node.handle(Request::OverlayRemove { name: "vm".parse().unwrap() }).await.unwrap();
+    let reader = node.export(sample.name.as_str()).await.unwrap();
+    assert!(refused().await.contains("in use"));
+    assert!(node.arrivals().get(root).is_some(), "the transfer of an image that is used was ended");
+    drop(reader);
+
+    // Somebody whom the daemon does not know of: the transfer goes on.
+    let hold = node.store().hold(root).unwrap();
+    assert!(refused().await.contains("in use"));
+    assert!(node.arrivals().get(root).is_some(), "the transfer of an image that stays was ended for good");
+    drop(hold);
+
+    let removed = remove().await.unwrap();
+    assert!(matches!(removed, Reply::Removed { freed: Some(_) }), "{removed:?}");
+    assert!(node.arrivals().get(root).is_none() && !node.store().image_dir(root).exists());
+    assert_eq!(node.store().root_of(&sample.name).unwrap(), None);
+    assert_eq!(std::fs::read_dir(node.store().tmp()).unwrap().count(), 0, "something half-made is left");
+    assert!(Arc::ptr_eq(&other_engine, &node.arrivals().get(other).unwrap()));
+    drop(other_engine);
+
+    assert_eq!(pull(&sample.name, origin.address).await, root);
+    let engine = node.arrivals().get(root).unwrap();
+    assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("all of it comes"));
+    node.close().await.unwrap();
+    assert!(empty.read_file() == sample.disk);
 }

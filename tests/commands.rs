@@ -293,6 +293,22 @@ fn a_pull_is_complete_in_each_of_its_words() {
     }
 }
 
+/// Nothing could end it but the daemon's end, after which the next daemon went on with it.
+#[test]
+fn a_pull_whose_command_has_ended_is_ended_by_removing_the_image() {
+    let origin = store();
+    let serve = origin.serve(["--peer-listen", "127.0.0.1:0"]);
+    let ready = serve.wait_for("peers=", Duration::from_secs(20));
+    let address = ready.split("peers=").nth(1).unwrap().split(' ').next().unwrap();
+    let node = Store::new();
+    let daemon = node.serve([""; 0]);
+    node.run(["pull", "golden", "--from", address, "--boot-only"]);
+    assert!(node.run(["image", "remove", "golden"]).contains("removed golden: "));
+    let status = json(&node.run(["--json", "status"]));
+    assert_eq!(status["images"], serde_json::json!([]), "{status}");
+    drop(daemon);
+}
+
 #[test]
 fn an_example_fits_on_a_page() {
     let folder = support::checkout("examples");

@@ -97,9 +97,10 @@ fn is_well(said: &str, round: u32) {
     }
 }
 
-/// The number of the last file that the guest said is synced.
+/// The number of the last file that the guest said is synced. It may have been ended within a number.
 fn last_synced(guest: &Process) -> Option<u32> {
-    guest.said().lines().rev().find_map(|line| line.trim().strip_prefix("WORK-SYNCED ")?.parse().ok())
+    let said = guest.said();
+    said.lines().filter_map(|line| line.trim().strip_prefix("WORK-SYNCED ")?.parse().ok()).max()
 }
 
 #[test]

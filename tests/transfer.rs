@@ -136,6 +136,26 @@ async fn a_burst_costs_the_origin_about_one_boot_set() {
     }
 }
 
+/// It was said of each that it does not answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_has_not_the_image_is_told_from_one_that_does_not_answer() {
+    let sample = Sample::new(4 << 20, 3);
+    let origin = Node::origin(&sample, None).await;
+    let without = Node::empty(None).await;
+    let mut silent = Node::empty(None).await;
+    silent.stop_serving().await;
+    let node = Node::empty(None).await;
+    let all = [origin.address, without.address, silent.address];
+    let engine = node.pull(&all, |options| options.fill = false).await;
+    let error = |address| {
+        let sources = engine.progress().sources;
+        sources.into_iter().find(|source| source.address == address).and_then(|source| source.error)
+    };
+    until(|| error(without.address).is_some() && error(silent.address).is_some()).await;
+    assert_eq!(error(without.address).unwrap(), "has not this image");
+    assert!(error(silent.address).unwrap().starts_with("does not answer: "));
+}
+
 /// The first node of a burst heard of the others a second later, from the origin, and had fetched all from there by then.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_asks_those_too_who_come_to_it_for_an_image_that_it_is_getting() {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::bail;
+use bootcache::control::{Client, ControlError, Reply, Request};
 use bootcache::digest::Digest;
 use bootcache::image::export::{ExportError, export};
 use bootcache::image::import::{ImportError, ImportOptions, import};
@@ -11,8 +12,8 @@ use bootcache::image::increment::export_increment;
 use bootcache::image::manifest::{ImageKind, Manifest, SourceFormat};
 use bootcache::image::verify::verify;
 use bootcache::name::ImageName;
-use bootcache::store::remove::Removed;
-use bootcache::store::{ImageEntry, Store};
+use bootcache::serve::CONTROL_SOCKET;
+use bootcache::store::{ImageEntry, Store, StoreError};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
@@ -371,23 +372,38 @@ fn verify_image(store: Store, name: ImageName, json: bool) -> anyhow::Result<Exi
 }
 
 fn remove(store: &Store, name: &ImageName, json: bool) -> anyhow::Result<()> {
-    let removed = store.remove(name)?;
+    let freed = match store.remove(name) {
+        // Perhaps by the daemon alone, to which it is still coming.
+        Err(error @ StoreError::InUse(_)) => remove_by_daemon(store, name, error)?,
+        removed => removed?.freed(),
+    };
     if json {
-        let freed = match removed {
-            Removed::Content { freed } => Some(freed),
-            Removed::NameOnly => None,
-        };
         println!(
             "{}",
             serde_json::json!({ "name": name, "content_removed": freed.is_some(), "freed": freed.unwrap_or(0) })
         );
         return Ok(());
     }
-    match removed {
-        Removed::Content { freed } => println!("removed {name}: {} freed", HumanBytes(freed)),
-        Removed::NameOnly => println!("removed the name {name}; the image has other names"),
+    match freed {
+        Some(freed) => println!("removed {name}: {} freed", HumanBytes(freed)),
+        None => println!("removed the name {name}; the image has other names"),
     }
     Ok(())
+}
+
+/// Has the daemon, if one runs, remove what cannot be removed here because of `in_use`. Bytes that the file
+/// system got back; none when the image has other names.
+fn remove_by_daemon(store: &Store, name: &ImageName, in_use: StoreError) -> anyhow::Result<Option<u64>> {
+    super::block_on(async {
+        let mut client = match Client::connect(&store.dir().join(CONTROL_SOCKET)).await {
+            Err(ControlError::NoDaemon) => return Err(in_use.into()),
+            connected => connected?,
+        };
+        match client.call(&Request::ImageRemove { name: name.clone() }).await? {
+            Reply::Removed { freed } => Ok(freed),
+            _ => bail!("the daemon answered out of turn"),
+        }
+    })
 }
 
 /// Without a format, only what the image adds to its base is written.

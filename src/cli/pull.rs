@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use bootcache::choose::PeerKey;
-use bootcache::control::{ImageStatus, Reply, Request};
+use bootcache::control::{ImageStatus, Reply, Request, TransferStatus};
 use bootcache::digest::Digest;
 use bootcache::name::ImageName;
 use bootcache::transfer::{Options, Pin};
@@ -16,10 +16,14 @@ use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::fold::fold;
 use super::session::Session;
 
 const TICK: Duration = Duration::from_millis(200);
 const INTERRUPTED: u8 = 130;
+/// After so long without anything that came it is said why, and again at most so often.
+const STALLED: Duration = Duration::from_secs(10);
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -38,8 +42,8 @@ pub(crate) struct Args {
     /// Only what boots, and what is read: end when the boot cache is here
     #[arg(long)]
     boot_only: bool,
-    /// Bytes a second that everything beyond the boot cache may take [default: as many as there are]
-    #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
+    /// Bytes a second, such as 2M, that everything beyond the boot cache may take [default: as many as there are]
+    #[arg(long, value_name = "SIZE", value_parser = super::size::parse, default_value = "0", hide_default_value = true)]
     rate: u64,
     /// Return as soon as the image can be read; a daemon must run, and goes on with it
     #[arg(long)]
@@ -104,6 +108,7 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
         if args.background && matches!(session, Session::Direct(_)) {
             bail!("no daemon runs on this store to go on with it: start one with `bootcache serve`");
         }
+        let by_daemon = matches!(session, Session::Daemon(_));
         let request = Request::Pull {
             name: args.name.clone(),
             root: args.digest,
@@ -118,14 +123,23 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
                 Reply::Image { root } => root,
                 _ => bail!("the daemon answered out of turn"),
             },
-            _ = interrupt.recv() => return Ok(ExitCode::from(INTERRUPTED)),
+            _ = interrupt.recv() => {
+                if by_daemon {
+                    eprintln!("interrupted: {}", goes_on(&args.name));
+                }
+                return Ok(ExitCode::from(INTERRUPTED));
+            }
         };
         let bar = bar(&args.name);
         let mut transfer = None;
+        let mut stall = Stall::new(Instant::now());
         let (code, image) = loop {
             let image = image_status(&mut session, root).await?;
             if let Some(current) = &image.transfer {
                 show(&bar, &image, current);
+                if let Some(why) = stall.look(Instant::now(), current) {
+                    bar.suspend(|| eprintln!("{}", fold(&format!("{}: {why}", args.name))));
+                }
                 transfer = Some(current.clone());
             }
             let boots = image.transfer.as_ref().is_some_and(|transfer| transfer.boot_complete);
@@ -147,16 +161,27 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
             // The transfer may have ended since its last numbers.
             status: transfer.map(|transfer| ImageStatus { transfer: Some(transfer), ..image }),
         };
-        report(globals.json, &outcome, code)?;
+        let interrupted = code != ExitCode::SUCCESS;
+        if globals.json || !interrupted {
+            report(globals.json, &outcome)?;
+        }
+        if interrupted && by_daemon {
+            eprintln!("interrupted: {}", goes_on(&args.name));
+        } else if interrupted {
+            eprintln!("interrupted: what has come is kept; `bootcache pull {}` goes on", args.name);
+        }
         Ok(code)
     })
 }
 
-fn report(json: bool, outcome: &Outcome<'_>, code: ExitCode) -> anyhow::Result<()> {
+/// What becomes of a pull whose command ends before it.
+fn goes_on(name: &ImageName) -> String {
+    format!("the daemon goes on with it (`bootcache status`); `bootcache image remove {name}` ends that")
+}
+
+fn report(json: bool, outcome: &Outcome<'_>) -> anyhow::Result<()> {
     if json {
         println!("{}", serde_json::to_string(outcome)?);
-    } else if code != ExitCode::SUCCESS {
-        eprintln!("interrupted: what has come is kept; `bootcache pull {}` goes on", outcome.name);
     } else {
         let bytes = outcome.status.as_ref().and_then(|status| status.transfer.as_ref());
         let bytes = bytes.map_or(0, |transfer| transfer.bytes.iter().sum());
@@ -166,6 +191,41 @@ fn report(json: bool, outcome: &Outcome<'_>, code: ExitCode) -> anyhow::Result<(
     Ok(())
 }
 
+/// When something last came, and when it was last said why nothing does.
+#[derive(Debug)]
+struct Stall {
+    came: Option<(u64, [u64; 4])>,
+    since: Instant,
+    said: Option<Instant>,
+}
+
+impl Stall {
+    const fn new(now: Instant) -> Self {
+        Self { came: None, since: now, said: None }
+    }
+
+    /// What to say at `now` of a transfer that is so far: why nothing comes, if it is the sources' fault or this node's.
+    fn look(&mut self, now: Instant, transfer: &TransferStatus) -> Option<String> {
+        let came = Some((transfer.present, transfer.bytes));
+        if came != std::mem::replace(&mut self.came, came) {
+            self.since = now;
+        }
+        let stalled = now.duration_since(self.since);
+        let is_slow = transfer.trouble.is_none() && transfer.sources.iter().any(|source| source.is_usable());
+        let said_lately = self.said.is_some_and(|said| now.duration_since(said) < SAY_AGAIN);
+        if stalled < STALLED || is_slow || said_lately {
+            return None;
+        }
+        self.said = Some(now);
+        let sources = transfer.sources.iter().map(|source| format!("{} {}", source.address, source.state()));
+        let why: Vec<String> = transfer.trouble.iter().cloned().chain(sources).collect();
+        Some(match why.is_empty() {
+            true => "nothing comes; no source is known".to_owned(),
+            false => format!("nothing comes; {}", why.join("; ")),
+        })
+    }
+}
+
 async fn image_status(session: &mut Session, root: Digest) -> anyhow::Result<ImageStatus> {
     let Reply::Status(status) = session.call(Request::Status).await? else {
         bail!("the daemon answered out of turn");
@@ -173,7 +233,7 @@ async fn image_status(session: &mut Session, root: Digest) -> anyhow::Result<Ima
     status.images.into_iter().find(|image| image.root == root).context("the image was removed")
 }
 
-fn show(bar: &ProgressBar, image: &ImageStatus, transfer: &bootcache::control::TransferStatus) {
+fn show(bar: &ProgressBar, image: &ImageStatus, transfer: &TransferStatus) {
     bar.set_length(image.size);
     bar.set_position(transfer.present);
     let up = transfer.sources.iter().filter(|source| source.up).count();
@@ -187,4 +247,68 @@ fn bar(name: &ImageName) -> ProgressBar {
     let style = ProgressStyle::with_template("{prefix} {wide_bar} {bytes}/{total_bytes} {msg}")
         .expect("the template is sound");
     ProgressBar::new(0).with_style(style).with_prefix(name.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use bootcache::control::{SourceStatus, WaitStatus};
+
+    use super::*;
+
+    fn source(up: bool, error: Option<&str>) -> SourceStatus {
+        SourceStatus {
+            address: "10.0.0.1:7602".parse().unwrap(),
+            node: String::new(),
+            up,
+            error: error.map(str::to_owned),
+            banned: false,
+            banned_seconds: 0,
+            complete: true,
+            bytes: 0,
+        }
+    }
+
+    fn transfer(present: u64, sources: Vec<SourceStatus>) -> TransferStatus {
+        TransferStatus {
+            frames: 0,
+            frames_total: 0,
+            boot_complete: false,
+            present,
+            bytes: [0; 4],
+            origin_bytes: 0,
+            waits: WaitStatus::default(),
+            waiting_min_ms: None,
+            goodput: None,
+            similar_bytes: 0,
+            hedges: 0,
+            failovers: 0,
+            corrupt: 0,
+            bans: 0,
+            trouble: None,
+            sources,
+        }
+    }
+
+    #[test]
+    fn why_nothing_comes_is_said_after_ten_seconds_and_once_a_minute() {
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let absent = || vec![source(false, Some("has not this image"))];
+        let mut stall = Stall::new(began);
+        assert_eq!(stall.look(at(0), &transfer(1, absent())), None);
+        assert_eq!(stall.look(at(9), &transfer(1, absent())), None);
+        let said = stall.look(at(10), &transfer(1, absent())).unwrap();
+        assert_eq!(said, "nothing comes; 10.0.0.1:7602 has not this image");
+        assert_eq!(stall.look(at(69), &transfer(1, absent())), None);
+        assert!(stall.look(at(70), &transfer(1, absent())).is_some());
+        assert_eq!(stall.look(at(131), &transfer(2, absent())), None, "something came");
+        assert!(stall.look(at(141), &transfer(2, absent())).is_some());
+        let good = || vec![source(true, None)];
+        assert_eq!(stall.look(at(999), &transfer(2, good())), None, "it may be slow for a reason");
+        let full = TransferStatus { trouble: Some("this node is full".to_owned()), ..transfer(2, good()) };
+        assert_eq!(
+            stall.look(at(1000), &full).unwrap(),
+            "nothing comes; this node is full; 10.0.0.1:7602 has everything"
+        );
+    }
 }

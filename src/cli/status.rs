@@ -98,14 +98,12 @@ fn show_transfer(image: &ImageStatus) {
         transfer.waits.waiting,
     );
     println!("{}", fold(&troubles));
+    if let Some(trouble) = &transfer.trouble {
+        println!("{}", fold(&format!("  {trouble}")));
+    }
     for source in &transfer.sources {
-        let state = match (source.banned, source.up, source.complete) {
-            (true, _, _) => "banned",
-            (_, false, _) => "does not answer",
-            (_, _, true) => "has everything",
-            (_, _, false) => "has a part",
-        };
-        let sent = HumanBytes(source.bytes);
-        println!("{}", fold(&format!("  {} {}: {state}, sent {sent}", source.address, source.node)));
+        let (state, sent) = (source.state(), HumanBytes(source.bytes));
+        let name = format!("{} {}", source.address, source.node);
+        println!("{}", fold(&format!("  {}: {state}, sent {sent}", name.trim_end())));
     }
 }

@@ -1,6 +1,7 @@
 //! One node's open images, overlays and VM sockets, and what can be asked of them.
 
 mod error;
+mod images;
 mod overlays;
 mod vms;
 
@@ -142,6 +143,10 @@ impl Node {
                 let target = Target { name, root, boot, verify: false };
                 let root = self.arrivals.pull(&target, &Plan { sources, fill, fill_rate }).await?;
                 Ok(Reply::Image { root })
+            }
+            Request::ImageRemove { name } => {
+                let removed = self.remove_image(&name).await?;
+                Ok(Reply::Removed { freed: removed.freed() })
             }
             Request::VmOpen { name, owner } => self.open_vm(&name, owner).await.map(Reply::Vm),
             Request::VmClose { name } => self.close_vm(&name).await.map(|()| Reply::Done),

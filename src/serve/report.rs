@@ -35,7 +35,9 @@ pub(super) fn transfer(engine: &Engine) -> TransferStatus {
         address: source.address,
         node: source.node,
         up: source.up,
-        banned: source.banned,
+        error: source.error,
+        banned: source.banned_for.is_some(),
+        banned_seconds: source.banned_for.map_or(0, |time| time.as_secs() + 1),
         complete: source.complete,
         bytes: source.bytes,
     });
@@ -54,6 +56,7 @@ pub(super) fn transfer(engine: &Engine) -> TransferStatus {
         failovers: load(&counters.failovers),
         corrupt: load(&counters.corrupt),
         bans: load(&counters.bans),
+        trouble: progress.trouble,
         sources: sources.collect(),
     }
 }

@@ -23,6 +23,16 @@ pub enum Removed {
     NameOnly,
 }
 
+impl Removed {
+    /// Bytes that the file system got back; none when the content stayed.
+    pub const fn freed(self) -> Option<u64> {
+        match self {
+            Self::Content { freed } => Some(freed),
+            Self::NameOnly => None,
+        }
+    }
+}
+
 /// An image's content that nobody sees any more. Dropping it takes as long as the file system needs for large files: it is
 /// best done once others may change the store again.
 #[derive(Debug)]

@@ -47,6 +47,19 @@ struct Arrival {
     hold: Option<Hold>,
 }
 
+/// A transfer that nobody finds any more, and the hold on its image.
+pub(crate) struct TakenOut {
+    engine: Arc<Engine>,
+    _hold: Option<Hold>,
+}
+
+impl TakenOut {
+    /// Ends the transfer, and lets the image be removed.
+    pub(crate) async fn end(self) {
+        self.engine.end().await;
+    }
+}
+
 type ByRoot = BTreeMap<Digest, Arrival>;
 
 fn lock(arrivals: &Mutex<ByRoot>) -> MutexGuard<'_, ByRoot> {
@@ -178,12 +191,29 @@ impl Arrivals {
             tracing::warn!(%error, "a name of the store cannot be read");
         }
         for (name, root) in names {
-            let Some(plan) = plan_of(&self.store, root) else { continue };
-            let target = Target { name: name.clone(), root: Some(root), boot: Pin::Any, verify: false };
-            if let Err(error) = self.pull(&target, &plan).await {
-                tracing::error!(image = %name, %error, "cannot go on with an image that was on its way");
-            }
+            self.go_on(name, root).await;
         }
+    }
+
+    /// Goes on with image `root`, called `name`, if it was on its way.
+    pub(crate) async fn go_on(&self, name: ImageName, root: Digest) {
+        let Some(plan) = plan_of(&self.store, root) else { return };
+        let target = Target { name: name.clone(), root: Some(root), boot: Pin::Any, verify: false };
+        if let Err(error) = self.pull(&target, &plan).await {
+            tracing::error!(image = %name, %error, "cannot go on with an image that was on its way");
+        }
+    }
+
+    /// Nobody begins to fetch image `root` for as long as the result lives.
+    pub(crate) async fn keep_away(&self, root: Digest) -> tokio::sync::OwnedMutexGuard<()> {
+        self.begin(Begin::Root(root)).lock_owned().await
+    }
+
+    /// Image `root` is no longer on its way to anybody here or elsewhere; whoever gets its transfer ends it.
+    pub(crate) fn take_out(&self, root: Digest) -> Option<TakenOut> {
+        let Arrival { engine, hold } = lock(&self.arrivals).remove(&root)?;
+        self.catalogue.withdraw(root);
+        Some(TakenOut { engine, _hold: hold })
     }
 
     /// Ends every transfer, and makes durable what has come.

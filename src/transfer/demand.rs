@@ -17,7 +17,7 @@ use crate::peer::message::{Ask, BLOCKS_MAX, EXTENTS_MAX, to_wire};
 
 use super::counters::Kind;
 use super::engine::Shared;
-use super::receive::{self, Wrong};
+use super::receive;
 use super::request::Terms;
 use super::sources::RETRY;
 
@@ -25,8 +25,6 @@ use super::sources::RETRY;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Blocks that prefetch hints may leave to be fetched; more are dropped. 16 MiB.
 const HINT_BLOCKS_MAX: u64 = 4096;
-/// Pause after this node could not keep what came, before it tries again.
-const LOCAL_RETRY: Duration = Duration::from_secs(1);
 /// Blocks in one demand request.
 const DEMAND_BLOCKS_MAX: usize = 64;
 
@@ -44,6 +42,10 @@ impl Fetch for Shared {
         }
         self.missed.note(absent.iter().flat_map(|extent| extent.blocks()).filter(|block| !foreseen(*block)));
         Coming::Miss
+    }
+
+    fn hindrance(&self) -> Option<String> {
+        self.keeping.trouble()
     }
 
     fn hint(&self, absent: &[Extent]) {
@@ -96,12 +98,13 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
     if shared.similar().is_some() {
         let (copier, extents) = (Arc::clone(shared), extents.to_vec());
         // A panic there leaves the blocks absent, and they are fetched.
-        let _ = tokio::task::spawn_blocking(move || copier.copy_similar(&extents)).await;
+        let _ = shared.work.spawn_blocking(move || copier.copy_similar(&extents)).await;
     }
     let mut tried = Vec::new();
     // Nobody is known to have it. Who has parts of its page may: a guest does not wait before they were asked.
     let mut guesses = false;
     loop {
+        shared.keeping.well().await;
         let absent: Vec<Extent> =
             extents.iter().flat_map(|extent| shared.cache.absent(*extent)).take(EXTENTS_MAX).collect();
         let Some(first) = absent.first() else { return };
@@ -145,19 +148,14 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             let answered = reply.answered;
             move || receive::blocks(&shared.holding, &shared.cache, &ask, &answered.answer, answered.bulk())
         };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(0)) => {}
-            Ok(Ok(_)) => {
+        match shared.keep(work).await {
+            Some(Ok(0)) => {}
+            Some(Ok(_)) => {
                 tried.clear();
                 guesses = false;
             }
-            Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
-            Ok(Err(error @ Wrong::Local(_))) => {
-                tracing::error!(image = %shared.holding.root().short(), %error, "trying again");
-                tokio::time::sleep(LOCAL_RETRY).await;
-                tried.clear();
-            }
-            Err(_) => return,
+            Some(Err(what)) => shared.caught(&reply.source, what),
+            None => return,
         }
     }
 }

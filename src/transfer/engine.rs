@@ -23,6 +23,7 @@ use crate::store::Store;
 
 use super::counters::{Counters, Kind};
 use super::flight::Flights;
+use super::keeping::Keeping;
 use super::missed::Missed;
 use super::receive;
 use super::similar::{self, Similar};
@@ -109,6 +110,8 @@ pub struct Progress {
     pub complete: bool,
     /// Bytes that came over the network, by [`Kind`].
     pub bytes: [u64; 4],
+    /// Why what comes cannot be kept on this node, and what to do about it; nothing is fetched meanwhile.
+    pub trouble: Option<String>,
     /// The sources, and how they are.
     pub sources: Vec<SourceProgress>,
 }
@@ -122,8 +125,10 @@ pub struct SourceProgress {
     pub node: String,
     /// It can be asked.
     pub up: bool,
-    /// It lied, and is not asked for a while.
-    pub banned: bool,
+    /// Why not, for a person; none before it was tried.
+    pub error: Option<String>,
+    /// It lied, and is not asked for so long.
+    pub banned_for: Option<Duration>,
     /// It has all of the image.
     pub complete: bool,
     /// Bytes that came from it.
@@ -141,6 +146,7 @@ pub(super) struct Shared {
     /// The image's folder.
     pub(super) dir: PathBuf,
     pub(super) flights: Arc<Flights>,
+    pub(super) keeping: Keeping,
     pub(super) stream: StreamState,
     /// Extents to fetch soon for which nobody waits.
     pub(super) hints: Mutex<VecDeque<Extent>>,
@@ -156,6 +162,8 @@ pub(super) struct Shared {
     /// Cancelled once everything is wanted.
     fill: CancellationToken,
     pub(super) stop: CancellationToken,
+    /// What is done on threads of its own: it goes on when nobody waits for it any more, and may write by a file's name.
+    pub(super) work: TaskTracker,
 }
 
 /// The transfer of one image; see `crate::transfer`. Dropping it ends the transfer; [`Engine::stop`] also saves.
@@ -188,6 +196,7 @@ impl Engine {
             ),
             counters: Arc::new(Counters::default()),
             flights: Arc::new(Flights::default()),
+            keeping: Keeping::new(holding.root()),
             stream: StreamState::new(),
             hints: Mutex::new(VecDeque::new()),
             demand_wake: Notify::new(),
@@ -198,6 +207,7 @@ impl Engine {
             probing: AtomicBool::new(options.similar.is_some()),
             copies_boot: AtomicBool::new(false),
             stop,
+            work: TaskTracker::new(),
             holding,
             cache,
             options,
@@ -283,16 +293,18 @@ impl Engine {
             boot_complete: shared.stream.is_over(),
             complete: *self.done.borrow(),
             bytes: Kind::ALL.map(|kind| shared.counters.bytes.get(kind)),
+            trouble: shared.keeping.trouble(),
             sources: sources
                 .iter()
                 .map(|source| {
-                    let banned = source.is_banned();
+                    let banned_for = source.banned_for();
                     let state = source.state();
                     SourceProgress {
                         address: source.address,
                         node: state.node.clone(),
                         up: state.link.is_some(),
-                        banned,
+                        error: state.error.clone(),
+                        banned_for,
                         complete: state.have.complete,
                         bytes: source.bytes.total(),
                     }
@@ -317,10 +329,22 @@ impl Engine {
 
     /// Ends the transfer and makes durable what has come.
     pub async fn stop(&self) {
-        self.shared.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        self.end().await;
         self.shared.save().await;
+    }
+
+    /// Ends the transfer, for an image that is to be removed: nothing is written when this returns. Who waits for boot
+    /// frames of this node is told that they do not come.
+    pub async fn end(&self) {
+        self.shared.stop.cancel();
+        for tasks in [&self.tasks, &self.shared.work] {
+            tasks.close();
+            tasks.wait().await;
+        }
+        if let Some(frames) = self.shared.holding.frames() {
+            frames.end();
+        }
+        self.shared.holding.changed();
     }
 }
 
@@ -405,8 +429,12 @@ impl Shared {
             }
             saved
         };
-        match tokio::task::spawn_blocking(work).await {
+        match self.work.spawn_blocking(work).await {
             Ok(Ok(everything)) => Some(everything),
+            Ok(Err(error)) if self.keeping.trouble().is_some() => {
+                tracing::debug!(image = %self.holding.root().short(), %error, "cannot save what has come");
+                None
+            }
             Ok(Err(error)) => {
                 tracing::error!(
                     image = %self.holding.root().short(), %error,

@@ -22,7 +22,7 @@ use crate::peer::message::{Answer, Ask, BLOCKS_MAX};
 use super::counters::Kind;
 use super::demand::{fetch, frame_of};
 use super::engine::Shared;
-use super::receive::{self, Wrong};
+use super::receive;
 use super::request::Terms;
 
 /// How much longer than on an empty link an answer may take.
@@ -167,13 +167,16 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
             let Some(flight) = shared.flights.take(absent, BLOCKS_MAX, false) else { continue };
             let blocks: u64 = flight.extents.iter().map(|extent| extent.count).sum();
             under_way += blocks;
-            let shared = Arc::clone(shared);
-            running.spawn(async move {
-                let began = Instant::now();
-                fetch(&shared, &flight.extents, Kind::Fill).await;
-                let came = flight.extents.iter().all(|extent| shared.cache.has(*extent));
-                (blocks, came.then(|| began.elapsed()))
-            });
+            let work = {
+                let shared = Arc::clone(shared);
+                async move {
+                    let began = Instant::now();
+                    fetch(&shared, &flight.extents, Kind::Fill).await;
+                    let came = flight.extents.iter().all(|extent| shared.cache.has(*extent));
+                    (blocks, came.then(|| began.elapsed()))
+                }
+            };
+            running.spawn(shared.work.track_future(work));
         }
         shared.holding.note_page(page);
     }
@@ -239,16 +242,11 @@ async fn ask_parts(shared: &Arc<Shared>, page: u64, groups: Vec<u32>, pages: Vec
             let answered = reply.answered;
             move || receive::blocks(&shared.holding, &shared.cache, &ask, &answered.answer, answered.bulk())
         };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(_)) if got > 0 => return,
-            Ok(Ok(_)) => {}
-            Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
-            Ok(Err(error @ Wrong::Local(_))) => {
-                tracing::error!(image = %shared.holding.root().short(), %error, "trying again");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                return;
-            }
-            Err(_) => return,
+        match shared.keep(work).await {
+            Some(Ok(_)) if got > 0 => return,
+            Some(Ok(_)) => {}
+            Some(Err(what)) => shared.caught(&reply.source, what),
+            None => return,
         }
     }
     shared.sources.changed().await;

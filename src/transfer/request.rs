@@ -75,7 +75,7 @@ struct Asked {
 }
 
 impl Shared {
-    /// Asks the sources that `pick` names until one answers. None when `pick` has no more. The sources tried are added
+    /// Asks the sources that `pick` names until one answers, once that can be kept. None when `pick` has no more. The sources tried are added
     /// to `tried`.
     pub(super) async fn request(
         &self,
@@ -97,6 +97,7 @@ impl Shared {
                 (source, number, result)
             })
         };
+        self.keeping.well().await;
         let mut late = Instant::now();
         let mut lost_after = LOST_MIN;
         let mut lost = late;

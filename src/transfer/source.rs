@@ -56,6 +56,8 @@ pub(super) struct State {
     pub(super) demoted_until: Option<Instant>,
     /// The last attempt to connect to it failed.
     pub(super) unreachable: bool,
+    /// Why it cannot be asked, for a person; none before it was tried, and while it can.
+    pub(super) error: Option<String>,
     /// Its boot cache of the image is another one: of it, only blocks are of use.
     pub(super) other_boot: bool,
     latency: Option<Latency>,
@@ -206,9 +208,15 @@ impl Source {
             || state.banned_until.is_some_and(|until| until > Instant::now())
     }
 
+    /// For how long it may not be spoken to.
+    pub(super) fn banned_for(&self) -> Option<Duration> {
+        let left = self.state().banned_until?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
     /// Whether it may not be spoken to.
     pub(super) fn is_banned(&self) -> bool {
-        self.state().banned_until.is_some_and(|until| until > Instant::now())
+        self.banned_for().is_some()
     }
 }
 

@@ -99,6 +99,18 @@ impl SourceError {
             _ => Self::OtherImage,
         }
     }
+
+    /// How the source is, as a person is told it.
+    fn as_state(&self) -> String {
+        match self {
+            Self::Connect(error) => format!("does not answer: {error}"),
+            Self::Call(error) => format!("does not answer: {error}"),
+            Self::Silent => "does not answer".to_owned(),
+            Self::Absent => "has not this image".to_owned(),
+            Self::Refused(reason) => format!("refuses: {reason}"),
+            Self::OtherImage => "describes another image, or none".to_owned(),
+        }
+    }
 }
 
 impl std::fmt::Debug for Sources {
@@ -239,7 +251,11 @@ impl Sources {
                     let error = self.supervise(source, &link).await;
                     link.urgent.close();
                     link.bulk.close();
-                    source.state().link = None;
+                    {
+                        let mut state = source.state();
+                        state.link = None;
+                        state.error = Some(error.as_state());
+                    }
                     tracing::info!(source = %source.address, image = %self.root.short(), %error, "lost a source");
                     self.changed.notify_waiters();
                 }
@@ -248,7 +264,11 @@ impl Sources {
                         tracing::info!(source = %source.address, image = %self.root.short(), %error, "cannot use a source");
                     }
                     failures += 1;
-                    source.state().unreachable = true;
+                    {
+                        let mut state = source.state();
+                        state.unreachable = true;
+                        state.error = Some(error.as_state());
+                    }
                     self.changed.notify_waiters();
                 }
             }
@@ -267,6 +287,7 @@ impl Sources {
             let mut state = source.state();
             state.link = Some(link.clone());
             state.unreachable = false;
+            state.error = None;
         }
         self.changed.notify_waiters();
         Ok(link)

@@ -235,25 +235,20 @@ async fn fetch_heads(shared: &Arc<Shared>) {
         let path = shared.dir.join("boot");
         let (root, digest) = (shared.holding.root(), boot.heads_digest);
         let bytes = reply.answered.bulk().to_vec();
-        let made = tokio::task::spawn_blocking(move || BootCache::create(&path, root, bytes, digest)).await;
+        let make = move || BootCache::create(&path, root, bytes.clone(), digest).map_err(Wrong::from);
         let size = shared.holding.manifest.size;
-        match made {
-            Ok(Ok(boot)) if boot.heads().size() != size => {
+        match shared.keep(make).await {
+            Some(Ok(boot)) if boot.heads().size() != size => {
                 shared.caught(&reply.source, "the heads of the boot cache are of a disk of another size");
             }
-            Ok(Ok(boot)) => {
+            Some(Ok(boot)) => {
                 shared.holding.set_frames(Frames::unchecked(boot, false));
                 shared.stream.progress();
                 shared.demand_wake.notify_one();
                 return;
             }
-            Ok(Err(error)) => match Wrong::from(error) {
-                Wrong::Lie(_) => {
-                    shared.caught(&reply.source, "the heads of the boot cache are not those pinned")
-                }
-                Wrong::Local(error) => tracing::error!(%error, "cannot keep the boot cache"),
-            },
-            Err(_) => return,
+            Some(Err(_)) => shared.caught(&reply.source, "the heads of the boot cache are not those pinned"),
+            None => return,
         }
     }
     shared.sources.changed().await;
@@ -265,9 +260,9 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
     let number = u32::try_from(index).expect("a boot cache has fewer than 2^32 frames");
     if shared.copies_boot.load(Ordering::Acquire) {
         let extents: Vec<Extent> = frames.heads().frame_runs(index).iter().map(|run| run.extent).collect();
-        let shared = Arc::clone(shared);
+        let copier = Arc::clone(shared);
         // A panic there leaves the blocks absent, and they are fetched.
-        let _ = tokio::task::spawn_blocking(move || shared.copy_similar(&extents)).await;
+        let _ = shared.work.spawn_blocking(move || copier.copy_similar(&extents)).await;
     }
     let runs = frames.heads().frame_runs(index).iter().filter(|run| !run.zero);
     let lacking: Vec<Extent> = runs.flat_map(|run| shared.cache.absent(run.extent)).collect();
@@ -361,17 +356,12 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             let answered = reply.answered;
             move || receive::frame(&shared.holding, &shared.cache, index, answered.bulk())
         };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(())) | Err(_) => {
+        match shared.keep(work).await {
+            Some(Ok(())) | None => {
                 shared.stream.came(bytes);
                 return;
             }
-            Ok(Err(Wrong::Lie(what))) => shared.caught(&reply.source, what),
-            Ok(Err(error @ Wrong::Local(_))) => {
-                tracing::error!(image = %shared.holding.root().short(), %error, "trying again");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                tried.clear();
-            }
+            Some(Err(what)) => shared.caught(&reply.source, what),
         }
     }
 }

@@ -128,7 +128,7 @@ impl Node {
     /// Runs what waits for the store's lock of changes: one at a time, since those who wait for it only look now and then.
     ///
     /// Dropped, the work goes on to its end.
-    async fn changing<T: Send + 'static>(
+    pub(super) async fn changing<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
     ) -> Result<T, NodeError> {
