@@ -49,12 +49,12 @@ impl fmt::Display for Finding {
                 write!(
                     f,
                     "{count} blocks of the disk differ from the image, the first at byte {first}: \
-                     remove the image and add it again"
+                     add an intact copy again, which repairs it"
                 )
             }
             Self::Raw { found } => write!(
                 f,
-                "the disk's BLAKE3 is {found}, not that of the manifest: remove the image and add it again"
+                "the disk's BLAKE3 is {found}, not that of the manifest: add an intact copy again, which repairs it"
             ),
             Self::File(what) => f.write_str(what),
             Self::BootBlocks { count } => {
