@@ -18,9 +18,9 @@ use crate::wire::hall::{Hall, Place};
 
 /// Guests that may speak at once; with more, the oldest that has said nothing leaves.
 const AT_ONCE: usize = 512;
-/// Connections of one address that have not said a name yet; more are closed at once. Many guests may share an address, but
-/// each says its name as soon as it is connected.
-const SILENT_OF_ONE: usize = 8;
+/// Connections of one address that have not said a name yet; more are closed at once. A quarter of all: the guests of a node
+/// may come from its address, all at once.
+pub(super) const SILENT_OF_ONE: usize = 128;
 /// How long a guest may take to say its name.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest name, with its end.

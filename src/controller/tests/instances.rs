@@ -210,12 +210,12 @@ async fn an_address_that_only_connects_keeps_few_places_for_reports() {
     let controller = Controller::start(options(dir.path())).await.unwrap();
     let address = controller.report_address().unwrap();
     let mut silent = Vec::new();
-    for _ in 0..8 {
+    for _ in 0..crate::controller::report::SILENT_OF_ONE {
         silent.push(tokio::net::TcpStream::connect(address).await.unwrap());
     }
-    // The listener takes them in order: this one comes behind the eight, and is closed before them.
-    let mut ninth = tokio::net::TcpStream::connect(address).await.unwrap();
-    assert!(matches!(ninth.read(&mut [0]).await, Ok(0) | Err(_)));
+    // The listener takes them in order: this one comes behind the silent ones, and is closed before them.
+    let mut next = tokio::net::TcpStream::connect(address).await.unwrap();
+    assert!(matches!(next.read(&mut [0]).await, Ok(0) | Err(_)));
     let waits = |stream: &tokio::net::TcpStream| stream.try_read(&mut [0]).map_err(|error| error.kind());
     assert!(silent.iter().all(|stream| waits(stream) == Err(std::io::ErrorKind::WouldBlock)));
     // Guests at other addresses are heard, and those at this one when the silent ones have left.
