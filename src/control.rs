@@ -202,6 +202,7 @@ pub struct TransferStatus {
     /// Requests sent again because a source broke, stalled, or did not have it.
     pub failovers: u64,
     /// Answers that were wrong, and were not used.
+    #[serde(alias = "lies")]
     pub corrupt: u64,
     /// Times that a source was banned.
     pub bans: u64,

@@ -64,7 +64,7 @@ pub enum StoreError {
     #[error("image {} is the base of {dependent}: remove that first", root.short())]
     HasDependent { root: Digest, dependent: String },
     /// Its sockets would have names that Unix sockets cannot have.
-    #[error("{}: the store's path may have {PATH_MAX} bytes, since that of a socket in it has 108 at most", .0.display())]
+    #[error("{}: the store's path may have {PATH_MAX} bytes, since that of a socket in it has 107 at most", .0.display())]
     PathTooLong(PathBuf),
     /// A file of the store is not what it was.
     #[error("{}: {what}", path.display())]
@@ -145,7 +145,9 @@ impl ImageEntry {
         if length == size {
             return Ok(());
         }
-        let what = format!("it has {length} bytes, not {size}; remove the image and add it again");
+        let what = format!(
+            "it has {length} bytes, not {size}; add an intact copy of the image again, which repairs it"
+        );
         Err(StoreError::Damaged { path: self.disk_path(), what })
     }
 
@@ -181,6 +183,16 @@ impl Store {
         }
         store.clean()?;
         Ok(store)
+    }
+
+    /// Keeps other commands from starting a VM on the overlay of that name, which is there, until the result is dropped;
+    /// none while another one has it.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn lock_overlay(&self, name: &HostName) -> Result<Option<fs::File>, StoreError> {
+        let dir = self.overlay_dir(name);
+        fs::File::open(&dir).and_then(lock::exclusive).map_err(at(&dir))
     }
 
     /// The folder.

@@ -182,8 +182,8 @@ pub struct Identity {
     nbd: Arc<ServerConfig>,
     /// What this member shows to those who connect.
     shown: Vec<CertificateDer<'static>>,
-    /// The first of its certificates and the authority's that ends, and when.
-    ends: Option<(PathBuf, SystemTime)>,
+    /// When its certificates and the authority's end.
+    ends: Vec<(PathBuf, SystemTime)>,
 }
 
 impl Identity {
@@ -221,11 +221,12 @@ impl Identity {
             .with_client_auth_cert(certificates(&client_certificate)?, private_key(&client_key)?)
             .map_err(unusable)?;
         let shown = certificates(&server_certificate)?;
-        let mut ends = Vec::new();
-        for path in [&server_certificate, &client_certificate, &dir.join(CA_CERT)] {
-            ends.extend(certificates(path)?.iter().filter_map(end).map(|end| (path.clone(), end)));
-        }
-        let ends = ends.into_iter().min_by_key(|(_, end)| *end);
+        // Of several authorities the last one counts: the others are there until nobody needs them.
+        let ends = [&server_certificate, &client_certificate, &dir.join(CA_CERT)].map(|path| {
+            let end = certificates(path)?.iter().filter_map(end).max();
+            Ok::<_, TlsError>(end.map(|end| (path.clone(), end)))
+        });
+        let ends: Vec<_> = ends.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect();
         let identity = Self { server, client: Arc::new(client), nbd, shown, ends };
         if let Some(warning) = identity.expiry_warning(SystemTime::now()) {
             tracing::warn!("{warning}");
@@ -236,15 +237,18 @@ impl Identity {
     /// What to tell people when, at the time `now`, one of this member's certificates or the authority's has ended or will
     /// within 30 days.
     pub fn expiry_warning(&self, now: SystemTime) -> Option<String> {
-        let (path, end) = self.ends.as_ref()?;
+        let (path, end) = self.ends.iter().min_by_key(|(_, end)| *end)?;
+        let remedy = match path.file_name() {
+            Some(name) if name == CA_CERT => "make a new authority (Certificates in docs/operations.md)",
+            _ => "issue it anew (`bootcache ca issue`), and restart what uses it",
+        };
         let path = path.display();
         match end.duration_since(now) {
             Ok(left) if left > EXPIRY_NOTICE => None,
-            Ok(left) => Some(format!(
-                "the certificate {path} ends in {} days: issue it anew (`bootcache ca issue`)",
-                left.as_secs() / 86_400
-            )),
-            Err(_) => Some(format!("the certificate {path} has ended: issue it anew (`bootcache ca issue`)")),
+            Ok(left) => {
+                Some(format!("the certificate {path} ends in {} days: {remedy}", left.as_secs() / 86_400))
+            }
+            Err(_) => Some(format!("the certificate {path} has ended: {remedy}")),
         }
     }
 

@@ -161,7 +161,7 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     serial.read_to_string(&mut said).unwrap();
     assert!(said.contains("ACPI-POWEROFF") && !said.contains("error"), "{said}");
     store.run(["stop", "vm-2", "--force"]);
-    assert!(process_of("qemu-system", "guest=vm-").is_none());
+    assert!(process_of(store.path().to_str().unwrap(), "guest=vm-").is_none());
     let left = store.run(["--json", "overlay", "list"]);
     assert!(left.contains("vm-2") && !left.contains("vm-1"), "{left}");
     assert!(virsh(&["list", "--all", "--name"]).trim().is_empty());

@@ -346,13 +346,13 @@ fn known(inner: &Inner, cluster: &str, task: i64, wanted: &Part) -> Option<Resul
     }
 }
 
-/// Whether two parts are orders of the same instances. Where their images come from differs from time to time.
+/// Whether two parts are the same order. Where its images come from, and where guests report, differs from time to time.
 fn of_same(one: &Part, other: &Part) -> bool {
-    let instances = |part: &Part| {
-        let orders = part.instances.iter();
-        orders.map(|order| (order.name.clone(), order.image.clone())).collect::<BTreeSet<_>>()
+    let roots = |part: &Part| -> BTreeMap<_, _> {
+        part.images.iter().map(|image| (image.name.clone(), image.root)).collect()
     };
-    instances(one) == instances(other)
+    let same_orders = one.instances == other.instances && one.common == other.common;
+    same_orders && one.networks == other.networks && roots(one) == roots(other)
 }
 
 /// Goes on with what was ordered before this agent started.

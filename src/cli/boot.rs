@@ -1,6 +1,6 @@
 //! `bootcache boot IMAGE`: VMs of an image, each with its own overlay and socket.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -155,7 +155,7 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
     };
     let mut client = super::daemon::daemon(store.dir()).await?;
     let kept =
-        if args.reuse { reuse::kept(&store, &mut client, &names, entry.root).await? } else { HashSet::new() };
+        if args.reuse { reuse::kept(&store, &mut client, &names, entry.root).await? } else { HashMap::new() };
     let plan = Plan {
         store: store.clone(),
         image: args.image.clone(),

@@ -1,6 +1,7 @@
 //! One guest of `bootcache boot`: made, started, waited for, and undone when it does not come up.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -40,8 +41,8 @@ pub(super) struct Plan {
     pub(super) store: Store,
     pub(super) image: ImageName,
     pub(super) root: Digest,
-    /// Guests whose overlay was there before: it outlives a boot that fails.
-    pub(super) kept: HashSet<HostName>,
+    /// Guests whose overlay was there before, and outlives a boot that fails; each with the lock of who goes on with it.
+    pub(super) kept: HashMap<HostName, File>,
     pub(super) disk: DiskWay,
     pub(super) memory_mib: u32,
     pub(super) cpus: u32,
@@ -91,7 +92,7 @@ impl Guest {
             None => None,
         };
         let mut client = plan.client().await?;
-        if !plan.kept.contains(&name) {
+        if !plan.kept.contains_key(&name) {
             let request =
                 Request::OverlayCreate { image: plan.image.clone(), name: name.clone(), size: None };
             client.call(&request).await?;
@@ -224,7 +225,7 @@ pub(super) async fn undo(plan: &Plan, name: &HostName) {
         let mut client = plan.client().await?;
         let _ = client.call(&Request::VmClose { name: name.clone() }).await;
         let _ = std::fs::remove_dir_all(&dir);
-        if !plan.kept.contains(name) {
+        if !plan.kept.contains_key(name) {
             client.call(&Request::OverlayRemove { name: name.clone() }).await?;
         }
         anyhow::Ok(())

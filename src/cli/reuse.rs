@@ -1,6 +1,7 @@
 //! `bootcache boot --reuse`: VMs that were stopped, or went off by themselves, go on with their overlays.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{bail, ensure};
@@ -12,7 +13,8 @@ use bootcache::store::Store;
 
 use super::guest;
 
-/// Which of the VMs have an overlay; what is left of those that went off by themselves is removed, but for that.
+/// Which of the VMs have an overlay, each with a lock that keeps other commands from going on with it; what is left of
+/// those that went off by themselves is removed, but for the overlay.
 ///
 /// # Errors
 /// One of them runs, is used by somebody else, is damaged, or is not of the image with that root. Nothing is started then.
@@ -21,11 +23,16 @@ pub(super) async fn kept(
     client: &mut Client,
     names: &[HostName],
     root: Digest,
-) -> anyhow::Result<HashSet<HostName>> {
+) -> anyhow::Result<HashMap<HostName, File>> {
     let overlays = list(client).await?;
     let kept: Vec<&OverlayInfo> = overlays.iter().filter(|overlay| names.contains(&overlay.name)).collect();
+    let mut locks = HashMap::new();
     for overlay in &kept {
         let name = &overlay.name;
+        let Some(lock) = store.lock_overlay(name)? else {
+            bail!("VM '{name}' is just being started by another command");
+        };
+        locks.insert(name.clone(), lock);
         if let Some(error) = &overlay.error {
             bail!("overlay '{name}' cannot be used: {error}");
         }
@@ -52,7 +59,7 @@ pub(super) async fn kept(
             std::fs::remove_dir_all(&dir)?;
         }
     }
-    Ok(kept.into_iter().map(|overlay| overlay.name.clone()).collect())
+    Ok(locks)
 }
 
 async fn list(client: &mut Client) -> anyhow::Result<Vec<OverlayInfo>> {

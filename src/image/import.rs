@@ -366,23 +366,26 @@ fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digest
         .and_then(|digests| disk.sync_all().map(|()| digests).map_err(ScanError::Io));
     copied.map_err(|error| match from.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         None => scan_error(&path, error),
-        Some(io::ErrorKind::UnexpectedEof) => ImportError::Changed(source.path.clone()),
-        Some(kind) => source_error(kind.into()),
+        Some(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            ImportError::Changed(source.path.clone())
+        }
+        Some(error) => source_error(error),
     })
 }
 
 /// A given file as it is read, and how that failed: errors of the store's own files look alike.
 struct Given<'a> {
     file: FileSource<'a>,
-    failed: Mutex<Option<io::ErrorKind>>,
+    failed: Mutex<Option<io::Error>>,
 }
 
 impl Given<'_> {
     fn noted<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        if let Err(error) = &result {
-            self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.kind());
-        }
-        result
+        result.map_err(|error| {
+            let kind = error.kind();
+            self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            kind.into()
+        })
     }
 }
 

@@ -95,7 +95,8 @@ impl PartialTree {
         let layout = stored.layout;
         let (groups, pages) = (Known::new(layout.groups()), Known::new(layout.pages()));
         for group in 0..layout.groups() {
-            let Some(sound) = stored.sound_pages(group)? else { continue };
+            // What cannot be read is not known, comes again, and is written anew.
+            let Ok(Some(sound)) = stored.sound_pages(group) else { continue };
             groups.set(group);
             let numbered = (group * GROUP_PAGES..).zip(sound);
             numbered.filter(|(_, sound)| *sound).for_each(|(page, _)| pages.set(page));
@@ -190,6 +191,11 @@ impl PartialTree {
             true if self.stored.verify_block(block, data, last)? => Verdict::Good,
             true => Verdict::Bad,
         })
+    }
+
+    /// Takes `page` for one that has not come: it cannot be read any more.
+    pub fn forget_page(&self, page: u64) {
+        self.pages.clear(page);
     }
 
     /// Whether `block` is all zeroes; none when its page is not known.
@@ -434,6 +440,10 @@ mod tests {
         for page in missing {
             partial.add_page(page, &tree.page_bytes(page).unwrap()).unwrap();
         }
+        assert!(partial.is_complete());
+        partial.forget_page(0);
+        assert_eq!(verdict(&partial, 0, &blocks[0].1), Verdict::UnknownPage);
+        partial.add_page(0, &tree.page_bytes(0).unwrap()).unwrap();
         assert!(partial.is_complete());
         for (at, data) in &blocks {
             assert_eq!(verdict(&partial, *at, data), Verdict::Good);

@@ -13,12 +13,17 @@ use crate::block::BLOCK_BYTES;
 const CHUNK: u64 = 1 << 20;
 
 /// Writes to the disk at `stored` what differs from that at `intact`, whose digests were just made; gives the number of
-/// blocks. Both have `size` bytes.
+/// blocks, and one more for a length that was wrong: `intact` has `size` bytes.
 ///
 /// In place, so that whoever has the image open, a VM on an overlay for instance, reads right bytes from then on. An
 /// interruption leaves some blocks as wrong as they were.
 pub(super) fn repair(stored: &Path, intact: &Path, size: u64) -> io::Result<u64> {
     let (stored, intact) = (File::options().read(true).write(true).open(stored)?, File::open(intact)?);
+    let mut repaired = 0;
+    if stored.metadata()?.len() != size {
+        stored.set_len(size)?;
+        repaired += 1;
+    }
     let mut chunks = BTreeSet::new();
     for file in [&stored, &intact] {
         for extent in data_extents(file, 0..size) {
@@ -27,7 +32,6 @@ pub(super) fn repair(stored: &Path, intact: &Path, size: u64) -> io::Result<u64>
         }
     }
     let (mut right, mut found) = (Vec::new(), Vec::new());
-    let mut repaired = 0;
     for start in chunks.into_iter().map(|chunk| chunk * CHUNK) {
         let length = usize::try_from(CHUNK.min(size - start)).expect("a chunk fits into memory");
         right.resize(length, 0);
@@ -74,5 +78,10 @@ mod tests {
         rot.write_all_at(b"z", size - 1).unwrap();
         assert_eq!(repair(&stored, &intact, size).unwrap(), 3);
         assert_eq!(std::fs::read(&stored).unwrap(), bytes);
+        for length in [CHUNK, size + 1] {
+            rot.set_len(length).unwrap();
+            assert!(repair(&stored, &intact, size).unwrap() >= 1);
+            assert_eq!(std::fs::read(&stored).unwrap(), bytes);
+        }
     }
 }

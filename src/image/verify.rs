@@ -49,12 +49,12 @@ impl fmt::Display for Finding {
                 write!(
                     f,
                     "{count} blocks of the disk differ from the image, the first at byte {first}: \
-                     add an intact copy again, which repairs it"
+                     add an intact copy of the image again, which repairs it (remove an increment first)"
                 )
             }
             Self::Raw { found } => write!(
                 f,
-                "the disk's BLAKE3 is {found}, not that of the manifest: add an intact copy again, which repairs it"
+                "the disk's BLAKE3 is {found}, not that of the manifest: add an intact copy of the image again, which repairs it (remove an increment first)"
             ),
             Self::File(what) => f.write_str(what),
             Self::BootBlocks { count } => {

@@ -3,7 +3,7 @@
 //! | uplink | without a VLAN | with one |
 //! |---|---|---|
 //! | an interface | itself | an 802.1Q device on it (`eth0.10`), which leaves the host its address |
-//! | a bridge of the host | one end of a veth pair; the other is a port of that bridge | the same, and there an access port of the VLAN |
+//! | a bridge of the host | one end of a veth pair; the other is a port of that bridge | the same, and there an access port of the VLAN, where the bridge filters VLANs; else as with an interface |
 //!
 //! So every network has a bridge of its own, as Docker's networks need one, and a bridge that filters VLANs carries
 //! many of them over the trunk that it has.
@@ -23,13 +23,31 @@ impl Networks {
             return Err(refused(spec, format!("this host has no network interface {name} (see `ip link`)")));
         };
         match spec.vlan {
+            Some(vlan) if !self.is_patched(links, spec, &uplink, vlan).await? => {
+                self.vlan_device(links, spec, &uplink, vlan).await.map(Some)
+            }
             _ if uplink.is_bridge => self.patch(links, spec, &uplink).await.map(Some),
-            Some(vlan) => self.vlan_device(links, spec, &uplink, vlan).await.map(Some),
-            None => {
+            _ => {
                 check_address(links, spec, &uplink).await?;
                 Ok(Some(uplink))
             }
         }
+    }
+
+    /// Whether a network in `vlan` is joined to `uplink` by a port of it: that is a bridge which filters VLANs, and no
+    /// 802.1Q device on it was made for the network before.
+    async fn is_patched(
+        &self,
+        links: &Links,
+        spec: &NetworkSpec,
+        uplink: &Link,
+        vlan: u16,
+    ) -> Result<bool, NetworkError> {
+        if !uplink.is_bridge || !uplink.vlan_filter.is_some_and(|filter| filter.on) {
+            return Ok(false);
+        }
+        let earlier = links.find(&vlan_device_name(uplink, vlan)).await?;
+        Ok(earlier.is_none_or(|link| link.alias != Some(self.mark(&spec.bridge))))
     }
 
     async fn vlan_device(
@@ -64,27 +82,7 @@ impl Networks {
                 format!("{} is a bridge of {other}: take another uplink", uplink.name),
             ));
         }
-        let filters = match (spec.vlan, &uplink.vlan_filter) {
-            (None, _) => None,
-            (Some(vlan), Some(filter)) if filter.on => Some((vlan, filter.default_vlan)),
-            (Some(_), Some(_)) => {
-                return Err(refused(
-                    spec,
-                    format!(
-                        "the bridge {0} filters no VLANs: `ip link set {0} type bridge vlan_filtering 1`, or leave vlan out",
-                        uplink.name
-                    ),
-                ));
-            }
-            (Some(_), None) => {
-                return Err(refused(
-                    spec,
-                    "bridges of this kernel filter no VLANs (CONFIG_BRIDGE_VLAN_FILTERING): leave vlan out, or give the \
-                     network an interface as its uplink"
-                        .to_owned(),
-                ));
-            }
-        };
+        let filters = spec.vlan.zip(uplink.vlan_filter.map(|filter| filter.default_vlan));
         if let (Some(mtu), Some(most)) = (spec.mtu, uplink.mtu)
             && mtu > most
         {

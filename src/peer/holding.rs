@@ -83,6 +83,17 @@ impl KnownTree {
         }
     }
 
+    /// Has `page` come again, since it cannot be read here; false for a tree of which nothing comes.
+    pub fn forget_page(&self, page: u64) -> bool {
+        match self {
+            Self::Whole(_) => false,
+            Self::Partial(tree) => {
+                tree.forget_page(page);
+                true
+            }
+        }
+    }
+
     /// Whether the page digests of `group` are known.
     pub fn knows_group(&self, group: u64) -> bool {
         match self {

@@ -138,11 +138,22 @@ fn bytes_of(holding: &Holding, extent: Extent) -> u64 {
     }
 }
 
+/// As the tree says. A page of it that cannot be read counts as one that has not come, and comes again: no write here helps.
+fn verify(holding: &Holding, block: u64, data: &[u8], last: &mut LastPage) -> Result<Verdict, Wrong> {
+    match holding.tree.verify(block, data, last) {
+        Err(error) if holding.tree.forget_page(block / PAGE_BLOCKS) => {
+            tracing::error!(image = %holding.root().short(), block, %error, "a page of the digest tree has to come again");
+            Ok(Verdict::UnknownPage)
+        }
+        verdict => Ok(verdict?),
+    }
+}
+
 /// Verifies `data`, which begins at block `start`, and keeps it if all of it is right.
 pub(super) fn keep(holding: &Holding, cache: &LocalCache, start: u64, data: &[u8]) -> Result<u64, Wrong> {
     let (mut good, mut last) = (0, LastPage::default());
     for (block, bytes) in (start..).zip(data.chunks(BLOCK_BYTES)) {
-        match holding.tree.verify(block, bytes, &mut last)? {
+        match verify(holding, block, bytes, &mut last)? {
             Verdict::Good => good += 1,
             Verdict::Bad if cfg!(bootcache_unchecked) => good += 1,
             Verdict::Bad => return Err(Wrong::Lie("a block does not have its digest")),
@@ -209,7 +220,8 @@ fn write_run(
 ) -> Result<(), Wrong> {
     let Some(data) = data else {
         for block in extent.blocks() {
-            if holding.tree.is_zero(block)? != Some(false) {
+            // A page that cannot be read is as good as unknown.
+            if !matches!(holding.tree.is_zero(block), Ok(Some(false))) {
                 cache.insert_zero(Extent::new(block, 1)).map_err(Wrong::Local)?;
             }
         }
@@ -220,7 +232,7 @@ fn write_run(
     let mut last = LastPage::default();
     for (block, bytes) in extent.blocks().zip(data.chunks(BLOCK_BYTES)) {
         // The heads are pinned, but the tree has the last word.
-        if holding.tree.verify(block, bytes, &mut last)? == Verdict::Bad {
+        if verify(holding, block, bytes, &mut last)? == Verdict::Bad {
             tracing::error!(
                 image = %holding.root().short(), frame,
                 "the boot cache contradicts the image: record the image again"

@@ -16,8 +16,9 @@ ip link add eth0.99 link eth0 type vlan id 99 || fail "eth0.99"
 ip link add vmbr type bridge || fail "vmbr"
 ip link set eth0.99 master vmbr up; ip link set vmbr up; ip addr add 172.16.101.$SELF/24 dev vmbr
 spec 110 110 vmbr; spec 120 120 vmbr; spec 130 $((130 + SELF)) vmbr
-make_network host$SELF /tmp/net110.json 2>&1 | grep "vmbr filters no VLANs" || fail "a bridge that filters no VLANs"
-[ ! -e /sys/class/net/br110 ] || fail "a bridge that was refused was made"
+make_network host$SELF /tmp/net110.json >/dev/null || fail "on a bridge that filters no VLANs"
+[ -e /sys/class/net/vmbr.110 ] || fail "no 802.1Q device on a bridge that filters no VLANs"
+make_network host$SELF --remove br110 >/dev/null && [ ! -e /sys/class/net/vmbr.110 ] || fail "remove vmbr.110"
 echo 1 >/sys/class/net/vmbr/bridge/vlan_filtering
 for vlan in 110 120 131 132; do bridge vlan add dev eth0.99 vid $vlan || fail "the trunk"; done
 make_network host$SELF /tmp/net110.json /tmp/net120.json /tmp/net130.json >/dev/null || fail "networks on a bridge"
@@ -41,12 +42,13 @@ for try in 1 2 3; do
 	reaches 172.16.30.$OTHER && fail "VLAN 31 reaches VLAN 32"
 	reaches 172.16.130.$OTHER && fail "VLAN 131 reaches VLAN 132"
 done
-# In the host's own VLAN of that bridge nothing of a network is seen, though all have the same trunk.
-ip addr add 172.16.110.$((100 + SELF))/24 dev vmbr; ip link set br110 down
-reaches 172.16.110.$OTHER && fail "VLAN 110 is in the bridge's own"
-ip addr del 172.16.110.$((100 + SELF))/24 dev vmbr; ip link set br110 up
 echo VLAN-ISOLATED
 if [ $SELF = 1 ]; then
+	# In the host's own VLAN of that bridge nothing of a network is seen, though all have the same trunk. On one host
+	# alone: the address of a device that is down answers by the others.
+	ip addr add 172.16.110.101/24 dev vmbr; ip link set br110 down
+	reaches 172.16.110.2 && fail "VLAN 110 is in the bridge's own"
+	ip addr del 172.16.110.101/24 dev vmbr; ip link set br110 up
 	# It is the number alone that kept them apart.
 	make_network host1 --remove br30 >/dev/null || fail "remove"
 	[ ! -e /sys/class/net/eth0.31 ] && [ ! -e /sys/class/net/br30 ] || fail "something is left of VLAN 31"

@@ -120,6 +120,15 @@ pub(crate) fn forget(tx: &Transaction<'_>, name: &HostName, now: u64) -> Result<
     };
     super::tasks::give_up(tx, host_id, now)?;
     tx.execute("DELETE FROM host WHERE host_id = ?1", [host_id])?;
+    // Who has the very boot cache that it said takes its place.
+    tx.execute(
+        "UPDATE image SET publisher = (
+             SELECT host_id FROM host_img
+             WHERE host_img.img_id = image.img_id AND host_img.boot IS image.boot AND host_img.bt_size = image.bt_size
+             ORDER BY complete DESC, host_id LIMIT 1)
+         WHERE publisher IS NULL",
+        [],
+    )?;
     tx.execute("DELETE FROM ip WHERE ip_id NOT IN (SELECT ip_id FROM host_ip)", [])?;
     tx.execute("DELETE FROM image WHERE img_id NOT IN (SELECT img_id FROM host_img)", [])?;
     Ok(Forgotten::Gone)

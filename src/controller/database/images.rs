@@ -409,6 +409,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_has_the_same_boot_cache_publishes_from_the_moment_the_publisher_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            let [origin, other, heir] = ["n1", "n2", "n3"].map(|name| node(tx, name));
+            register(tx, origin, &[image(7, true, true)])?;
+            register(tx, other, &[image(9, true, true)])?;
+            register(tx, heir, &[image(7, true, true)])?;
+            tx.execute("UPDATE host SET status = 'offline' WHERE host_id = ?1", [origin])?;
+            assert!(matches!(hosts::forget(tx, &"n1".parse().unwrap(), 1)?, hosts::Forgotten::Gone));
+            let publisher =
+                tx.query_row("SELECT publisher FROM image", [], |row| row.get::<_, Option<i64>>(0))?;
+            assert_eq!(publisher, Some(heir));
+            // Nothing is new of it but a recording.
+            register(tx, heir, &[image(5, true, true)])?;
+            register(tx, other, &[image(8, true, true)])?;
+            let boot = find(tx, &"debian".parse().unwrap())?.unwrap().boot;
+            assert_eq!(boot, image(5, true, true).boot);
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
+
+    #[tokio::test]
     async fn an_image_of_a_release_without_publishers_gets_its_boot_cache_from_who_has_one() {
         let dir = tempfile::tempdir().unwrap();
         let database = Database::open(&dir.path().join("db")).unwrap();

@@ -59,6 +59,7 @@ async fn what_is_deployed_with_a_restored_database_runs_under_a_number_that_no_n
 
     copy(backup.path(), dir.path());
     let restored = Controller::start(again()).await.unwrap();
+    eventually("its node was heard", async || nodes(&restored).await[0].online).await;
     assert_eq!(restored.deploy("r4", plan(1, "started")).await.unwrap(), 4);
     eventually("it runs", async || count(&restored, InstanceStatus::Running).await == 1).await;
     eventually("the others have ended", async || members[0].instances().await == ["lab-4-g-1"]).await;
