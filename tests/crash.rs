@@ -182,7 +182,7 @@ async fn a_guest_finds_what_it_synced_after_any_power_loss() {
         let now = last_synced(&guest).expect("it has synced one");
         assert!(now > synced, "the guest made progress");
         (machine, synced, lost_in_all) = (next, now, lost_in_all + lost);
-        println!("power losses, round {round}: {synced} files synced, {lost} sectors lost");
+        println!("power losses, round {round}: {synced} files synced, {lost} blocks lost");
     }
     assert!(lost_in_all > 0, "something was lost");
     assert_eq!(Digest::of(&std::fs::read(&disk).unwrap()), before, "the image is as it was");
