@@ -541,8 +541,19 @@ fn scan_error(path: &Path, error: ScanError) -> ImportError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// The image of a disk in a store in `dir`.
+    pub(crate) fn one_image(dir: &Path) -> (Store, ImageEntry) {
+        let store = Store::open(&dir.join("store")).unwrap();
+        let file = dir.join("disk.raw");
+        fs::write(&file, [7; 9000]).unwrap();
+        let (format, kind) = (Some(SourceFormat::Raw), Some(ImageKind::Vm));
+        let options = ImportOptions { format, kind, ..ImportOptions::default() };
+        let entry = import(&store, &"base".parse().unwrap(), &file, options, &Watch::default()).unwrap();
+        (store, entry)
+    }
 
     /// Once, an image of the old size had a disk and a tree of the new one, and could not be used.
     #[test]

@@ -237,22 +237,9 @@ fn bad_boot_blocks(cache: &BootCache, tree: &Tree, partial: bool) -> Result<u64,
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::path::Path;
 
     use super::*;
-    use crate::image::import::{ImportOptions, import};
-    use crate::image::manifest::{ImageKind, SourceFormat};
-
-    /// The image of a disk in a store in `dir`.
-    fn one_image(dir: &Path) -> (Store, ImageEntry) {
-        let store = Store::open(&dir.join("store")).unwrap();
-        let file = dir.join("disk.raw");
-        fs::write(&file, [7; 9000]).unwrap();
-        let (format, kind) = (Some(SourceFormat::Raw), Some(ImageKind::Vm));
-        let options = ImportOptions { format, kind, ..ImportOptions::default() };
-        let entry = import(&store, &"base".parse().unwrap(), &file, options, &Watch::default()).unwrap();
-        (store, entry)
-    }
+    use crate::image::import::tests::one_image;
 
     /// It passed for damage, and the advice was to remove the image.
     #[test]

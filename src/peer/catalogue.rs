@@ -262,18 +262,11 @@ mod tests {
     use tokio::task::{JoinSet, spawn_blocking};
 
     use super::*;
-    use crate::image::import::{ImportOptions, import};
-    use crate::image::manifest::{ImageKind, SourceFormat};
-    use crate::image::scan::Watch;
+    use crate::image::import;
 
     /// A catalogue of one image, and where that lies.
     fn one_image(dir: &Path) -> (Arc<Catalogue>, ImageEntry) {
-        let store = Store::open(&dir.join("store")).unwrap();
-        let file = dir.join("disk.raw");
-        fs::write(&file, [7; 9000]).unwrap();
-        let (format, kind) = (Some(SourceFormat::Raw), Some(ImageKind::Vm));
-        let options = ImportOptions { format, kind, ..ImportOptions::default() };
-        let entry = import(&store, &"base".parse().unwrap(), &file, options, &Watch::default()).unwrap();
+        let (store, entry) = import::tests::one_image(dir);
         (Catalogue::new(store, Load::default), entry)
     }
 

@@ -237,7 +237,7 @@ impl Server {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use tokio::io::AsyncReadExt;
     use tokio::net::TcpSocket;
 
@@ -245,7 +245,8 @@ mod tests {
     use crate::peer::connection::Connection;
     use crate::peer::message::{Hello, PROTOCOL_VERSION};
 
-    struct Nothing;
+    /// A node without images.
+    pub(in crate::peer) struct Nothing;
 
     impl Provider for Nothing {
         fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Result<Arc<Holding>, Lack>> {

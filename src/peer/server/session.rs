@@ -276,19 +276,11 @@ mod tests {
     use std::pin::Pin;
     use std::task::{Context, Poll};
 
-    use bootcache_nbd::disk::BoxFuture;
     use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
     use super::*;
-    use crate::peer::server::{Provider, ServerOptions};
-
-    struct Nothing;
-
-    impl Provider for Nothing {
-        fn find(self: Arc<Self>, _: Wanted) -> BoxFuture<'static, Result<Arc<Holding>, Lack>> {
-            Box::pin(std::future::ready(Err(Lack::Absent)))
-        }
-    }
+    use crate::peer::server::ServerOptions;
+    use crate::peer::server::tests::Nothing;
 
     /// A peer that reads nothing, as TLS shows it: it takes what fits its buffer, and the flush waits.
     struct Unread;
