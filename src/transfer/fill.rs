@@ -43,8 +43,12 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// Bytes a second that it takes while a guest boots.
 const RATE_BOOTING: u64 = 1 << 20;
-/// A guest that has read nothing of the boot cache for so long does not boot.
+/// A guest that has read nothing of the boot cache for so long does not boot; it had come near the boot cache's end.
 const BOOT_GAP: Duration = Duration::from_secs(1);
+/// The same, when it had not: on a busy host a guest computes for seconds between two reads.
+const BOOT_PAUSE: Duration = Duration::from_secs(5);
+/// Near the end: this share of the boot cache's frames.
+const NEAR_END: f64 = 0.9;
 /// For how long it is slow at most, over all boots: an image has to become complete on a node whose guests always boot.
 const SLOW_MAX: Duration = Duration::from_secs(60);
 
@@ -303,30 +307,40 @@ struct Booting {
     bytes: u64,
     looked: Instant,
     last: Option<Instant>,
+    /// How far into the boot cache a guest has come since it began to boot.
+    furthest: f64,
     slow: Duration,
 }
 
 impl Booting {
     fn new(shared: &Shared) -> Self {
-        Self { bytes: guest_bytes(shared), looked: Instant::now(), last: None, slow: Duration::ZERO }
+        let (bytes, looked) = (guest_bytes(shared), Instant::now());
+        Self { bytes, looked, last: None, furthest: 0.0, slow: Duration::ZERO }
     }
 
     fn look(&mut self, shared: &Shared) -> bool {
-        let foresaw =
-            |block| shared.holding.frames().is_some_and(|frames| frames.heads().position(block).is_some());
         let bytes = guest_bytes(shared);
         let reads = std::mem::replace(&mut self.bytes, bytes) != bytes;
-        self.note(Instant::now(), reads && foresaw(shared.cache.last_read()))
+        let foreseen = || {
+            let heads = shared.holding.frames()?.heads();
+            let frame = heads.position(shared.cache.last_read())?;
+            Some((frame + 1) as f64 / heads.frames().len() as f64)
+        };
+        self.note(Instant::now(), if reads { foreseen() } else { None })
     }
 
-    /// At `now` a guest has just read what the boot cache foresaw, or not.
-    fn note(&mut self, now: Instant, boot_read: bool) -> bool {
-        if boot_read {
+    /// At `now` a guest has just read what the boot cache foresaw, so far into it, or nothing of it. Whether one boots.
+    fn note(&mut self, now: Instant, boot_read: Option<f64>) -> bool {
+        if let Some(reached) = boot_read {
             self.last = Some(now);
+            self.furthest = self.furthest.max(reached);
         }
-        let booting = self.last.is_some_and(|last| now.duration_since(last) < BOOT_GAP);
+        let pause = if self.furthest < NEAR_END { BOOT_PAUSE } else { BOOT_GAP };
+        let booting = self.last.is_some_and(|last| now.duration_since(last) < pause);
         if booting {
-            self.slow += now.duration_since(self.looked).min(BOOT_GAP);
+            self.slow += now.duration_since(self.looked).min(pause);
+        } else {
+            self.furthest = 0.0;
         }
         self.looked = now;
         booting && self.slow < SLOW_MAX
@@ -359,13 +373,17 @@ mod tests {
     async fn a_guest_boots_while_it_reads_what_was_foreseen_and_slows_the_fill_for_a_minute_at_most() {
         let now = Instant::now();
         let at = |seconds: f64| now + Duration::from_secs_f64(seconds);
-        let mut booting = Booting { bytes: 0, looked: now, last: None, slow: Duration::ZERO };
-        assert!(!booting.note(at(0.0), false), "nobody has read");
-        assert!(booting.note(at(0.1), true));
-        assert!(booting.note(at(0.9), false), "a pause of a boot");
-        assert!(!booting.note(at(1.2), false), "it has booted");
-        assert!(booting.note(at(100.0), true), "another one");
-        let slow = (0..2000).filter(|step| booting.note(at(100.0 + f64::from(*step) * 0.1), true)).count();
+        let mut booting = Booting { bytes: 0, looked: now, last: None, furthest: 0.0, slow: Duration::ZERO };
+        assert!(!booting.note(at(0.0), None), "nobody has read");
+        assert!(booting.note(at(0.1), Some(0.1)));
+        assert!(booting.note(at(4.9), None), "it computes");
+        assert!(booting.note(at(5.0), Some(0.95)));
+        assert!(booting.note(at(5.9), None), "a pause of a boot");
+        assert!(!booting.note(at(6.2), None), "it has booted");
+        assert!(booting.note(at(10.0), Some(0.2)), "another one");
+        assert!(!booting.note(at(15.1), None), "it was ended");
+        let slow =
+            (0..2000).filter(|step| booting.note(at(100.0 + f64::from(*step) * 0.1), Some(0.5))).count();
         assert!((400..700).contains(&slow), "{slow} tenths of a second");
     }
 }
