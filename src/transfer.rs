@@ -15,6 +15,7 @@ mod demand;
 pub mod engine;
 mod fill;
 mod flight;
+pub mod guests;
 mod keeping;
 pub mod missed;
 pub mod pull;

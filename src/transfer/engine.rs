@@ -23,6 +23,7 @@ use crate::store::Store;
 
 use super::counters::{Counters, Kind};
 use super::flight::Flights;
+use super::guests::{Boot, Guests};
 use super::keeping::Keeping;
 use super::missed::Missed;
 use super::receive;
@@ -53,6 +54,8 @@ pub struct Options {
     pub listen: Option<u16>,
     /// What this node has promised to send to others; its server's.
     pub uplink: Arc<Uplink>,
+    /// What guests do with the images that arrive at this node; one for all its transfers.
+    pub guests: Arc<Guests>,
     /// Fetch everything, not only what boots and what is read.
     pub fill: bool,
     /// Bytes a second that the fill may take; 0: as many as there are.
@@ -76,6 +79,7 @@ impl Default for Options {
             key: 0,
             listen: None,
             uplink: Arc::default(),
+            guests: Arc::default(),
             fill: true,
             fill_rate: 0,
             ban: Duration::from_secs(60),
@@ -152,6 +156,7 @@ pub(super) struct Shared {
     pub(super) hints: Mutex<VecDeque<Extent>>,
     pub(super) demand_wake: Notify,
     pub(super) missed: Missed,
+    pub(super) boot: Mutex<Boot>,
     pub(super) fill_rate: AtomicU64,
     /// The other images here, while blocks are looked for in them.
     similar: Mutex<Option<Arc<Similar>>>,
@@ -201,6 +206,7 @@ impl Engine {
             hints: Mutex::new(VecDeque::new()),
             demand_wake: Notify::new(),
             missed: Missed::open(dir, holding.root()),
+            boot: Mutex::default(),
             fill_rate: AtomicU64::new(options.fill_rate),
             fill: CancellationToken::new(),
             similar: Mutex::new(None),
@@ -213,6 +219,7 @@ impl Engine {
             options,
             dir: dir.to_owned(),
         });
+        shared.options.guests.add(&shared);
         if shared.options.fill {
             shared.fill.cancel();
         }
