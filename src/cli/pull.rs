@@ -4,10 +4,11 @@ use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use bootcache::choose::PeerKey;
+use bootcache::choose::{self, PeerKey, Weights, policy};
 use bootcache::control::{ImageStatus, Reply, Request, TransferStatus};
 use bootcache::digest::Digest;
 use bootcache::name::ImageName;
@@ -60,6 +61,10 @@ pub(crate) struct PeerArgs {
     /// What this node calls itself [default: the host's name]
     #[arg(long, value_name = "NAME")]
     pub(crate) node_name: Option<String>,
+    /// How sources of images are chosen
+    #[arg(long, value_name = "NAME", env = "BOOTCACHE_CHOOSER", hide_env_values = true,
+          default_value = policy::NAMES[0], value_parser = policy::NAMES)]
+    chooser: String,
 }
 
 impl PeerArgs {
@@ -73,7 +78,9 @@ impl PeerArgs {
         // Several nodes may run on one host, in namespaces of the same name.
         let store = std::path::absolute(store).context("cannot tell where the store is")?;
         let key = PeerKey::of(&format!("{node} {} {listen:?}", store.display())).0;
+        let chooser = choose::by_name(&self.chooser, &Weights::default()).context("clap knows the names")?;
         Ok(Options {
+            chooser: Arc::from(chooser),
             security,
             node,
             key,
