@@ -4,6 +4,7 @@
 //! waits for that. Nothing here knows of images or stores; libvirt's domains are `crate::hypervisor`'s.
 
 pub mod accelerator;
+pub mod qmp;
 pub mod until;
 
 use std::ffi::{OsStr, OsString};
@@ -60,6 +61,17 @@ pub enum Serial {
     File(PathBuf),
 }
 
+/// What became of the wish that a guest shuts down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShutDown {
+    /// Its power button was pressed.
+    Asked,
+    /// It does not run.
+    Off,
+    /// It stands still, as after an error of its disk, and cannot heed a power button.
+    Paused,
+}
+
 /// A guest to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
@@ -75,13 +87,17 @@ pub struct Machine {
     pub accelerator: Accelerator,
     /// The first serial line.
     pub serial: Serial,
+    /// The socket on which QEMU takes commands, for [`qmp`].
+    pub qmp: Option<PathBuf>,
+    /// Whether the guest may reboot; QEMU ends otherwise when it does.
+    pub reboots: bool,
     /// More arguments, last, so that they have the last word.
     pub arguments: Vec<OsString>,
 }
 
 impl Machine {
     /// QEMU's arguments. The guest has a virtio disk, a virtio network interface behind QEMU's own NAT, one serial line, no
-    /// display; it does not reboot.
+    /// display.
     pub fn arguments(&self) -> Vec<OsString> {
         let mut line: Vec<OsString> = Vec::new();
         let mut option = |name: &str, value: OsString| line.extend([OsString::from(name), value]);
@@ -106,7 +122,15 @@ impl Machine {
         option("-device", "virtio-blk-pci,drive=disk0,bootindex=0".into());
         option("-netdev", "user,id=net0".into());
         option("-device", "virtio-net-pci,netdev=net0,romfile=".into());
-        line.push("-no-reboot".into());
+        if let Some(path) = &self.qmp {
+            let mut listen = OsString::from("unix:");
+            listen.push(escaped(path.as_os_str()));
+            listen.push(",server=on,wait=off");
+            option("-qmp", listen);
+        }
+        if !self.reboots {
+            line.push("-no-reboot".into());
+        }
         line.push("-no-user-config".into());
         line.extend(self.arguments.iter().cloned());
         line
@@ -159,6 +183,8 @@ mod tests {
             cpus: 1,
             accelerator: Accelerator::Tcg,
             serial: Serial::Stdout,
+            qmp: None,
+            reboots: true,
             arguments: vec!["-snapshot".into()],
         }
     }

@@ -72,6 +72,11 @@ pub fn qemu_log_path(dir: &Path) -> PathBuf {
     dir.join("qemu.log")
 }
 
+/// The socket on which a plain QEMU takes commands.
+pub fn qmp_path(dir: &Path) -> PathBuf {
+    dir.join("qmp.sock")
+}
+
 /// Opens a log of a VM to append to, for `owner`, else for this process's user, and for nobody else to read: a console
 /// says passwords.
 pub fn open_log(path: &Path, owner: Option<Owner>) -> io::Result<File> {

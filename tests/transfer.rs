@@ -231,6 +231,34 @@ async fn a_transfer_goes_on_after_a_restart_without_fetching_again_what_is_here(
     assert!(node.read_file() == sample.disk);
 }
 
+/// Once, all began at the front and went on side by side, so that nobody had what another lacked.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_fill_at_the_same_time_give_each_other_most_of_it() {
+    const NODES: u64 = 4;
+    let sample = Sample::new(32 << 20, 23);
+    let origin = Node::origin(&sample, None).await;
+    let mut nodes = Vec::new();
+    for _ in 0..NODES {
+        let node = Node::empty(None).await;
+        // What comes takes a while, as over a network.
+        let engine = node.pull(&[origin.address], |options| options.fill_rate = 3 << 20).await;
+        nodes.push((node, engine));
+    }
+    let mut from_origin = 0;
+    let mut all = 0;
+    for (node, engine) in &nodes {
+        assert!(tokio::time::timeout(Duration::from_secs(120), engine.done()).await.unwrap());
+        let sources = engine.progress().sources;
+        all += sources.iter().map(|source| source.bytes).sum::<u64>();
+        from_origin +=
+            sources.iter().filter(|source| source.address == origin.address).map(|s| s.bytes).sum::<u64>();
+        engine.stop().await;
+        assert!(node.read_file() == sample.disk);
+    }
+    let copies = from_origin as f64 / (all as f64 / NODES as f64);
+    assert!(copies < 2.5, "the origin sent {copies:.1} copies to {NODES} nodes");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_partial_peer_is_enough_for_what_it_has_when_the_origin_dies() {
     let sample = Sample::new(16 << 20, 19);

@@ -29,7 +29,7 @@ const COUNT_MAX: u32 = 10_000;
 pub(crate) struct Args {
     /// The image to boot
     image: ImageName,
-    /// Name of the VM; with --count the beginning of their names [default: the image's, where that is allowed]
+    /// Name of the VM; with --count the beginning of their names [default: IMAGE-vm]
     #[arg(long, value_name = "VM")]
     name: Option<HostName>,
     /// Go on with the overlays that are there, as `stop` leaves them; make those that are not

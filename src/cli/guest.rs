@@ -15,10 +15,10 @@ use bootcache::hypervisor::domain::{Domain, DomainDisk, Interface, RECONNECT_SEC
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
 use bootcache::qemu::until::{Condition, Until};
-use bootcache::qemu::{self, Accelerator, Aio, Machine, Serial};
+use bootcache::qemu::{self, Accelerator, Aio, Machine, Serial, ShutDown, qmp};
 use bootcache::serve::CONTROL_SOCKET;
 use bootcache::store::Store;
-use bootcache::vm::{Runner, VmRecord, open_log, qemu_log_path, serial_path};
+use bootcache::vm::{Runner, VmRecord, open_log, qemu_log_path, qmp_path, serial_path};
 use tokio::io::AsyncWriteExt;
 
 /// How often the serial log is looked at.
@@ -26,6 +26,12 @@ const TICK: Duration = Duration::from_millis(10);
 
 /// How long a guest may take to come back to a daemon that was started again: QEMU tries again after 16 s at most.
 const RETURN_SECONDS: u64 = 20;
+
+/// How long libvirt may take to hand on that a guest is to shut down.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Lines of its console that are shown of a guest that did not boot.
+const LINES_SHOWN: usize = 8;
 
 /// How a guest reaches its disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -163,17 +169,18 @@ impl Guest {
         let met = async move {
             condition.met(reader, move || reads.load(std::sync::atomic::Ordering::Relaxed)).await
         };
-        tokio::select! {
-            at = met => Ok(at.into_std().duration_since(started)),
-            result = tail => Err(anyhow!("cannot read its serial log: {result:?}")),
-            reason = died => Err(anyhow!("it ended before it had booted: {reason}")),
-            error = watch_reads => Err(error),
-            () = tokio::time::sleep(limit) => Err(anyhow!(
-                "it had not booted after {} s (waiting for {until}): look at {}, or give more with --time-limit",
+        let error = tokio::select! {
+            at = met => return Ok(at.into_std().duration_since(started)),
+            result = tail => anyhow!("cannot read its serial log: {result:?}"),
+            reason = died => anyhow!("it ended before it had booted: {reason}"),
+            error = watch_reads => error,
+            () = tokio::time::sleep(limit) => anyhow!(
+                "it had not booted after {} s (waiting for {until}): give more with --time-limit, or look at it with \
+                 --keep",
                 limit.as_secs(),
-                serial_path(&dir).display(),
-            )),
-        }
+            ),
+        };
+        Err(anyhow!("{error:#}{}", console(&serial_path(&dir))))
     }
 
     /// Its name.
@@ -212,10 +219,26 @@ impl Guest {
     }
 }
 
+/// The last lines of a guest's console, to follow an error; nothing when it is empty.
+fn console(serial: &Path) -> String {
+    let bytes = std::fs::read(serial).unwrap_or_default();
+    // It may hold anything, terminal codes too, and be long.
+    let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(64 << 10)..]);
+    let clean = |line: &str| line.chars().filter(|letter| !letter.is_control()).take(200).collect::<String>();
+    let mut lines: Vec<String> =
+        text.lines().rev().map(clean).filter(|line| !line.trim().is_empty()).take(LINES_SHOWN).collect();
+    lines.push("its console's last lines:".to_owned());
+    match lines.len() {
+        1 => "\nits console is empty: a guest writes there with console=ttyS0 on its kernel's command line"
+            .to_owned(),
+        _ => lines.iter().rev().fold(String::new(), |text, line| text + "\n  " + line),
+    }
+}
+
 /// Ends a guest and removes what belongs to it, but for an overlay that was there before.
 pub(super) async fn undo(plan: &Plan, name: &HostName) {
     let dir = plan.store.vm_dir(name);
-    if let Err(error) = stop(&plan.store, name, Duration::ZERO).await {
+    if let Err(error) = end(&plan.store, name).await {
         eprintln!("{name}: {error:#}");
     }
     if let Err(error) = attach::forget(plan.store.dir(), name.as_str()).await {
@@ -278,24 +301,84 @@ pub(super) async fn check_ours(store: &Store, client: &mut Client, name: &HostNa
     }
 }
 
-/// Ends the store's guest of that name, if it runs: in order if that takes no longer than `patience`, else at once.
-pub(super) async fn stop(store: &Store, name: &HostName, patience: Duration) -> anyhow::Result<()> {
+/// Lets the store's guest of that name shut down, if it runs, and forgets its domain. One that takes longer than `patience`
+/// is ended, and said to be.
+///
+/// # Errors
+/// It stands still, or has something that would be lost, such as its memory on disk or writes in a snapshot.
+pub(super) async fn shut_down(store: &Store, name: &HostName, patience: Duration) -> anyhow::Result<()> {
+    let dir = store.vm_dir(name);
+    let Some(record) = VmRecord::read(&dir)? else { return Ok(()) };
+    let asked = match &record.runner {
+        Runner::Libvirt { uri } => {
+            let (libvirt, uuid) = (Libvirt::new(uri), Domain::uuid(store.dir(), name));
+            if let Some(what) = libvirt.would_lose(&uuid, name).await? {
+                bail!("{what}; `bootcache stop --force {name}` ends it without");
+            }
+            let asked = libvirt.shut_down(&uuid);
+            tokio::time::timeout(patience.max(ANSWER), asked).await.map_err(|_| {
+                anyhow!(
+                    "libvirt does not answer for '{name}': its QEMU or libvirtd hangs; try `stop --force`"
+                )
+            })??
+        }
+        Runner::Qemu { pid } if !is_qemu_of(*pid, &dir) => ShutDown::Off,
+        Runner::Qemu { .. } => qmp::shut_down(&qmp_path(&dir)).await.with_context(|| {
+            format!("VM '{name}' cannot be asked to shut down: `stop --force` ends it at once")
+        })?,
+    };
+    match asked {
+        ShutDown::Off => {}
+        ShutDown::Paused => bail!(
+            "VM '{name}' is paused, and can write nothing before it ends: let it go on (`virsh resume {name}`), or \
+             end it as it is with `bootcache stop --force {name}`"
+        ),
+        ShutDown::Asked => {
+            let deadline = Instant::now() + patience;
+            while runs(store, name).await? {
+                if Instant::now() >= deadline {
+                    eprintln!("{name} did not shut down within {} s: it is ended", patience.as_secs());
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+    end(store, name).await
+}
+
+/// Ends the store's guest of that name at once, if it runs, and forgets its domain.
+pub(super) async fn end(store: &Store, name: &HostName) -> anyhow::Result<()> {
     let dir = store.vm_dir(name);
     match VmRecord::read(&dir)?.map(|record| record.runner) {
         None => Ok(()),
         Some(Runner::Libvirt { uri }) => {
-            let libvirt = Libvirt::new(uri);
-            let uuid = Domain::uuid(store.dir(), name);
-            let deadline = Instant::now() + patience;
-            if !patience.is_zero() && libvirt.shut_down(&uuid).await? {
-                while Instant::now() < deadline && libvirt.is_running(&uuid).await? {
-                    tokio::time::sleep(Duration::from_millis(200)).await;
-                }
-            }
-            Ok(libvirt.delete(&uuid).await?)
+            Ok(Libvirt::new(uri).delete(&Domain::uuid(store.dir(), name)).await?)
         }
         Some(Runner::Qemu { pid }) => end_process(pid, &dir).await,
     }
+}
+
+/// What a guest that went off by itself would lose if it were made again on its overlay, as a sentence; none when nothing.
+pub(super) async fn would_lose(store: &Store, name: &HostName) -> anyhow::Result<Option<String>> {
+    match VmRecord::read(&store.vm_dir(name))?.map(|record| record.runner) {
+        Some(Runner::Libvirt { uri }) => {
+            Ok(Libvirt::new(uri).would_lose(&Domain::uuid(store.dir(), name), name).await?)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Refuses an overlay that somebody has open though its guest has ended here: it was migrated, and runs elsewhere.
+pub(super) async fn check_unused(client: &mut Client, name: &HostName) -> anyhow::Result<()> {
+    for _ in 0..50 {
+        match client.call(&Request::OverlayShow { name: name.clone() }).await {
+            Ok(Reply::Overlay(info)) if info.connections > 0 => {}
+            _ => return Ok(()),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    bail!("VM '{name}' has ended here, and something else has its disk open: was it migrated? End that first")
 }
 
 /// Ends the QEMU with that process id, if that is still the one that was started for the VM in `dir`.
@@ -384,6 +467,8 @@ async fn start_qemu(
         cpus: plan.cpus,
         accelerator: plan.accelerator,
         serial: Serial::File(serial),
+        qmp: Some(qmp_path(dir)),
+        reboots: true,
         arguments: plan.qemu_arguments.clone(),
     };
     let log = open_log(&qemu_log_path(dir), None)?;
@@ -409,6 +494,7 @@ async fn died(child: &mut Option<tokio::process::Child>, plan: &Plan, name: &Hos
         let log = std::fs::read_to_string(qemu_log_path(dir)).unwrap_or_default();
         let last = log.lines().last().unwrap_or_default();
         return match status {
+            Ok(status) if status.success() && last.is_empty() => "the guest went off".to_owned(),
             Ok(status) => format!("QEMU, {status} {last}"),
             Err(error) => error.to_string(),
         };

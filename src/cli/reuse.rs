@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::time::Duration;
 
 use anyhow::{bail, ensure};
 use bootcache::attach;
@@ -47,6 +46,9 @@ pub(super) async fn kept(
         let (name, dir) = (&overlay.name, store.vm_dir(&overlay.name));
         if dir.exists() {
             guest::check_ours(store, client, name).await?;
+            if let Some(what) = guest::would_lose(store, name).await? {
+                bail!("{what}; `bootcache stop --force {name}` forgets it");
+            }
         }
         // The kernel's disk of a guest that went off is still attached, and counts as a client.
         attach::forget(store.dir(), name.as_str()).await?;
@@ -54,7 +56,7 @@ pub(super) async fn kept(
             list(client).await?.iter().find(|other| other.name == *name).map(|now| now.connections);
         ensure!(connections == Some(0), "overlay '{name}' is in use by an NBD client: end that first");
         if dir.exists() {
-            guest::stop(store, name, Duration::ZERO).await?;
+            guest::end(store, name).await?;
             let _ = client.call(&Request::VmClose { name: name.clone() }).await;
             std::fs::remove_dir_all(&dir)?;
         }

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::name::HostName;
 use crate::qemu::Accelerator;
+use crate::qemu::ShutDown;
 
 /// How often a guest that was asked to end is looked at.
 const TICK: Duration = Duration::from_millis(200);
@@ -107,7 +108,7 @@ impl Domains {
             return Ok(());
         }
         let deadline = Instant::now() + patience;
-        if !patience.is_zero() && self.libvirt.shut_down(&self.uuid(name)).await? {
+        if !patience.is_zero() && self.libvirt.shut_down(&self.uuid(name)).await? == ShutDown::Asked {
             while Instant::now() < deadline {
                 if !self.find(name).await?.as_ref().is_some_and(is_up) {
                     return Ok(());

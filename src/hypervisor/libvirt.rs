@@ -16,6 +16,8 @@ use virt::sys;
 
 use super::{LibvirtError, LibvirtGuest, Running};
 use crate::control::Owner;
+use crate::name::HostName;
+use crate::qemu::ShutDown;
 
 /// Longest wait for a call. Destroying a guest that hangs takes libvirt 10 s.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -66,14 +68,42 @@ impl Libvirt {
         .await
     }
 
-    /// Asks the guest to shut down; true if there was one running.
-    pub async fn shut_down(&self, uuid: &str) -> Result<bool, LibvirtError> {
-        self.with_domain(uuid, |domain| match domain.shutdown() {
-            Err(error) if is(&error, sys::VIR_ERR_OPERATION_INVALID) => Ok(false),
-            other => other.map(|()| true).map_err(refused),
-        })
-        .await
-        .map(|found| found.unwrap_or(false))
+    /// Asks the guest to shut down, if there is one.
+    pub async fn shut_down(&self, uuid: &str) -> Result<ShutDown, LibvirtError> {
+        let asked = self.with_domain(uuid, |domain| {
+            let state = domain.info().map_err(refused)?.state.to_raw();
+            let stands_still = matches!(state, sys::VIR_DOMAIN_PAUSED | sys::VIR_DOMAIN_PMSUSPENDED);
+            if stands_still && !is_starting(domain) {
+                return Ok(ShutDown::Paused);
+            }
+            match domain.shutdown() {
+                Err(error) if is(&error, sys::VIR_ERR_OPERATION_INVALID) => Ok(ShutDown::Off),
+                other => other.map(|()| ShutDown::Asked).map_err(refused),
+            }
+        });
+        Ok(asked.await?.unwrap_or(ShutDown::Off))
+    }
+
+    /// What a guest would lose if it were deleted and made again with the disk called `name` on the same export or device,
+    /// as a sentence for its user; none when that is nothing.
+    pub async fn would_lose(&self, uuid: &str, name: &HostName) -> Result<Option<String>, LibvirtError> {
+        let name = name.clone();
+        let found = self.with_domain(uuid, move |domain| {
+            if domain.has_managed_save(0).map_err(refused)? {
+                return Ok(Some(format!(
+                    "VM '{name}' is saved: `virsh start {name}` brings it back, \
+                     `virsh managedsave-remove {name}` gives up what it has in memory"
+                )));
+            }
+            let moved = has_moved(&domain.xml_desc(0).map_err(refused)?, &name);
+            Ok(moved.then(|| {
+                format!(
+                    "the disk of VM '{name}' is another one now, as after a snapshot or a block copy: \
+                     `virsh blockcommit {name} vda --active --pivot` or the like brings it back"
+                )
+            }))
+        });
+        Ok(found.await?.flatten())
     }
 
     /// Ends the guest at once. What does not run is no error.
@@ -214,6 +244,18 @@ impl Libvirt {
     }
 }
 
+/// Whether the disk of VM `name`, whose domain `xml` is as libvirt writes it, is neither the VM's export nor a kernel's NBD
+/// device any more. What is below it in a chain does not count.
+fn has_moved(xml: &str, name: &HostName) -> bool {
+    let export = format!("protocol='nbd' name='{name}'");
+    let disks = xml.split("<disk ").skip(1);
+    let disk = disks.filter_map(|disk| disk.split("</disk>").next()).find(|disk| disk.contains("dev='vda'"));
+    disk.is_some_and(|disk| {
+        let own = disk.split("<backingStore").next().unwrap_or(disk);
+        !own.contains(&export) && !own.contains("dev='/dev/nbd")
+    })
+}
+
 /// Whether a paused domain is one whose QEMU is being started.
 fn is_starting(domain: &Domain) -> bool {
     match domain.state() {
@@ -284,7 +326,7 @@ mod tests {
         let error = libvirt.launch(xml).await.unwrap_err().to_string();
         assert!(error.contains("already exists"), "{error}");
         assert!(!libvirt.is_running(OURS).await.unwrap());
-        assert!(!libvirt.shut_down(OURS).await.unwrap());
+        assert_eq!(libvirt.shut_down(OURS).await.unwrap(), ShutDown::Off);
         assert_eq!(libvirt.find(OURS, Vec::new()).await.unwrap().map(|guest| guest.state), None);
         libvirt.destroy(OURS).await.unwrap();
         libvirt.delete(OURS).await.unwrap();
@@ -295,6 +337,25 @@ mod tests {
         assert!(libvirt.is_running(&uuid).await.unwrap());
         libvirt.destroy(&uuid).await.unwrap();
         assert!(!libvirt.is_running(&uuid).await.unwrap());
+    }
+
+    #[test]
+    fn a_disk_that_a_snapshot_or_a_copy_has_moved_is_seen() {
+        let name: HostName = "vm-1".parse().unwrap();
+        let disk = |source: &str, rest: &str| {
+            format!(
+                "<domain><devices><disk type='x' device='disk'>{source}{rest}<target dev='vda' bus='virtio'/></disk></devices></domain>"
+            )
+        };
+        let export =
+            "<source protocol='nbd' name='vm-1' index='1'><host transport='unix' socket='/s'/></source>";
+        let file = "<source file='/snapshot.qcow2' index='2'/>";
+        let below = format!("<backingStore type='network'>{export}</backingStore>");
+        assert!(!has_moved(&disk(export, "<backingStore/>"), &name));
+        assert!(!has_moved(&disk("<source dev='/dev/nbd3'/>", ""), &name));
+        assert!(has_moved(&disk(file, &below), &name));
+        assert!(has_moved(&disk(file, "<backingStore/>"), &name));
+        assert!(!has_moved("<domain/>", &name), "nothing is known of a disk that is not there");
     }
 
     #[tokio::test]

@@ -173,6 +173,9 @@ impl<'a> Plan<'a> {
                     cpus: *cpus,
                     accelerator: self.accelerator.unwrap_or(Accelerator::Tcg),
                     serial: Serial::Stdout,
+                    qmp: None,
+                    // A first boot may well end with one.
+                    reboots: !matches!(self.options.until, Until::Exit),
                     arguments: arguments.clone(),
                 };
                 let mut command = Command::new(qemu::PROGRAM);

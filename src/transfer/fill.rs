@@ -28,6 +28,10 @@ use super::request::Terms;
 
 /// How much longer than on an empty link an answer may take.
 const TARGET: Duration = Duration::from_millis(3);
+/// The same as a share of what it takes there, where that is more: a far link has moods of its own.
+const TARGET_SHARE: f64 = 0.125;
+/// Of how many answers the quickest counts.
+const RECENT: usize = 4;
 /// Blocks under way, at least and at most.
 const UNDER_WAY_MIN: f64 = 8.0;
 const UNDER_WAY_MAX: f64 = 4096.0;
@@ -37,6 +41,10 @@ const REQUESTS_MAX: usize = 16;
 const PAGES_AHEAD: u64 = 8;
 /// Pause while others fetch, or a guest waits.
 const YIELD: Duration = Duration::from_millis(5);
+/// Pages that are fetched in one order at least: 4 MiB.
+const STRETCH_MIN: usize = 8;
+/// Places of which the one is begun at that fewest others have.
+const STARTS: usize = 3;
 /// Pause before what nobody had is looked for again.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -46,28 +54,36 @@ const RATE_BOOTING: u64 = 1 << 20;
 /// For how long it is slow at most, over all boots: an image has to become complete on a node whose guests always boot.
 const SLOW_MAX: Duration = Duration::from_secs(60);
 
-/// How many blocks may be under way, from how long answers take.
+/// How many blocks may be under way, from how long answers take: as many as keep an answer no more than a little longer
+/// than on an idle link, whatever the link's own time (as LEDBAT does, RFC 6817 section 2.4.2).
 #[derive(Debug)]
 struct Window {
     blocks: f64,
     /// The quickest answer since as little as possible was under way, in seconds a request, whatever its size.
     quickest: f64,
+    /// What the last answers took: the quickest of them tells of a queue, the others of the link's moods too.
+    recent: [f64; RECENT],
+    answers: usize,
 }
 
 impl Window {
     const fn new() -> Self {
-        Self { blocks: 16.0, quickest: f64::INFINITY }
+        Self { blocks: 16.0, quickest: f64::INFINITY, recent: [f64::INFINITY; RECENT], answers: 0 }
     }
 
     /// An answer with `blocks` took `took`.
     fn note(&mut self, blocks: u64, took: Duration) {
-        let took = took.as_secs_f64();
+        self.recent[self.answers % RECENT] = took.as_secs_f64();
+        self.answers += 1;
+        let took = self.recent.iter().copied().fold(f64::INFINITY, f64::min);
         // With as little under way as there can be, the time is the link's own, which may have become slower.
         self.quickest = if self.blocks <= UNDER_WAY_MIN { took } else { self.quickest.min(took) };
         // By how much of the target it may be longer: the nearer, the smaller the step, or the window swings, and a
-        // guest's miss behind its peaks waits twice as long (as LEDBAT does, RFC 6817 section 2.4.2).
-        let off = (1.0 - (took - self.quickest) / TARGET.as_secs_f64()).clamp(-1.0, 1.0);
-        self.blocks += if off > 0.0 { blocks as f64 / 4.0 * off } else { self.blocks / 8.0 * off };
+        // guest's miss behind its peaks waits twice as long.
+        let target = TARGET.as_secs_f64().max(self.quickest * TARGET_SHARE);
+        let off = (1.0 - (took - self.quickest) / target).clamp(-1.0, 1.0);
+        // Per round trip by a quarter of itself at most, and down by half.
+        self.blocks += if off > 0.0 { blocks as f64 / 4.0 * off } else { blocks as f64 / 2.0 * off };
         self.blocks = self.blocks.clamp(UNDER_WAY_MIN, UNDER_WAY_MAX);
     }
 
@@ -92,16 +108,15 @@ pub(super) async fn run(shared: &Arc<Shared>) {
             shared.sources.changed().await;
             continue;
         }
-        let pages = order(shared, &mut draw);
-        let everything_came = pass(shared, &pages, &mut window, &mut allowance).await;
+        let everything_came = pass(shared, &mut draw, &mut window, &mut allowance).await;
         // What is left is being fetched for guests: without a pause this would be a loop that lets nobody else run.
         let in_vain = !everything_came && shared.sources.any_up();
         tokio::time::sleep(if in_vain { AGAIN } else { YIELD }).await;
     }
 }
 
-/// The pages that are not here, in the order in which to fetch them: each node begins at another place, so that nodes
-/// that fill at the same time have something to give each other.
+/// The pages that are not here, in the order in which to fetch them: each node begins anywhere, rather where few others
+/// have something, so that nodes that fill at the same time have something to give each other.
 fn order(shared: &Shared, draw: &mut Draw) -> Vec<u64> {
     let holding = &shared.holding;
     let missing = |page: &u64| !holding.tree.knows_page(*page) || !shared.cache.has(extent_of(shared, *page));
@@ -111,11 +126,9 @@ fn order(shared: &Shared, draw: &mut Draw) -> Vec<u64> {
         holders.iter().filter(|pages| u32::try_from(page).is_ok_and(|p| pages.contains(p))).count()
     };
     shared.options.chooser.order(&mut pages, &count, draw);
-    if !pages.is_empty() && !holders.is_empty() {
-        // In steps of a group, whose digests come together.
-        let at = draw.below(pages.len());
-        let group = pages[at] / GROUP_PAGES;
-        let first = pages.iter().position(|page| page / GROUP_PAGES == group).unwrap_or(0);
+    if !pages.is_empty() {
+        let starts: [usize; STARTS] = std::array::from_fn(|_| draw.below(pages.len()));
+        let first = starts.into_iter().min_by_key(|at| count(pages[*at])).unwrap_or(0);
         pages.rotate_left(first);
     }
     pages
@@ -126,13 +139,18 @@ fn extent_of(shared: &Shared, page: u64) -> Extent {
     Extent::new(start, PAGE_BLOCKS.min(shared.holding.block_count() - start))
 }
 
-/// Brings those of `pages` that somebody has; whether none was left out that nobody gave.
-async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowance: &mut Allowance) -> bool {
+/// Brings what somebody has; whether nothing was left out that nobody gave.
+async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowance: &mut Allowance) -> bool {
     // Tasks of their own: what has come is kept at once, whatever is waited for here. They end with this.
     let mut running = JoinSet::new();
     let mut under_way = 0_u64;
     let mut everything_came = true;
-    for (at, page) in pages.iter().copied().enumerate() {
+    let mut pages = order(shared, draw);
+    let mut at = 0;
+    // Pages until there is another order: meanwhile others have come to have some, and what few have goes first.
+    let mut stretch = stretch_of(&pages);
+    while let Some(page) = pages.get(at).copied() {
+        at += 1;
         if !is_offered(shared, page) {
             everything_came = false;
             // There may be very many such pages.
@@ -140,11 +158,12 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
             continue;
         }
         if !shared.holding.tree.knows_page(page) {
-            let end = pages.len().min(at + usize::try_from(PAGES_AHEAD).unwrap_or(1));
-            fetch_pages(shared, &pages[at..end]).await;
+            let end = pages.len().min(at - 1 + usize::try_from(PAGES_AHEAD).unwrap_or(1));
+            fetch_pages(shared, &pages[at - 1..end]).await;
         }
         let start = page * PAGE_BLOCKS;
         let mut next = start;
+        let mut took = false;
         let end = (start + PAGE_BLOCKS).min(shared.holding.block_count());
         while next < end {
             let size = window.request().min(BLOCKS_MAX);
@@ -163,6 +182,7 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
             // A guest that needs these blocks now does not wait for what was not yet asked for.
             let absent = shared.cache.absent(part);
             let Some(flight) = shared.flights.take(absent, BLOCKS_MAX, false) else { continue };
+            took = true;
             let blocks: u64 = flight.extents.iter().map(|extent| extent.count).sum();
             under_way += blocks;
             let work = {
@@ -177,14 +197,24 @@ async fn pass(shared: &Arc<Shared>, pages: &[u64], window: &mut Window, allowanc
             running.spawn(shared.work.track_future(work));
         }
         shared.holding.note_page(page);
+        // What is on its way counts for nothing, or this would go round in it.
+        stretch -= usize::from(took);
+        if stretch == 0 {
+            pages = order(shared, draw);
+            (at, stretch) = (0, stretch_of(&pages));
+        }
     }
     while let Some(ended) = running.join_next().await {
         if let Ok((count, took)) = ended {
             everything_came &= window.note_if_came(count, took);
         }
     }
-    pages.iter().for_each(|page| shared.holding.note_page(*page));
     everything_came
+}
+
+/// How many of the `pages` that are missing are fetched in one order.
+fn stretch_of(pages: &[u64]) -> usize {
+    (pages.len() / 64).max(STRETCH_MIN)
 }
 
 /// Whether anybody has what lacks of `page`.
@@ -319,6 +349,26 @@ mod tests {
         let delay = window.blocks * 4096.0 / 40e6;
         assert!((0.002..0.006).contains(&delay), "{delay}");
         assert!(window.request() >= 16);
+    }
+
+    /// Once, one answer that came a few ms late was taken for a queue, and what is far away never came to have more than
+    /// one request under way.
+    #[test]
+    fn a_far_link_whose_answers_come_now_sooner_now_later_is_used() {
+        let mut draw = Draw::new(1);
+        let mut noise = |most: f64| draw.below(1000) as f64 / 1000.0 * most;
+        for (trip, jitter) in [(0.05, 0.005), (0.02, 0.016), (0.1, 0.01), (0.01, 0.008)] {
+            let mut window = Window::new();
+            for _ in 0..4000 {
+                // 12 MB/s.
+                let took = trip + noise(jitter) + (window.blocks * 4096.0 / 12e6 - trip).max(0.0);
+                let blocks = window.request();
+                window.note(blocks, Duration::from_secs_f64(took));
+            }
+            let carried = trip * 12e6 / 4096.0;
+            assert!(window.blocks > carried / 2.0, "{trip} s, {jitter}: {} of {carried}", window.blocks);
+            assert!(window.blocks < carried * 3.0, "{trip} s, {jitter}: {} of {carried}", window.blocks);
+        }
     }
 
     #[tokio::test(start_paused = true)]
