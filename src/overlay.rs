@@ -125,9 +125,8 @@ impl Overlay {
         if size > SIZE_MAX {
             return Err(index_error(&index, IndexError::TooLarge(size)));
         }
-        let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         std::fs::create_dir_all(dir)
-            .and_then(|()| sync_dir(parent.unwrap_or_else(|| Path::new("."))))
+            .and_then(|()| dir.parent().map_or(Ok(()), sync_dir))
             .and_then(|()| FileDiff::create(&diff, size))
             .map_err(|error| OverlayError::Diff { path: diff.display().to_string(), error })?;
         FileLog::create(&index, &Header { base, size }.encode())
@@ -261,11 +260,8 @@ pub fn read_index(path: &Path) -> Result<(Header, Vec<Run>), OverlayError> {
 
 /// Makes the index file at `path` say this, durably and atomically. `runs` lie within the disk.
 pub fn write_index(path: &Path, header: Header, runs: &[Run]) -> Result<(), OverlayError> {
-    let create = || -> Result<(), IndexError> {
-        let (mut log, _) = Log::open(Arc::new(FileLog::create(path, &header.encode())?))?;
-        Ok(log.replace(runs).map_err(io::Error::from)?)
-    };
-    create().map_err(|error| index_error(path, error))
+    FileLog::create(path, &log::encode(header, runs)).map_err(|error| index_error(path, error.into()))?;
+    Ok(())
 }
 
 /// The reading half of an increment: its `index` and `disk` over its base, which is as large or smaller.
