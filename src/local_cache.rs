@@ -148,12 +148,14 @@ impl LocalCache {
         })
     }
 
-    /// Makes an empty copy in `dir`, for [`LocalCache::open`].
+    /// Makes an empty copy in `dir`, for [`LocalCache::open`]. Durable when it returns, but for its names.
     ///
     /// # Errors
     /// When a file cannot be made.
     pub fn create(dir: &Path, root: Digest, size: u64) -> io::Result<()> {
-        File::options().write(true).create(true).truncate(true).open(dir.join("disk"))?.set_len(size)?;
+        let disk = File::options().write(true).create(true).truncate(true).open(dir.join("disk"))?;
+        disk.set_len(size)?;
+        disk.sync_all()?;
         saved::save(&dir.join("present"), root, size, &RoaringBitmap::new())
     }
 

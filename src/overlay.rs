@@ -56,7 +56,7 @@ pub use storage::{DiffFile, FileDiff, FileLog, LogFile, ReplaceError};
 pub const INDEX_FILE: &str = "index";
 /// The diff's file name within an overlay's folder.
 pub const DIFF_FILE: &str = "diff";
-/// The name of the file within an overlay's folder that keeps its map while it is open.
+/// The name of the file within an overlay's folder with its map while it is open.
 pub const LIVE_FILE: &str = "live";
 /// Threads that change one overlay at once: most of the time they take turns at the diff's own lock.
 const TURNS: usize = 8;
@@ -94,6 +94,8 @@ pub struct Overlay(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     layer: Layer,
+    /// Where the map outlives this process; none when it could not be made.
+    live: Option<Live>,
     header: Header,
     dirty: DirtySet,
     locks: RangeLock,
@@ -125,9 +127,8 @@ impl Overlay {
         if size > SIZE_MAX {
             return Err(index_error(&index, IndexError::TooLarge(size)));
         }
-        let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         std::fs::create_dir_all(dir)
-            .and_then(|()| sync_dir(parent.unwrap_or_else(|| Path::new("."))))
+            .and_then(|()| dir.parent().map_or(Ok(()), sync_dir))
             .and_then(|()| FileDiff::create(&diff, size))
             .map_err(|error| OverlayError::Diff { path: diff.display().to_string(), error })?;
         FileLog::create(&index, &Header { base, size }.encode())
@@ -158,8 +159,8 @@ impl Overlay {
         let indexed = map_of(header.size, &runs);
         let owner = Owner { header: &header, batch: log.batch(), diff: diff_file.file() };
         let live = dir.join(LIVE_FILE);
-        let map = match Live::open(&live, &owner, &indexed) {
-            Ok(live) => BlockMap::over(live, header.size),
+        let live = match Live::open(&live, &owner, &indexed) {
+            Ok(live) => Some(live),
             // Going by the index would lose what a killed process had answered. And it would leave the file to the next
             // process, which would believe it: behind the flushes of this one.
             Err(error) if !matches!(live.try_exists(), Ok(false)) => {
@@ -167,11 +168,11 @@ impl Overlay {
             }
             Err(error) => {
                 tracing::warn!(overlay = %dir.display(), %error, "no live map: a kill would lose unflushed writes");
-                map_of(header.size, &runs)
+                None
             }
         };
         let base = padded(base, header.size);
-        let overlay = Self::assemble(log, map, &indexed, Arc::new(diff_file), base);
+        let overlay = Self::assemble(log, indexed, live, Arc::new(diff_file), base);
         if header.base != base_root {
             return Err(OverlayError::OtherBase { expected: header.base.short(), found: base_root.short() });
         }
@@ -191,23 +192,30 @@ impl Overlay {
     ) -> Result<Self, IndexError> {
         let (log, runs) = Log::open(log)?;
         let indexed = map_of(log.header().size, &runs);
-        let map = map_of(log.header().size, &runs);
-        Ok(Self::assemble(log, map, &indexed, diff, base))
+        Ok(Self::assemble(log, indexed, None, diff, base))
     }
 
-    /// `map` is `indexed`, what the log says, with what was answered since by a process that was killed.
+    /// `indexed` is what the log says; with `live` comes what was answered since by a process that was killed.
     fn assemble(
         log: Log,
-        map: BlockMap,
-        indexed: &BlockMap,
+        indexed: BlockMap,
+        live: Option<(Live, Option<BlockMap>)>,
         diff: Arc<dyn DiffFile>,
         base: SharedDisk,
     ) -> Self {
         let header = log.header();
-        let dirty = DirtySet::new(map.words().len());
-        map.differences(indexed, |word, bits| dirty.mark(word, bits));
+        let dirty = DirtySet::new(indexed.words().len());
+        let (live, left) = live.unzip();
+        let map = match left.flatten() {
+            Some(left) => {
+                left.differences(&indexed, |word, bits| dirty.mark(word, bits));
+                left
+            }
+            None => indexed,
+        };
         Self(Arc::new(Inner {
             layer: Layer { map: Arc::new(map), diff, base, size: header.size },
+            live,
             header,
             dirty,
             locks: RangeLock::default(),
@@ -261,11 +269,8 @@ pub fn read_index(path: &Path) -> Result<(Header, Vec<Run>), OverlayError> {
 
 /// Makes the index file at `path` say this, durably and atomically. `runs` lie within the disk.
 pub fn write_index(path: &Path, header: Header, runs: &[Run]) -> Result<(), OverlayError> {
-    let create = || -> Result<(), IndexError> {
-        let (mut log, _) = Log::open(Arc::new(FileLog::create(path, &header.encode())?))?;
-        Ok(log.replace(runs).map_err(io::Error::from)?)
-    };
-    create().map_err(|error| index_error(path, error))
+    FileLog::create(path, &log::encode(header, runs)).map_err(|error| index_error(path, error.into()))?;
+    Ok(())
 }
 
 /// The reading half of an increment: its `index` and `disk` over its base, which is as large or smaller.

@@ -30,6 +30,7 @@ use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use crate::name::HostName;
+use crate::store::write_atomic_as;
 
 /// The authority's certificate; every member has it.
 pub const CA_CERT: &str = "ca-cert.pem";
@@ -329,17 +330,7 @@ fn read(path: &Path) -> Result<String, TlsError> {
 
 /// Replaces the file at `path`: whoever has the one that was there open, or is a link's target, gets nothing of it.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), TlsError> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let half_made = path.with_extension("new");
-    let result = match fs::remove_file(&half_made) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => fs::File::options().write(true).create_new(true).mode(mode).open(&half_made),
-    };
-    result
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&half_made, path))
-        .map_err(|source| TlsError::File { path: path.to_owned(), source })
+    write_atomic_as(path, bytes, mode).map_err(|source| TlsError::File { path: path.to_owned(), source })
 }
 
 fn private_folder(path: &Path) -> Result<(), TlsError> {

@@ -4,9 +4,12 @@
 //! would put its hooks in front of our own calls. A trace is believed only when nothing says that reads are missing.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 
 use crate::boot_cache::recording::{Read, Recording};
 
@@ -88,10 +91,7 @@ impl Trace {
         let meta = std::fs::metadata(image).map_err(at(image))?;
         let file = File::options().read(true).write(true).create_new(true).open(path).map_err(at(path))?;
         let length = HEADER_BYTES as u64 + CAPACITY * RECORD_BYTES as u64;
-        // The tracer maps it: a hole on a full disk would kill the traced process.
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)
-            .map_err(io::Error::from)
-            .map_err(at(path))?;
+        reserve(&file, length).map_err(at(path))?;
         let start_ns = now_ns();
         let header_bytes = 4096_u32;
         let header = [
@@ -226,6 +226,15 @@ impl Trace {
             }
             _ => TraceError::Io { path: self.path.clone(), source },
         })
+    }
+}
+
+/// Makes the empty `file` `length` zeroes long. The tracer maps it: a hole on a full disk would kill the traced process, so
+/// where a file system cannot keep space, the zeroes are written.
+fn reserve(mut file: &File, length: u64) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::empty(), 0, length) {
+        Err(Errno::OPNOTSUPP) => io::copy(&mut io::repeat(0).take(length), &mut file).map(drop),
+        result => Ok(result?),
     }
 }
 

@@ -13,14 +13,21 @@
 //! digest, each frame by its digest in the heads, the file's length by the sum. A file on a compute node may be
 //! incomplete: it has its full length from the start, and a frame that is not there yet has the wrong digest.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
-use super::heads::{HEADS_LENGTH_MAX, Heads};
+use rustix::fs::{FallocateFlags, fallocate};
+
+use super::frames::Packed;
+use super::heads::{FrameEntry, HEADS_LENGTH_MAX, Heads};
 use super::{BootCacheError, check_frame, frames, merge::Touch};
 use crate::digest::{DIGEST_BYTES, Digest};
+use crate::store::atomic::sync_dir;
 
 const MAGIC: &[u8; 16] = b"bootcache boot 1";
 const HEADER_BYTES: usize = MAGIC.len() + DIGEST_BYTES + 8 + DIGEST_BYTES;
@@ -233,7 +240,8 @@ impl TooScattered {
 
 impl Builder<'_> {
     /// Writes the file at `path`, which appears only when it is complete and durable; `path` with `.new` appended is
-    /// used on the way. `done` hears of every few blocks that are compressed, from any thread.
+    /// used on the way. What is compressed waits on the same disk, not in memory. `done` hears of every few blocks that are
+    /// compressed, from any thread.
     ///
     /// # Errors
     /// Those of `read`, and of writing; one with [`TooScattered`] in it.
@@ -243,40 +251,112 @@ impl Builder<'_> {
         read: frames::ReadBlocks<'_>,
         done: &(dyn Fn(u64) + Sync),
     ) -> io::Result<Written> {
-        let packed = frames::pack(self.touches, self.level, self.threads, read, done)?;
-        let (entries, bodies): (Vec<_>, Vec<_>) = packed.into_iter().unzip();
+        let mut new_path = path.as_os_str().to_owned();
+        new_path.push(".new");
+        let new_path = Path::new(&new_path);
+        let spool = Spool::create(new_path)?;
+        let pieces =
+            frames::pack(self.touches, self.level, self.threads, read, |frames| spool.keep(frames), done)?;
+        let (places, entries): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
+        let entries: Vec<FrameEntry> = entries.into_iter().flatten().collect();
         let end_ms = u32::try_from(self.end_ns / 1_000_000).unwrap_or(u32::MAX);
         let heads = Heads::encode(self.root, self.size, end_ms, &entries)
             .ok_or_else(|| io::Error::other(TooScattered))?;
         let heads_digest = Digest::of(&heads);
-        let header = Header { root: self.root, heads_length: heads.len(), heads_digest };
-        let mut new_path = path.as_os_str().to_owned();
-        new_path.push(".new");
-        let new_path = Path::new(&new_path);
-        let parts = [header.to_bytes(), heads].into_iter().chain(bodies);
-        let file_length = write_durably(new_path, path, parts).inspect_err(|_| {
+        let heads_length = heads.len();
+        let header = Header { root: self.root, heads_length, heads_digest };
+        let write = || -> io::Result<u64> {
+            let mut file = File::create(new_path)?;
+            file.write_all(&header.to_bytes())?;
+            file.write_all(&heads)?;
+            places.into_iter().try_for_each(|place| spool.give(place, &mut file))?;
+            file.sync_all()?;
+            std::fs::rename(new_path, path)?;
+            path.parent().map_or(Ok(()), sync_dir)?;
+            Ok(file.metadata()?.len())
+        };
+        let file_length = write().inspect_err(|_| {
             let _ = std::fs::remove_file(new_path);
         })?;
-        Ok(Written {
-            heads_digest,
-            heads_length: header.heads_length as u64,
-            file_length,
-            frames: entries.len(),
-        })
+        Ok(Written { heads_digest, heads_length: heads_length as u64, file_length, frames: entries.len() })
     }
 }
 
-/// Writes `parts` to `new_path` and gives it the name `path` once they are durable. Returns the number of bytes.
-fn write_durably(new_path: &Path, path: &Path, parts: impl Iterator<Item = Vec<u8>>) -> io::Result<u64> {
-    let mut file = File::create(new_path)?;
-    let mut length = 0;
-    for part in parts {
-        file.write_all(&part)?;
-        length += part.len() as u64;
+/// A file without a name for the compressed frames of a boot cache, until its heads, which come before them, are known.
+struct Spool {
+    file: File,
+    /// What it holds.
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    length: u64,
+    digests: HashSet<Digest>,
+}
+
+impl Spool {
+    /// Makes it on the file system of `path`, a name that is free.
+    fn create(path: &Path) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+        std::fs::remove_file(path)?;
+        Ok(Self { file, held: Mutex::default() })
     }
-    file.sync_all()?;
-    std::fs::rename(new_path, path)?;
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-    File::open(dir)?.sync_all()?;
-    Ok(length)
+
+    /// Keeps frames that follow each other, and gives their place. Fails once no heads could hold all of their digests,
+    /// which cannot be compressed.
+    fn keep(&self, frames: Vec<Packed>) -> io::Result<(Range<u64>, Vec<FrameEntry>)> {
+        let (entries, bodies): (Vec<_>, Vec<_>) = frames.into_iter().unzip();
+        let bytes = bodies.concat();
+        let start = {
+            let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+            held.digests.extend(entries.iter().map(|entry| entry.digest));
+            if held.digests.len() * DIGEST_BYTES > HEADS_LENGTH_MAX {
+                return Err(io::Error::other(TooScattered));
+            }
+            held.length += bytes.len() as u64;
+            held.length - bytes.len() as u64
+        };
+        self.file.write_all_at(&bytes, start)?;
+        Ok((start..start + bytes.len() as u64, entries))
+    }
+
+    /// Appends the frames at `place` to `file`. Their space is given back, so that they take it only once.
+    fn give(&self, place: Range<u64>, file: &mut File) -> io::Result<()> {
+        let length = place.end - place.start;
+        let mut bytes = vec![0; usize::try_from(length).expect("they came from memory")];
+        self.file.read_exact_at(&mut bytes, place.start)?;
+        file.write_all(&bytes)?;
+        if length > 0 {
+            // All of it goes when this does; a file system without holes keeps it until then.
+            let _ = fallocate(
+                &self.file,
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                place.start,
+                length,
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packing_ends_when_no_heads_could_hold_the_digests_of_its_frames() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::create(&dir.path().join("spool")).unwrap();
+        let frame = |number: usize| {
+            let digest = Digest::of(&number.to_le_bytes());
+            (FrameEntry { length: 1, digest, due_ms: 0, runs: Vec::new() }, vec![1])
+        };
+        let most = HEADS_LENGTH_MAX / DIGEST_BYTES;
+        let (place, entries) = spool.keep((0..most).map(frame).collect()).unwrap();
+        assert_eq!((place, entries.len()), (0..most as u64, most));
+        assert_eq!(spool.keep(vec![frame(7)]).unwrap().0, most as u64..most as u64 + 1);
+        let error = spool.keep(vec![frame(most)]).unwrap_err();
+        assert!(TooScattered::is(&error), "{error}");
+    }
 }

@@ -34,26 +34,27 @@ struct Piece<'a> {
     length_max: usize,
 }
 
-/// Cuts and compresses the boot set on `threads` threads. `done` is called with the number of blocks of each piece.
-pub(super) fn pack(
+/// Cuts and compresses the boot set on `threads` threads. `keep` gets the frames of each piece, as they are made and in no
+/// order; what it makes of them comes back in that of the stream. `done` is called with the number of blocks of each piece.
+pub(super) fn pack<Kept: Send>(
     touches: &[Touch],
     level: i32,
     threads: usize,
     read: ReadBlocks<'_>,
+    keep: impl Fn(Vec<Packed>) -> io::Result<Kept> + Sync,
     done: &(dyn Fn(u64) + Sync),
-) -> io::Result<Vec<Packed>> {
+) -> io::Result<Vec<Kept>> {
     let pieces = pieces(touches);
-    let results: Vec<Mutex<io::Result<Vec<Packed>>>> =
-        pieces.iter().map(|_| Mutex::new(Ok(Vec::new()))).collect();
+    let results: Vec<Mutex<Option<io::Result<Kept>>>> = pieces.iter().map(|_| Mutex::new(None)).collect();
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let work = || {
         while !failed.load(Ordering::Relaxed) {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = pieces.get(at) else { return };
-            let result = pack_piece(piece, level, read);
+            let result = pack_piece(piece, level, read).and_then(&keep);
             failed.fetch_or(result.is_err(), Ordering::Relaxed);
-            *results[at].lock().expect("no thread panics with it") = result;
+            *results[at].lock().expect("no thread panics with it") = Some(result);
             done(piece.touches.len() as u64);
         }
     };
@@ -63,11 +64,8 @@ pub(super) fn pack(
         }
         work();
     });
-    let mut packed = Vec::new();
-    for result in results {
-        packed.append(&mut result.into_inner().expect("no thread panicked")?);
-    }
-    Ok(packed)
+    // After a failure the pieces behind it may be absent, those before it are not.
+    results.into_iter().map_while(|result| result.into_inner().expect("no thread panicked")).collect()
 }
 
 fn pieces(mut touches: &[Touch]) -> Vec<Piece<'_>> {

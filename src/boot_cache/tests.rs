@@ -118,6 +118,21 @@ fn the_file_does_not_depend_on_the_number_of_threads() {
 }
 
 #[test]
+fn the_frames_stand_in_order_without_gaps_behind_the_heads() {
+    let image = image(9000);
+    let order: Vec<u64> = (0..9000).rev().collect();
+    let touches = touches(&order);
+    let (_dir, path, written) = write(&image, &touches, 4);
+    let packed = frames::pack(&touches, 1, 1, &reader(&image), Ok, &|_| ()).unwrap();
+    let frames: Vec<u8> = packed.into_iter().flatten().flat_map(|(_, bytes)| bytes).collect();
+    let bytes = fs::read(&path).unwrap();
+    let heads = BootCache::open(&path, ROOT).unwrap().heads_bytes().to_vec();
+    let at = bytes.len() - frames.len();
+    assert!(bytes[at..] == frames[..] && bytes[at - heads.len()..at] == heads[..]);
+    assert_eq!((at - heads.len(), bytes.len() as u64), (16 + 32 + 8 + 32, written.file_length));
+}
+
+#[test]
 fn the_boot_map_knows_the_frame_of_each_block_and_of_no_other() {
     let image = image(2000);
     let order: Vec<u64> = (0..1000).map(|at| at * 2).collect();

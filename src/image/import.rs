@@ -138,8 +138,7 @@ pub fn import(
     }
     let source = opened.inspect(file, options, watch)?;
     let scratch = store.scratch("import")?;
-    let disk = make_disk(&source, &scratch, watch)?;
-    source.check_unchanged(file)?;
+    let disk = make_disk(&source, file, &scratch, watch)?;
     keep_right(store, &source, options.kind.is_some(), &disk, &scratch)?;
     let boot = match source.kind {
         ImageKind::Container => whole_in_order(&scratch, disk.root, source.size, watch)?,
@@ -202,12 +201,10 @@ impl Stamp {
 }
 
 impl Source {
-    /// Whether a file whose tables were looked through is still as it was then. `qemu-img` opens it again by its path:
-    /// another file there, or another backing file named in it, would be read in its place.
+    /// Whether the file is still as it was when it was first looked at. `qemu-img` opens it again by its path: another file
+    /// there, or another backing file named in its tables, would be read in its place. And what a raw file has lost
+    /// meanwhile was taken for holes.
     fn check_unchanged(&self, given: &Path) -> Result<(), ImportError> {
-        if self.format == SourceFormat::Raw {
-            return Ok(());
-        }
         let now = fs::metadata(&self.path)
             .map_err(|error| ImportError::Source { path: given.to_owned(), error })?;
         // A device has no such time.
@@ -341,14 +338,20 @@ pub(super) struct Digests {
     pub(super) allocated: u64,
 }
 
-/// Makes `disk` and `tree` in `scratch`, durable.
-fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digests, ImportError> {
+/// Makes `disk` and `tree` in `scratch`, durable, of a file that nobody changes meanwhile.
+fn make_disk(
+    source: &Source,
+    given: &Path,
+    scratch: &Scratch,
+    watch: &Watch,
+) -> Result<Digests, ImportError> {
     let (path, tree) = (scratch.join("disk"), scratch.join("tree"));
     let target = |error| target_error(&path, error);
     if source.format != SourceFormat::Raw {
         qemu_img::convert((&source.path, source.format), (&path, SourceFormat::Raw), source.size, watch)
             .map_err(|error| qemu_error(&source.path, &path, error))?;
         let disk = File::options().read(true).write(true).open(&path).map_err(target)?;
+        source.check_unchanged(given)?;
         disk.set_len(source.size).map_err(target)?;
         return digest_in_place(&disk, source.size, &tree, watch).map_err(|error| scan_error(&path, error));
     }
@@ -364,13 +367,16 @@ fn make_disk(source: &Source, scratch: &Scratch, watch: &Watch) -> Result<Digest
     };
     let copied = digest(&from, &tree, watch, |view, page| copy_data(&disk, view, page))
         .and_then(|digests| disk.sync_all().map(|()| digests).map_err(ScanError::Io));
-    copied.map_err(|error| match from.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        None => scan_error(&path, error),
-        Some(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            ImportError::Changed(source.path.clone())
-        }
-        Some(error) => source_error(error),
-    })
+    let digests =
+        copied.map_err(|error| match from.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            None => scan_error(&path, error),
+            Some(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                ImportError::Changed(given.to_owned())
+            }
+            Some(error) => source_error(error),
+        })?;
+    source.check_unchanged(given)?;
+    Ok(digests)
 }
 
 /// A given file as it is read, and how that failed: errors of the store's own files look alike.
@@ -573,6 +579,29 @@ pub(crate) mod tests {
         assert!(
             matches!(made(4999), Err(ScanError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof)
         );
+    }
+
+    /// Once, what was cut off a raw file while it was read became zeroes of the image.
+    #[test]
+    fn a_raw_file_may_not_change_until_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let path = dir.path().join("disk.raw");
+        let watch = Watch::default();
+        let options = ImportOptions { format: Some(SourceFormat::Raw), ..ImportOptions::default() };
+        for length_after in [1 << 20, 2 << 20] {
+            fs::write(&path, vec![7; 1 << 20]).unwrap();
+            let source = Opened::new(&path).unwrap().inspect(&path, options, &watch).unwrap();
+            let make = || make_disk(&source, &path, &store.scratch("import").unwrap(), &watch);
+            make().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let file = File::options().write(true).open(&path).unwrap();
+            punch(&file, 4096..1 << 20).unwrap();
+            file.set_len(length_after).unwrap();
+            // A clone is of one moment, whichever.
+            let can_clone = ioctl_ficlone(File::create(dir.path().join("clone")).unwrap(), &file).is_ok();
+            assert!(can_clone || matches!(make(), Err(ImportError::Changed(_))));
+        }
     }
 
     #[test]

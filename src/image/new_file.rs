@@ -45,8 +45,7 @@ impl NewFile {
             Errno::EXIST => ExportError::Exists(self.target.clone()),
             error => io_error(error.into()),
         })?;
-        let folder = self.target.parent().filter(|folder| !folder.as_os_str().is_empty());
-        sync_dir(folder.unwrap_or_else(|| Path::new("."))).map_err(io_error)
+        self.target.parent().map_or(Ok(()), sync_dir).map_err(io_error)
     }
 
     /// Gives it its name beside the one that it has.

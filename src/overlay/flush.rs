@@ -27,6 +27,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::Inner;
 use super::dirty::runs_of;
 use super::layer::blocking;
+use super::live::Live;
 use super::log::Log;
 use super::map::Run;
 use super::storage::ReplaceError;
@@ -85,7 +86,7 @@ impl Inner {
             self.layer.diff.sync().map_err(|error| self.latch("diff", &error))?;
             let recorded = self.record(&mut progress.log, &batch, compacted.as_deref());
             recorded.inspect_err(|_| self.dirty.put_back(&dirty))?;
-            if let Some(live) = self.layer.map.live() {
+            if let Some(live) = &self.live {
                 live.index_has(progress.log.batch());
             }
         }
@@ -96,6 +97,9 @@ impl Inner {
 
     /// Steps 3 and 4: `compacted` in place of the whole log if that can be made, else `batch` at its end.
     fn record(&self, log: &mut Log, batch: &[Run], compacted: Option<&[Run]>) -> io::Result<()> {
+        if let Some(live) = self.live.as_ref().filter(|_| compacted.is_some()) {
+            live.index_is_replaced();
+        }
         match compacted.map(|runs| log.replace(runs)) {
             Some(Ok(())) => return Ok(()),
             Some(Err(ReplaceError::InDoubt(error))) => return Err(self.latch("index", &error)),
@@ -112,13 +116,14 @@ impl Inner {
         log.sync().map_err(|error| self.latch("index", &error))
     }
 
-    fn latch(&self, file: &'static str, error: &io::Error) -> io::Error {
+    /// Refuses writes and flushes from now on.
+    pub(super) fn latch(&self, file: &'static str, error: &io::Error) -> io::Error {
         self.latched.store(true, Ordering::SeqCst);
         // The next process must not believe writes that this one knows may be lost.
-        if let Some(live) = self.layer.map.live() {
-            live.disown();
+        if let Some(Err(error)) = self.live.as_ref().map(Live::disown) {
+            tracing::error!(%error, "overlay: the live map cannot be removed, and may tell of writes that are lost");
         }
-        tracing::error!(file, %error, "overlay: a sync failed; writes and flushes fail from now on");
+        tracing::error!(file, %error, "overlay: a file failed; writes and flushes fail from now on");
         latched()
     }
 

@@ -193,6 +193,13 @@ fn encode_batch(runs: &[Run], batch: u32, key: &Key) -> Vec<u8> {
     runs.iter().zip(left).flat_map(|(run, left)| Record { run: *run, batch, left }.encode(key)).collect()
 }
 
+/// A whole index: `runs` in one batch.
+pub(super) fn encode(header: Header, runs: &[Run]) -> Vec<u8> {
+    let bytes = header.encode();
+    let key = bytes[64..].try_into().expect("the header ends with its digest");
+    [bytes.to_vec(), encode_batch(runs, 1, &key)].concat()
+}
+
 fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
     bytes.try_into().expect("the caller cut it to this length")
 }
@@ -294,8 +301,7 @@ impl Log {
 
     /// Puts `runs` in place of the whole content, durably and atomically.
     pub(super) fn replace(&mut self, runs: &[Run]) -> Result<(), ReplaceError> {
-        let mut bytes = self.header.encode().to_vec();
-        bytes.extend(encode_batch(runs, 1, &self.key));
+        let bytes = encode(self.header, runs);
         self.file.replace(&bytes)?;
         self.length = bytes.len() as u64;
         self.batch = u32::from(!runs.is_empty());

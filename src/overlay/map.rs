@@ -1,13 +1,13 @@
 //! Which blocks are the overlay's own: two bits a block, flat in memory, read without a lock.
 //!
 //! Not durable and not ordered by itself: [`super::log`] holds what survives, [`super::dirty`] what has changed since. An
-//! overlay that is written keeps it in [`super::live`], so that it outlives this process.
+//! overlay that is written keeps a copy in [`super::live`], which outlives this process.
 //! A state is stored with release and loaded with acquire ordering, so whoever sees [`BlockState::Data`] also sees the
 //! bytes that were written to the diff before.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::live::Live;
 use crate::block::{Extent, blocks_for};
 
 /// Blocks in one word of the map.
@@ -59,14 +59,8 @@ pub struct Run {
 /// The map of one disk.
 #[derive(Debug)]
 pub(super) struct BlockMap {
-    words: Words,
+    words: Box<[AtomicU64]>,
     blocks: u64,
-}
-
-#[derive(Debug)]
-enum Words {
-    Memory(Box<[AtomicU64]>),
-    Live(Live),
 }
 
 impl BlockMap {
@@ -74,48 +68,37 @@ impl BlockMap {
     pub(super) fn new(size: u64) -> Self {
         let blocks = blocks_for(size);
         let words = (0..blocks.div_ceil(WORD_BLOCKS)).map(|_| AtomicU64::new(0)).collect();
-        Self { words: Words::Memory(words), blocks }
+        Self { words, blocks }
     }
 
-    /// The map of a disk of `size` bytes that is kept in `live`.
-    pub(super) fn over(live: Live, size: u64) -> Self {
-        Self { words: Words::Live(live), blocks: blocks_for(size) }
-    }
-
-    /// The words, two bits a block.
-    pub(super) fn words(&self) -> &[AtomicU64] {
-        match &self.words {
-            Words::Memory(words) => words,
-            Words::Live(live) => live.states(),
-        }
-    }
-
-    /// The file that the map is kept in, if it is in one.
-    pub(super) fn live(&self) -> Option<&Live> {
-        match &self.words {
-            Words::Memory(_) => None,
-            Words::Live(live) => Some(live),
-        }
-    }
-
-    /// Whether `words` could be those of this disk: as many, each state a valid one, none beyond the end.
-    pub(super) fn admits(&self, words: &[AtomicU64]) -> bool {
-        let is_valid = |word: &AtomicU64| {
-            let word = word.load(Ordering::Acquire);
-            word & (word >> 1) & LOW_BITS == 0
-        };
+    /// Another map of this disk, if `words` could be one: as many, each state a valid one, none beyond the end.
+    pub(super) fn with_words(&self, words: impl Iterator<Item = u64>) -> Option<Self> {
+        let map = Self { words: words.map(AtomicU64::new).collect(), blocks: self.blocks };
         let beyond = match self.blocks % WORD_BLOCKS {
             0 => 0,
             rest => u64::MAX << (2 * rest),
         };
-        let last = words.last().map_or(0, |word| word.load(Ordering::Acquire));
-        words.len() == self.words().len() && words.iter().all(is_valid) && last & beyond == 0
+        let is_valid = map.words.len() == self.words.len()
+            && map.words().all(|word| word & (word >> 1) & LOW_BITS == 0)
+            && map.words.last().is_none_or(|last| load(last) & beyond == 0);
+        is_valid.then_some(map)
+    }
+
+    /// A copy of some words, as the map of a disk of its own.
+    pub(super) fn part(&self, words: Range<usize>) -> Self {
+        let words: Box<[AtomicU64]> = self.words[words].iter().map(|word| load(word).into()).collect();
+        Self { blocks: words.len() as u64 * WORD_BLOCKS, words }
+    }
+
+    /// The words, two bits a block.
+    pub(super) fn words(&self) -> impl ExactSizeIterator<Item = u64> {
+        self.words.iter().map(load)
     }
 
     /// Tells `changed` of every block whose state differs from that in `other`, a map of the same disk.
     pub(super) fn differences(&self, other: &Self, mut changed: impl FnMut(usize, u32)) {
-        for (index, (word, other)) in self.words().iter().zip(other.words()).enumerate() {
-            let differs = word.load(Ordering::Acquire) ^ other.load(Ordering::Acquire);
+        for (index, (word, other)) in self.words().zip(other.words()).enumerate() {
+            let differs = word ^ other;
             if differs != 0 {
                 changed(index, even_bits((differs | differs >> 1) & LOW_BITS));
             }
@@ -125,7 +108,7 @@ impl BlockMap {
     /// The state of one block.
     pub(super) fn get(&self, block: u64) -> BlockState {
         let (word, shift) = position(block);
-        state_at(self.words()[word].load(Ordering::Acquire), shift)
+        state_at(load(&self.words[word]), shift)
     }
 
     /// The run that starts at `start`, cut at `end`. `start` must be below `end`.
@@ -137,7 +120,7 @@ impl BlockMap {
         while at < end {
             let (word, shift) = position(at);
             // Pairs that differ from `state`, seen from `at` upwards.
-            let different = (self.words()[word].load(Ordering::Acquire) ^ all_same) >> shift;
+            let different = (load(&self.words[word]) ^ all_same) >> shift;
             let rest = WORD_BLOCKS - at % WORD_BLOCKS;
             let same = u64::from(different.trailing_zeros() / 2).min(rest);
             at += same;
@@ -183,7 +166,7 @@ impl BlockMap {
             let (word, shift) = position(at);
             let count = (WORD_BLOCKS - at % WORD_BLOCKS).min(extent.end() - at);
             let mask = (u64::MAX >> (64 - 2 * count)) << shift;
-            let before = self.words()[word]
+            let before = self.words[word]
                 .fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| Some(old & !mask | pattern & mask))
                 .expect("the closure always gives a value");
             let differs = (before ^ pattern) & mask;
@@ -196,14 +179,17 @@ impl BlockMap {
 
     /// Blocks in each state that is not absent: data, zero.
     pub(super) fn counts(&self) -> (u64, u64) {
-        self.words().iter().fold((0, 0), |(data, zero), word| {
-            let word = word.load(Ordering::Acquire);
+        self.words().fold((0, 0), |(data, zero), word| {
             (
                 data + u64::from((word & LOW_BITS).count_ones()),
                 zero + u64::from((word & !LOW_BITS).count_ones()),
             )
         })
     }
+}
+
+fn load(word: &AtomicU64) -> u64 {
+    word.load(Ordering::Acquire)
 }
 
 /// Word and shift of a block's pair of bits.

@@ -180,8 +180,7 @@ impl Inner {
             BlockState::Absent => &edges.suffix[..span.suffix],
         };
         self.layer.diff.write_at([prefix, data, suffix], span.offset - prefix.len() as u64)?;
-        self.set(span.blocks, BlockState::Data);
-        Ok(())
+        self.set(span.blocks, BlockState::Data)
     }
 
     /// See [`bootcache_nbd::Disk::zero`].
@@ -233,7 +232,7 @@ impl Inner {
             .filter(|run| run.state == BlockState::Data)
             .map(|run| run.extent)
             .collect();
-        self.set(blocks, BlockState::Zero);
+        self.set(blocks, BlockState::Zero)?;
         // The holes come after the state: until the next flush a crash brings the old state back, over the holes,
         // and what then reads as zeroes was being zeroed.
         data.iter().try_for_each(|extent| self.punch(*extent))
@@ -245,8 +244,7 @@ impl Inner {
         let length = (blocks.end() * BLOCK_SIZE).min(self.layer.size) - blocks.offset();
         let _long = self.inline.long();
         self.layer.diff.allocate_zeroes(blocks.offset(), length, fast)?;
-        self.set(blocks, BlockState::Data);
-        Ok(())
+        self.set(blocks, BlockState::Data)
     }
 
     /// Gives the space of whole blocks back.
@@ -257,8 +255,17 @@ impl Inner {
     }
 
     /// Changes states, remembers what has to be recorded at the next flush, and counts the write.
-    fn set(&self, blocks: Extent, state: BlockState) {
-        self.layer.map.set(blocks, state, |word, bits| self.dirty.mark(word, bits));
+    fn set(&self, blocks: Extent, state: BlockState) -> io::Result<()> {
+        let map = &self.layer.map;
+        let changed = |word, bits| self.dirty.mark(word, bits);
+        match &self.live {
+            None => map.set(blocks, state, changed),
+            Some(live) => {
+                let set = live.set(map, blocks, state, changed);
+                set.map_err(|error| self.latch("live map", &error))?;
+            }
+        }
         self.written.fetch_add(1, Ordering::SeqCst);
+        Ok(())
     }
 }

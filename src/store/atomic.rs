@@ -1,7 +1,8 @@
 //! Files that are either what they were or what they are to be, whenever the machine stops.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,7 +20,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace(path, bytes, None)
 }
 
-/// As [`write_atomic`]; the file has the permissions `mode` from the moment that it has its name.
+/// As [`write_atomic`]; the file has the permissions `mode`, and never any more.
 ///
 /// # Errors
 /// Those of the file system; the old file is untouched then.
@@ -35,11 +36,13 @@ fn replace(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
     let new = dir.join(format!(".{}.{}.{serial}{NEW_SUFFIX}", name.to_string_lossy(), std::process::id()));
     let replace = || {
-        let mut file = File::create(&new)?;
-        file.write_all(bytes)?;
+        // Nobody may open for a moment what is not for everybody.
+        let mode_max = mode.unwrap_or(0o666);
+        let mut file = File::options().write(true).create(true).truncate(true).mode(mode_max).open(&new)?;
         if let Some(mode) = mode {
-            file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))?;
+            file.set_permissions(Permissions::from_mode(mode))?;
         }
+        file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&new, path)
     };
@@ -51,11 +54,12 @@ fn replace(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
     sync_dir(dir)
 }
 
-/// Makes the entries of a folder durable.
+/// Makes the entries of a folder durable. The parent of a lone name, which is empty, is the current folder.
 ///
 /// # Errors
 /// Those of the file system.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     File::open(dir)?.sync_all()
 }
 
