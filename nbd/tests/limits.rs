@@ -274,6 +274,40 @@ async fn what_hangs_is_given_up_after_the_time_to_drain() {
     assert!(read.await.unwrap().is_err());
 }
 
+/// Once, the deadline for a goodbye behind requests that wait was no instant, and the connection's task panicked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn times_without_end_are_as_good_as_long_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = held();
+    let time = Duration::MAX;
+    let limits = Limits {
+        requests: 1,
+        handshake_timeout: time,
+        stall_timeout: time,
+        drain_timeout: time,
+        ..Limits::default()
+    };
+    let path = serve(dir.path(), "nbd.sock", Arc::clone(&disk) as SharedDisk, limits);
+    let mut stream = UnixStream::connect(&path).await.unwrap();
+    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").await.unwrap();
+    stream.read_exact(&mut [0; 18 + 10]).await.unwrap();
+    let request = |command: u8, length: u8| {
+        let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
+        bytes.extend([0, 0, 0, command]);
+        bytes.resize(27, 0);
+        bytes.push(length);
+        bytes
+    };
+    stream.write_all(&[request(0, 16), request(0, 16), request(2, 0)].concat()).await.unwrap();
+    assert!(came(&disk, 1, LONG).await);
+    stream.shutdown().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    disk.gate().open.cancel();
+    let mut answers = Vec::new();
+    tokio::time::timeout(LONG, stream.read_to_end(&mut answers)).await.unwrap().unwrap();
+    assert_eq!(answers.len(), 2 * (16 + 16), "both reads are answered");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn so_many_options_are_answered_and_no_more() {
     let dir = tempfile::tempdir().unwrap();
