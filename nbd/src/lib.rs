@@ -16,6 +16,7 @@ pub mod limits;
 mod negotiate;
 pub mod request;
 pub mod server;
+mod tcp;
 
 pub use client::Client;
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};

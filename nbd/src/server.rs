@@ -11,9 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,6 +22,7 @@ use crate::connection;
 use crate::disk::{BoxFuture, SharedDisk};
 use crate::limits::{Limits, SharedLimits};
 use crate::negotiate::{self, Stream};
+use crate::tcp;
 pub(crate) use place::Place;
 
 /// What clients have asked of an export so far, all connections together.
@@ -178,7 +178,7 @@ impl Server {
     pub async fn serve_tcp(&self, listener: TcpListener, cancel: CancellationToken) {
         let accept = || async {
             let (stream, _) = listener.accept().await?;
-            prepare(&stream)?;
+            tcp::prepare(&stream)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         };
         self.serve(accept, cancel).await;
@@ -283,32 +283,5 @@ impl Server {
 
     fn handshakes(&self) -> MutexGuard<'_, VecDeque<Arc<Handshake>>> {
         self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// No delay for small messages, and an end to a connection whose other side has lost its power: after half a minute. A side
-/// that is there and does not read, such as a paused VM's, is none: no limit is set to that.
-fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, Duration::from_secs(15))?;
-    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
-    sockopt::set_tcp_keepcnt(stream, 3)?;
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_tcp_client_that_has_lost_its_power_is_noticed() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        prepare(&stream).unwrap();
-        assert!(sockopt::socket_keepalive(&stream).unwrap());
-        let idle = sockopt::tcp_keepidle(&stream).unwrap();
-        let tries = sockopt::tcp_keepintvl(&stream).unwrap() * sockopt::tcp_keepcnt(&stream).unwrap();
-        assert_eq!(idle + tries, Duration::from_secs(30));
     }
 }
