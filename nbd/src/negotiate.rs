@@ -95,22 +95,27 @@ impl Session<'_> {
         let mut header = [0; OPTION_HEADER_BYTES];
         self.stream.read_exact(&mut header).await?;
         let (code, length) = option_header(header).ok_or_else(|| violation("an option without its magic"))?;
-        if length > self.shared.limits.option_bytes {
+        let too_long = length > self.shared.limits.option_bytes;
+        let mut data = Vec::new();
+        if too_long {
             if length > OPTION_SKIP_MAX || code == option::EXPORT_NAME {
                 return Err(violation("an option of absurd length"));
             }
             let mut skipped = (&mut self.stream).take(length as u64);
             tokio::io::copy(&mut skipped, &mut tokio::io::sink()).await?;
-            self.say(code, reply::ERR_TOO_BIG, b"the option is too long");
-            return self.send().await;
+        } else {
+            data.resize(length, 0);
+            self.stream.read_exact(&mut data).await?;
         }
-        let mut data = vec![0; length];
-        self.stream.read_exact(&mut data).await?;
         if self.needs_tls() && !matches!(code, option::STARTTLS | option::ABORT) {
             if code == option::EXPORT_NAME {
                 return Err(violation("an export was opened without TLS"));
             }
             self.say(code, reply::ERR_TLS_REQD, b"this server wants STARTTLS first");
+            return self.send().await;
+        }
+        if too_long {
+            self.say(code, reply::ERR_TOO_BIG, b"the option is too long");
             return self.send().await;
         }
         match code {
