@@ -21,7 +21,7 @@ mod tcp;
 pub use client::Client;
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
 pub use limits::{Limits, SharedLimits};
-pub use server::{Export, ExportStats, Exports, Server, Tls};
+pub use server::{Export, ExportStats, Exports, OpenError, Server, Tls};
 
 /// The README's program compiles.
 #[cfg(doctest)]

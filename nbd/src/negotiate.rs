@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::chunk::Style;
+use crate::chunk::{Style, message};
 use crate::consts::{FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HANDSHAKE_FLAGS, STRING_MAX, option, reply};
 use crate::handshake::{
     ExportInfo, OPTION_HEADER_BYTES, export_info, greeting, list_entry, option_header, option_reply,
     parse_go, parse_queries, transmission_flags,
 };
 use crate::limits::OPTION_SKIP_MAX;
-use crate::server::{Export, Place, Shared, Tls};
+use crate::server::{Export, OpenError, Place, Shared, Tls};
 
 /// A connection's bytes, whatever carries them.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Any + Send + Unpin {}
@@ -171,6 +171,15 @@ impl Session<'_> {
         option_reply(&mut self.out, code, kind, data);
     }
 
+    fn refuse(&mut self, code: u32, error: &OpenError) {
+        let kind = match error {
+            OpenError::Unknown(_) => reply::ERR_UNKNOWN,
+            OpenError::Refused(_) => reply::ERR_POLICY,
+            OpenError::Shutdown(_) => reply::ERR_SHUTDOWN,
+        };
+        self.say(code, kind, message(&error.to_string()));
+    }
+
     async fn send(&mut self) -> io::Result<Step> {
         self.stream.write_all(&self.out).await?;
         self.stream.flush().await?;
@@ -215,8 +224,8 @@ impl Session<'_> {
         };
         let export = match self.shared.exports.open(name).await {
             Ok(export) => export,
-            Err(reason) => {
-                self.say(code, reply::ERR_UNKNOWN, reason.as_bytes());
+            Err(error) => {
+                self.refuse(code, &error);
                 return self.send().await;
             }
         };
@@ -249,7 +258,7 @@ impl Session<'_> {
         };
         let export = match self.shared.exports.open(name).await {
             Ok(export) => export,
-            Err(reason) => return self.say(code, reply::ERR_UNKNOWN, reason.as_bytes()),
+            Err(error) => return self.refuse(code, &error),
         };
         let known = export.disk.contexts();
         let all = !setting && queries.is_empty();

@@ -69,14 +69,25 @@ impl Export {
     }
 }
 
+/// Why an export is not opened: a message for the client's person.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// There is none of that name.
+    #[error("{0}")]
+    Unknown(String),
+    /// There is one, and it is not to be had: somebody else uses it, or it is damaged.
+    #[error("{0}")]
+    Refused(String),
+    /// The server ends; another may have it soon.
+    #[error("{0}")]
+    Shutdown(String),
+}
+
 /// Where a server finds its exports. They may come and go while it runs.
 pub trait Exports: Send + Sync + 'static {
     /// The export of that name; the empty name is the default export.
-    ///
-    /// # Errors
-    ///
-    /// A message for the client's person.
-    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, String>>;
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, OpenError>>;
 
     /// Names and descriptions of what there is; empty if clients are not to be told.
     fn list(&self) -> BoxFuture<'_, Vec<(String, String)>>;
@@ -84,9 +95,10 @@ pub trait Exports: Send + Sync + 'static {
 
 /// A server of one export, which is also the default one, and which is not listed.
 impl Exports for Export {
-    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, String>> {
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, OpenError>> {
         let found = name.is_empty() || name == self.name;
-        let answer = if found { Ok(self.clone()) } else { Err("there is no export of that name".to_owned()) };
+        let unknown = || OpenError::Unknown("there is no export of that name".to_owned());
+        let answer = found.then(|| self.clone()).ok_or_else(unknown);
         Box::pin(async { answer })
     }
 

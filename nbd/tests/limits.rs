@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bootcache_nbd::client::{Address, Client, Policy};
-use bootcache_nbd::consts::reply::{ERR_TOO_BIG, ERR_UNSUP};
+use bootcache_nbd::consts::reply::{ERR_POLICY, ERR_SHUTDOWN, ERR_TOO_BIG, ERR_UNKNOWN, ERR_UNSUP};
 use bootcache_nbd::layers::{Gate, Gated, MemoryDisk, Operation};
-use bootcache_nbd::{BoxFuture, Export, Limits, Server, SharedDisk, SharedLimits, Tls};
+use bootcache_nbd::{BoxFuture, Export, Exports, Limits, OpenError, Server, SharedDisk, SharedLimits, Tls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
@@ -250,6 +250,44 @@ async fn options_are_read_up_to_the_limit_and_read_away_beyond() {
     assert_eq!(refused_as(&usual, (64 << 10) + 1).await, ERR_TOO_BIG);
     assert_eq!(refused_as(&long, 128 << 10).await, ERR_UNSUP);
     assert_eq!(refused_as(&long, (128 << 10) + 1).await, ERR_TOO_BIG);
+}
+
+/// Opens nothing, for the reason that a name asks for.
+struct Refusing;
+
+impl Exports for Refusing {
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, OpenError>> {
+        let reason = "\u{e9}".repeat(2000);
+        let error = match name {
+            "used" => OpenError::Refused(reason),
+            "late" => OpenError::Shutdown(reason),
+            _ => OpenError::Unknown(reason),
+        };
+        Box::pin(async { Err(error) })
+    }
+
+    fn list(&self) -> BoxFuture<'_, Vec<(String, String)>> {
+        Box::pin(async { Vec::new() })
+    }
+}
+
+#[tokio::test]
+async fn why_an_export_is_not_opened_is_told_in_whole_characters() {
+    let server = Server::new(Arc::new(Refusing), Limits::default(), Tls::Off);
+    let (mut client, stream) = tokio::io::duplex(1 << 16);
+    tokio::spawn(async move { server.serve_stream(stream, CancellationToken::new()).await });
+    client.write_all(b"\0\0\0\x03").await.unwrap();
+    client.read_exact(&mut [0; 18]).await.unwrap();
+    for (name, kind) in [(b"used", ERR_POLICY), (b"late", ERR_SHUTDOWN), (b"none", ERR_UNKNOWN)] {
+        let go = [&b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x04"[..], name, &[0, 0]].concat();
+        client.write_all(&go).await.unwrap();
+        let mut header = [0; 20];
+        client.read_exact(&mut header).await.unwrap();
+        assert_eq!(u32::from_be_bytes(header[12..16].try_into().unwrap()), kind);
+        let mut reason = vec![0; u32::from_be_bytes(header[16..].try_into().unwrap()) as usize];
+        client.read_exact(&mut reason).await.unwrap();
+        assert!(!reason.is_empty() && std::str::from_utf8(&reason).is_ok());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
