@@ -188,7 +188,7 @@ impl Session<'_> {
     }
 
     fn info<'a>(&self, export: &'a Export) -> ExportInfo<'a> {
-        let features = export.disk.features();
+        let features = export.disk.features().sound();
         ExportInfo {
             name: &export.name,
             description: &export.description,
