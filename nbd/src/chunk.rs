@@ -56,10 +56,10 @@ impl Answer {
         if self.style == Style::Simple {
             return self.simple(out, errno as u32);
         }
-        let message = &message.as_bytes()[..message.len().min(1024)];
+        let message = self::message(message);
         self.header(out, REPLY_FLAG_DONE, chunk::ERROR, 6 + message.len() as u64);
         out.extend_from_slice(&(errno as u32).to_be_bytes());
-        out.extend_from_slice(&u16::try_from(message.len()).expect("at most 1024").to_be_bytes());
+        out.extend_from_slice(&u16::try_from(message.len()).expect("it is short").to_be_bytes());
         out.extend_from_slice(message);
     }
 
@@ -162,6 +162,12 @@ impl Header {
     }
 }
 
+/// As much of a text for people as is sent: whole characters, and at most 1 KiB.
+pub(crate) fn message(text: &str) -> &[u8] {
+    let end = (0..=text.len().min(1024)).rev().find(|end| text.is_char_boundary(*end));
+    &text.as_bytes()[..end.unwrap_or(0)]
+}
+
 const fn done_if(last: bool) -> u16 {
     if last { REPLY_FLAG_DONE } else { 0 }
 }
@@ -188,5 +194,12 @@ mod tests {
         out.clear();
         Answer { style: Style::Extended, ..answer }.done(&mut out);
         assert_eq!(out.len(), 32);
+    }
+
+    #[test]
+    fn a_long_message_ends_with_a_whole_character() {
+        assert_eq!(message("short"), b"short");
+        assert_eq!(message(&"a".repeat(2000)), [b'a'; 1024]);
+        assert_eq!(message(&format!("a{}", "\u{e9}".repeat(2000))).len(), 1023);
     }
 }

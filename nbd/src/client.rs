@@ -3,7 +3,8 @@
 //! [`Client`] is one or more connections to one export. A request goes to the connection with the fewest in flight of
 //! those that are whole; when that breaks, the request is sent again on another, or on a new one, as [`Policy`] says. Two
 //! things follow that the protocol leaves open. A write whose connection broke may have been carried out, or be carried out
-//! still while it is sent again: only when it has been answered, and a flush behind it too, is it settled. And a server
+//! later than it was sent again: that first copy has no answer, so no flush waits for it, and it may land on top of
+//! a newer write to the same place. How late depends on the server; this crate's gives up what had not begun. And a server
 //! that comes back may have lost writes that were answered and not flushed: the next [`Client::flush`] fails then.
 //!
 //! The server is not trusted: every length, offset and cookie that it sends is checked, and what does not fit ends
@@ -17,8 +18,11 @@ mod negotiation;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
+
+use tokio::sync::OwnedMutexGuard;
+use tokio::time::Instant;
 
 use call::Call;
 use link::Link;
@@ -28,7 +32,9 @@ pub use negotiation::{ExportDescription, HandshakeError, handshake};
 use crate::chunk::Style;
 use crate::consts::{command, command_flag};
 use crate::disk::{StatusExtent, ZeroFlags};
+use crate::limits::TIME_MAX;
 use crate::negotiate::Stream;
+use crate::tcp;
 
 /// A request that breaks so many connections, one after the other, is not sent again: it may be what breaks them.
 const BROKEN_MAX: u32 = 3;
@@ -51,7 +57,8 @@ pub struct Policy {
     pub connections: usize,
     /// Time for a connection and its handshake.
     pub connect_timeout: Duration,
-    /// How long a request may wait for a broken connection to be made again; zero never reconnects.
+    /// How long a request may wait, from when its connection broke, for one to be made again; zero never reconnects, and
+    /// `Duration::MAX` waits for ever. Connections that break while others are whole are made again beside the requests.
     pub reconnect: Duration,
     /// Longest pause between two attempts; the first is 50 ms, each further one twice as long.
     pub pause_max: Duration,
@@ -91,7 +98,7 @@ pub struct Client {
 
 #[derive(Debug)]
 struct Shared {
-    target: Target,
+    target: Arc<Target>,
     description: ExportDescription,
     links: Vec<Slot>,
     changes: Changes,
@@ -110,12 +117,20 @@ struct Target {
 #[derive(Debug)]
 struct Slot {
     link: Mutex<Arc<Link>>,
-    remaking: tokio::sync::Mutex<()>,
+    remaking: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Slot {
     fn get(&self) -> Arc<Link> {
-        Arc::clone(&self.link.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.lock())
+    }
+
+    fn is_broken(&self) -> bool {
+        self.lock().is_broken()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<Link>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -140,7 +155,7 @@ impl Client {
         policy: Policy,
         security: Security,
     ) -> io::Result<Self> {
-        let target = Target { address, export: export.to_owned(), policy, security };
+        let target = Arc::new(Target { address, export: export.to_owned(), policy, security });
         let (first, description) = target.link().await?;
         let mut links = vec![first];
         let more = if description.can_multi_conn() { policy.connections } else { 1 };
@@ -152,7 +167,7 @@ impl Client {
             }
             links.push(next);
         }
-        let slot = |link| Slot { link: Mutex::new(Arc::new(link)), remaking: tokio::sync::Mutex::default() };
+        let slot = |link| Slot { link: Mutex::new(Arc::new(link)), remaking: Arc::default() };
         let links = links.into_iter().map(slot).collect();
         Ok(Self { shared: Arc::new(Shared { target, description, links, changes: Changes::default() }) })
     }
@@ -167,7 +182,13 @@ impl Client {
         self.shared.description.size
     }
 
-    /// Reads `length` bytes at `offset`. Dropping the future abandons the read; the connection stays usable.
+    /// Reads `length` bytes at `offset`.
+    ///
+    /// Dropping the future abandons the request, this one and every other; the connection stays usable, unless part of the
+    /// request had been sent and not all of it: nothing can follow that, and others that wait there are sent again as
+    /// after any break. For what has no payload that is rare. Nothing limits the time that a server takes, which may be
+    /// long for good reasons: who wants a limit sets one, with `tokio::time::timeout` for instance. A server whose host is
+    /// gone is noticed by TCP.
     pub async fn read(&self, offset: u64, length: u32) -> io::Result<Vec<u8>> {
         let length = length.into();
         self.send(&Call { length, ..Call::new(command::READ, offset) }).await.map(|answer| answer.data)
@@ -181,6 +202,9 @@ impl Client {
     }
 
     /// Writes `data` at `offset`; durable when it returns if `fua`.
+    ///
+    /// Dropping the future may leave any part of it written, and ends the connection if `data` had been sent in part: likely
+    /// for a long write to a server that is busy. Who shares a client should let writes end.
     pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
         let length = data.len() as u64;
         let call = Call { flags: fua_flag(fua), length, payload: data, ..Call::new(command::WRITE, offset) };
@@ -234,19 +258,18 @@ impl Client {
         }
     }
 
-    /// Says goodbye on every connection.
+    /// Says goodbye on every connection. A server that does not read waits in vain for it, and for no longer than a second.
     pub async fn close(self) {
-        for slot in &self.shared.links {
-            slot.get().disconnect().await;
-        }
+        let links: Vec<_> = self.shared.links.iter().map(Slot::get).collect();
+        futures_util::future::join_all(links.iter().map(|link| link.disconnect())).await;
     }
 
     /// Sends a request until it is answered, as often as the policy allows.
     async fn send(&self, call: &Call<'_>) -> io::Result<link::Answer> {
         let Shared { target, description, changes, .. } = &*self.shared;
         call.check(description)?;
-        let deadline = tokio::time::Instant::now() + target.policy.reconnect;
-        let (mut broken, mut pause) = (0, PAUSE);
+        let patience = || Instant::now() + target.policy.reconnect.min(TIME_MAX);
+        let (mut broken, mut pause, mut deadline) = (0, PAUSE, None);
         let mut last = io::Error::from(io::ErrorKind::NotConnected);
         loop {
             let (slot, link) = self.choose();
@@ -254,9 +277,10 @@ impl Client {
                 if target.policy.reconnect.is_zero() {
                     return Err(last);
                 }
-                self.remake(slot, &link, deadline).await?;
+                self.remake(slot, *deadline.get_or_insert_with(patience)).await?;
                 continue;
             }
+            self.mend();
             let generation = changes.generation();
             last = match link.call(call).await {
                 Err(error) if error.raw_os_error() == Some(SHUTDOWN) => {
@@ -265,6 +289,7 @@ impl Client {
                 }
                 Err(error) if link.is_broken() => {
                     broken += 1;
+                    deadline = Some(patience());
                     error
                 }
                 answer => {
@@ -279,11 +304,10 @@ impl Client {
             }
             // The first break may be any connection's end. After more of them, and for a server that ends, there is a pause.
             if !target.policy.reconnect.is_zero() && broken != 1 {
-                if tokio::time::Instant::now() + pause > deadline {
+                if Instant::now() + pause > *deadline.get_or_insert_with(patience) {
                     return Err(last);
                 }
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(target.policy.pause_max);
+                target.rest(&mut pause).await;
             }
         }
     }
@@ -295,37 +319,66 @@ impl Client {
     }
 
     /// Replaces a broken connection, or waits while somebody else does.
-    async fn remake(
-        &self,
-        slot: &Slot,
-        broken: &Arc<Link>,
-        deadline: tokio::time::Instant,
-    ) -> io::Result<()> {
-        let attempt = async {
+    async fn remake(&self, slot: &Slot, deadline: Instant) -> io::Result<()> {
+        let attempts = async {
             let _alone = slot.remaking.lock().await;
             let mut pause = PAUSE;
-            while Arc::ptr_eq(&slot.get(), broken) {
-                let Shared { target, description, changes, .. } = &*self.shared;
-                match target.link().await {
-                    Ok((_, other)) if !description.is_kept_by(&other) => {
-                        return Err(io::Error::other("the export is not what it was"));
-                    }
-                    Ok((link, _)) => {
-                        changes.connected_again();
-                        *slot.link.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(link);
-                    }
-                    Err(error) => {
-                        tracing::debug!("the NBD server is not back yet: {error}");
-                        tokio::time::sleep(pause).await;
-                        pause = (pause * 2).min(target.policy.pause_max);
-                    }
-                }
+            while slot.is_broken() && !self.shared.reconnect(slot).await? {
+                self.shared.target.rest(&mut pause).await;
             }
             Ok(())
         };
-        tokio::time::timeout_at(deadline, attempt).await.unwrap_or_else(|_| {
+        tokio::time::timeout_at(deadline, attempts).await.unwrap_or_else(|_| {
             Err(io::Error::new(io::ErrorKind::TimedOut, "the NBD server did not come back"))
         })
+    }
+
+    /// Has broken connections made again while others carry the requests, so that all carry them in the end.
+    fn mend(&self) {
+        if self.shared.target.policy.reconnect.is_zero() {
+            return;
+        }
+        for (place, slot) in self.shared.links.iter().enumerate().filter(|(_, slot)| slot.is_broken()) {
+            if let Ok(alone) = Arc::clone(&slot.remaking).try_lock_owned() {
+                tokio::spawn(mend(Arc::downgrade(&self.shared), place, alone));
+            }
+        }
+    }
+}
+
+/// Makes a connection again for as long as there are a client, and others that are whole: when all are broken, the requests
+/// see to it themselves, and have to be told why it cannot be done.
+async fn mend(shared: Weak<Shared>, place: usize, _alone: OwnedMutexGuard<()>) {
+    let mut pause = PAUSE;
+    while let Some(shared) = shared.upgrade() {
+        let slot = &shared.links[place];
+        let all_are_broken = shared.links.iter().all(Slot::is_broken);
+        if all_are_broken || !slot.is_broken() || matches!(shared.reconnect(slot).await, Ok(true)) {
+            return;
+        }
+        let target = Arc::clone(&shared.target);
+        drop(shared);
+        target.rest(&mut pause).await;
+    }
+}
+
+impl Shared {
+    /// Tries once to put a new connection in the place of a broken one; false if the server is not back.
+    async fn reconnect(&self, slot: &Slot) -> io::Result<bool> {
+        match self.target.link().await {
+            Ok((_, other)) if !self.description.is_kept_by(&other) => {
+                Err(io::Error::other("the export is not what it was"))
+            }
+            Ok((link, _)) => {
+                self.changes.connected_again();
+                *slot.lock() = Arc::new(link);
+                Ok(true)
+            }
+            Err(error) => {
+                tracing::debug!("the NBD server is not back yet: {error}");
+                Ok(false)
+            }
+        }
     }
 }
 
@@ -337,6 +390,12 @@ const fn fua_flag(fua: bool) -> u16 {
 }
 
 impl Target {
+    /// Waits before the next attempt.
+    async fn rest(&self, pause: &mut Duration) {
+        tokio::time::sleep(*pause).await;
+        *pause = (*pause * 2).min(self.policy.pause_max);
+    }
+
     /// Connects and leads the handshake.
     async fn link(&self) -> io::Result<(Link, ExportDescription)> {
         let connect = async {
@@ -344,7 +403,7 @@ impl Target {
                 Address::Unix(path) => Box::new(tokio::net::UnixStream::connect(path).await?),
                 Address::Tcp(address) => {
                     let stream = tokio::net::TcpStream::connect(address).await?;
-                    stream.set_nodelay(true)?;
+                    tcp::prepare(&stream)?;
                     Box::new(stream)
                 }
             };

@@ -56,7 +56,7 @@ pub(crate) async fn serve(
     let (reader, writer) = sides::split(stream);
     let terms = Terms {
         size: disk.size(),
-        features: disk.features(),
+        features: disk.features().sound(),
         structured: agreed.style != Style::Simple,
         extended: agreed.style == Style::Extended,
         contexts: !agreed.contexts.is_empty(),

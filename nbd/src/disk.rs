@@ -45,7 +45,8 @@ impl std::fmt::Debug for FileRange {
     }
 }
 
-/// What a disk can do. Constant for as long as the disk is exported.
+/// What a disk can do. Constant for as long as the disk is exported. A block size that is not as it should be counts as the next
+/// one that is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Features {
     /// Writes, trims and zeroes are refused.
@@ -91,7 +92,19 @@ impl Features {
     /// A writable disk that honours everything but fast zeroes and prefetch.
     pub const WRITABLE: Self =
         Self { read_only: false, fua: true, trim: true, zero: true, ..Self::READ_ONLY };
+
+    /// The same, with block sizes as the protocol has them, whatever a disk says.
+    pub(crate) fn sound(self) -> Self {
+        let block_min = self.block_min.clamp(1, BLOCK_MIN_MAX).next_power_of_two();
+        let block_preferred = self.block_preferred.clamp(block_min, BLOCK_PREFERRED_MAX).next_power_of_two();
+        Self { block_min, block_preferred, ..self }
+    }
 }
+
+/// The greatest [`Features::block_min`].
+const BLOCK_MIN_MAX: u32 = 64 << 10;
+/// The greatest [`Features::block_preferred`]: what the specification has for the largest payload, where none is told.
+const BLOCK_PREFERRED_MAX: u32 = 32 << 20;
 
 /// How zeroes are to be written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -16,11 +16,12 @@ pub mod limits;
 mod negotiate;
 pub mod request;
 pub mod server;
+mod tcp;
 
 pub use client::Client;
 pub use disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
 pub use limits::{Limits, SharedLimits};
-pub use server::{Export, ExportStats, Exports, Server, Tls};
+pub use server::{Export, ExportStats, Exports, OpenError, Server, Tls};
 
 /// The README's program compiles.
 #[cfg(doctest)]

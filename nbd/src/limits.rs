@@ -70,7 +70,7 @@ impl Limits {
             connections: permits(self.connections, 1),
             connections_per_export: self.connections_per_export.max(1),
             handshakes: self.handshakes.max(1),
-            handshake_timeout: self.handshake_timeout.max(Duration::from_secs(1)),
+            handshake_timeout: self.handshake_timeout.clamp(Duration::from_secs(1), TIME_MAX),
             options: self.options.max(1),
             option_bytes: self.option_bytes.clamp(2 * STRING_MAX, OPTION_SKIP_MAX),
             queries: self.queries.min(1024),
@@ -80,8 +80,8 @@ impl Limits {
             // A request's share is a piece at most: with less in all it would wait for ever.
             bytes_per_connection: permits(self.bytes_per_connection, PIECE_BYTES),
             bytes: permits(self.bytes, PIECE_BYTES),
-            stall_timeout: self.stall_timeout.max(Duration::from_millis(10)),
-            drain_timeout: self.drain_timeout,
+            stall_timeout: self.stall_timeout.clamp(Duration::from_millis(10), TIME_MAX),
+            drain_timeout: self.drain_timeout.min(TIME_MAX),
         }
     }
 }
@@ -115,6 +115,8 @@ impl From<Limits> for SharedLimits {
 pub const PIECE_BYTES: usize = 256 << 10;
 /// With its header, the data of an unfragmented read has to fit a length of 32 bits.
 const PAYLOAD_MAX: u32 = 1 << 30;
+/// Ten years: as good as for ever, and an instant that far away can be told, which it cannot be for `Duration::MAX`.
+pub(crate) const TIME_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 /// Longest option data that is read away to answer that it is too long.
 pub(crate) const OPTION_SKIP_MAX: usize = 1 << 20;
 

@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::chunk::Style;
+use crate::chunk::{Style, message};
 use crate::consts::{FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HANDSHAKE_FLAGS, STRING_MAX, option, reply};
 use crate::handshake::{
     ExportInfo, OPTION_HEADER_BYTES, export_info, greeting, list_entry, option_header, option_reply,
     parse_go, parse_queries, transmission_flags,
 };
 use crate::limits::OPTION_SKIP_MAX;
-use crate::server::{Export, Place, Shared, Tls};
+use crate::server::{Export, OpenError, Place, Shared, Tls};
 
 /// A connection's bytes, whatever carries them.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Any + Send + Unpin {}
@@ -95,22 +95,27 @@ impl Session<'_> {
         let mut header = [0; OPTION_HEADER_BYTES];
         self.stream.read_exact(&mut header).await?;
         let (code, length) = option_header(header).ok_or_else(|| violation("an option without its magic"))?;
-        if length > self.shared.limits.option_bytes {
+        let too_long = length > self.shared.limits.option_bytes;
+        let mut data = Vec::new();
+        if too_long {
             if length > OPTION_SKIP_MAX || code == option::EXPORT_NAME {
                 return Err(violation("an option of absurd length"));
             }
             let mut skipped = (&mut self.stream).take(length as u64);
             tokio::io::copy(&mut skipped, &mut tokio::io::sink()).await?;
-            self.say(code, reply::ERR_TOO_BIG, b"the option is too long");
-            return self.send().await;
+        } else {
+            data.resize(length, 0);
+            self.stream.read_exact(&mut data).await?;
         }
-        let mut data = vec![0; length];
-        self.stream.read_exact(&mut data).await?;
         if self.needs_tls() && !matches!(code, option::STARTTLS | option::ABORT) {
             if code == option::EXPORT_NAME {
                 return Err(violation("an export was opened without TLS"));
             }
             self.say(code, reply::ERR_TLS_REQD, b"this server wants STARTTLS first");
+            return self.send().await;
+        }
+        if too_long {
+            self.say(code, reply::ERR_TOO_BIG, b"the option is too long");
             return self.send().await;
         }
         match code {
@@ -166,6 +171,15 @@ impl Session<'_> {
         option_reply(&mut self.out, code, kind, data);
     }
 
+    fn refuse(&mut self, code: u32, error: &OpenError) {
+        let kind = match error {
+            OpenError::Unknown(_) => reply::ERR_UNKNOWN,
+            OpenError::Refused(_) => reply::ERR_POLICY,
+            OpenError::Shutdown(_) => reply::ERR_SHUTDOWN,
+        };
+        self.say(code, kind, message(&error.to_string()));
+    }
+
     async fn send(&mut self) -> io::Result<Step> {
         self.stream.write_all(&self.out).await?;
         self.stream.flush().await?;
@@ -174,7 +188,7 @@ impl Session<'_> {
     }
 
     fn info<'a>(&self, export: &'a Export) -> ExportInfo<'a> {
-        let features = export.disk.features();
+        let features = export.disk.features().sound();
         ExportInfo {
             name: &export.name,
             description: &export.description,
@@ -210,8 +224,8 @@ impl Session<'_> {
         };
         let export = match self.shared.exports.open(name).await {
             Ok(export) => export,
-            Err(reason) => {
-                self.say(code, reply::ERR_UNKNOWN, reason.as_bytes());
+            Err(error) => {
+                self.refuse(code, &error);
                 return self.send().await;
             }
         };
@@ -244,7 +258,7 @@ impl Session<'_> {
         };
         let export = match self.shared.exports.open(name).await {
             Ok(export) => export,
-            Err(reason) => return self.say(code, reply::ERR_UNKNOWN, reason.as_bytes()),
+            Err(error) => return self.refuse(code, &error),
         };
         let known = export.disk.contexts();
         let all = !setting && queries.is_empty();

@@ -203,7 +203,7 @@ pub fn check(request: &Request, terms: &Terms) -> Result<Action, Errno> {
         return Err(if wants_space { Errno::NoSpc } else { Errno::Inval });
     }
     // The last block of a disk may be short.
-    let parts = u64::from(features.block_min) - 1;
+    let parts = u64::from(features.block_min).saturating_sub(1);
     if offset & parts != 0 || (length & parts != 0 && offset + length != terms.size) {
         return Err(Errno::Inval);
     }

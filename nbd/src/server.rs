@@ -3,17 +3,17 @@
 //! A connection has a task of its own; whatever ends it, an error or a panic, ends nothing else. What clients may ask
 //! for is bounded by [`Limits`].
 
+mod handshakes;
 mod place;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,6 +23,8 @@ use crate::connection;
 use crate::disk::{BoxFuture, SharedDisk};
 use crate::limits::{Limits, SharedLimits};
 use crate::negotiate::{self, Stream};
+use crate::tcp;
+use handshakes::{Handshake, Handshakes};
 pub(crate) use place::Place;
 
 /// What clients have asked of an export so far, all connections together.
@@ -69,14 +71,25 @@ impl Export {
     }
 }
 
+/// Why an export is not opened: a message for the client's person.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// There is none of that name.
+    #[error("{0}")]
+    Unknown(String),
+    /// There is one, and it is not to be had: somebody else uses it, or it is damaged.
+    #[error("{0}")]
+    Refused(String),
+    /// The server ends; another may have it soon.
+    #[error("{0}")]
+    Shutdown(String),
+}
+
 /// Where a server finds its exports. They may come and go while it runs.
 pub trait Exports: Send + Sync + 'static {
     /// The export of that name; the empty name is the default export.
-    ///
-    /// # Errors
-    ///
-    /// A message for the client's person.
-    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, String>>;
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, OpenError>>;
 
     /// Names and descriptions of what there is; empty if clients are not to be told.
     fn list(&self) -> BoxFuture<'_, Vec<(String, String)>>;
@@ -84,9 +97,10 @@ pub trait Exports: Send + Sync + 'static {
 
 /// A server of one export, which is also the default one, and which is not listed.
 impl Exports for Export {
-    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, String>> {
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, OpenError>> {
         let found = name.is_empty() || name == self.name;
-        let answer = if found { Ok(self.clone()) } else { Err("there is no export of that name".to_owned()) };
+        let unknown = || OpenError::Unknown("there is no export of that name".to_owned());
+        let answer = found.then(|| self.clone()).ok_or_else(unknown);
         Box::pin(async { answer })
     }
 
@@ -125,15 +139,7 @@ pub(crate) struct Shared {
     pub(crate) pipes: connection::Pipes,
     connections: Arc<Semaphore>,
     per_export: Mutex<HashMap<String, usize>>,
-    handshakes: Mutex<VecDeque<Arc<Handshake>>>,
-}
-
-/// A connection that has not reached transmission.
-#[derive(Debug, Default)]
-struct Handshake {
-    /// It has sent its flags: a client, and not somebody who only connects.
-    spoke: AtomicBool,
-    evicted: CancellationToken,
+    handshakes: Arc<Handshakes>,
 }
 
 impl std::fmt::Debug for Server {
@@ -154,7 +160,7 @@ impl Server {
             pipes,
             connections,
             per_export: Mutex::default(),
-            handshakes: Mutex::default(),
+            handshakes: Arc::new(Handshakes::new(limits.handshakes)),
         };
         Self { shared: Arc::new(shared), tls }
     }
@@ -165,45 +171,32 @@ impl Server {
         Self { shared: Arc::clone(&self.shared), tls }
     }
 
-    /// Serves a Unix socket until `cancel`; returns when its connections have ended.
+    /// Serves a Unix socket until `cancel`, which closes it; returns when its connections have ended.
     pub async fn serve_unix(&self, listener: UnixListener, cancel: CancellationToken) {
-        let accept = || async {
-            let (stream, _) = listener.accept().await?;
-            Ok(Box::new(stream) as Box<dyn Stream>)
-        };
-        self.serve(accept, cancel).await;
+        self.serve(Listener::Unix(listener), cancel).await;
     }
 
-    /// Serves a TCP socket until `cancel`; returns when its connections have ended.
+    /// Serves a TCP socket until `cancel`, which closes it; returns when its connections have ended.
     pub async fn serve_tcp(&self, listener: TcpListener, cancel: CancellationToken) {
-        let accept = || async {
-            let (stream, _) = listener.accept().await?;
-            prepare(&stream)?;
-            Ok(Box::new(stream) as Box<dyn Stream>)
-        };
-        self.serve(accept, cancel).await;
+        self.serve(Listener::Tcp(listener), cancel).await;
     }
 
-    async fn serve<F, A>(&self, accept: F, cancel: CancellationToken)
-    where
-        F: Fn() -> A,
-        A: Future<Output = io::Result<Box<dyn Stream>>>,
-    {
+    async fn serve(&self, listener: Listener, cancel: CancellationToken) {
         let tasks = TaskTracker::new();
         loop {
             let accepted = tokio::select! {
                 () = cancel.cancelled() => break,
-                accepted = accept() => accepted,
+                accepted = listener.accept() => accepted,
             };
             match accepted {
                 Ok(stream) => {
-                    if self.handshakes_are_full() {
+                    if self.shared.handshakes.are_full() {
                         // Those that have left, or have sent what they have to, are seen before one is ended.
                         tokio::task::yield_now().await;
                     }
                     let (server, cancel) = (self.clone(), cancel.child_token());
                     // Here and not in the task: tasks start in any order, and the oldest is the one to leave.
-                    let handshake = self.enter_handshake();
+                    let handshake = self.shared.handshakes.enter();
                     tasks.spawn(async move { server.connection(stream, handshake, cancel).await });
                 }
                 Err(error) => {
@@ -213,6 +206,8 @@ impl Server {
                 }
             }
         }
+        // Who connects from now on is refused, or served by the next server, instead of being dropped by this one.
+        drop(listener);
         tasks.close();
         tasks.wait().await;
     }
@@ -224,29 +219,24 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let handshake = self.enter_handshake();
+        let handshake = self.shared.handshakes.enter();
         self.connection(Box::new(stream), handshake, cancel).await;
     }
 
     /// One connection, from greeting to end.
-    async fn connection(
-        &self,
-        mut stream: Box<dyn Stream>,
-        handshake: Arc<Handshake>,
-        cancel: CancellationToken,
-    ) {
+    async fn connection(&self, mut stream: Box<dyn Stream>, handshake: Handshake, cancel: CancellationToken) {
         let negotiation = async {
             let flags = negotiate::greet(&mut stream).await?;
-            handshake.spoke.store(true, Ordering::Relaxed);
+            handshake.has_spoken();
             negotiate::server(stream, flags, &self.shared, &self.tls).await
         };
         let negotiated = tokio::select! {
             () = cancel.cancelled() => Err(io::Error::other("the server ends")),
-            () = handshake.evicted.cancelled() => Err(io::Error::other("newer connections needed the place")),
+            () = handshake.evicted() => Err(io::Error::other("newer connections needed the place")),
             result = tokio::time::timeout(self.shared.limits.handshake_timeout, negotiation) =>
                 result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         };
-        self.leave_handshake(&handshake);
+        drop(handshake);
         let (stream, agreed) = match negotiated {
             Ok(Some(agreed)) => agreed,
             Ok(None) => return,
@@ -257,58 +247,23 @@ impl Server {
             debug!("a connection to '{name}' ended: {error}");
         }
     }
+}
 
-    /// Counts a connection into the handshake. When there are too many, the oldest that has said nothing leaves, else
-    /// the oldest.
-    fn enter_handshake(&self) -> Arc<Handshake> {
-        let handshake = Arc::new(Handshake::default());
-        let mut waiting = self.handshakes();
-        if waiting.len() >= self.shared.limits.handshakes {
-            let silent = waiting.iter().position(|other| !other.spoke.load(Ordering::Relaxed));
-            if let Some(other) = waiting.remove(silent.unwrap_or(0)) {
-                other.evicted.cancel();
+/// Where clients come from.
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                tcp::prepare(&stream)?;
+                Box::new(stream)
             }
-        }
-        waiting.push_back(Arc::clone(&handshake));
-        handshake
-    }
-
-    fn leave_handshake(&self, handshake: &Arc<Handshake>) {
-        self.handshakes().retain(|other| !Arc::ptr_eq(other, handshake));
-    }
-
-    fn handshakes_are_full(&self) -> bool {
-        self.handshakes().len() >= self.shared.limits.handshakes
-    }
-
-    fn handshakes(&self) -> MutexGuard<'_, VecDeque<Arc<Handshake>>> {
-        self.shared.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// No delay for small messages, and an end to a connection whose other side has lost its power: after half a minute. A side
-/// that is there and does not read, such as a paused VM's, is none: no limit is set to that.
-fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, Duration::from_secs(15))?;
-    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
-    sockopt::set_tcp_keepcnt(stream, 3)?;
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_tcp_client_that_has_lost_its_power_is_noticed() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        prepare(&stream).unwrap();
-        assert!(sockopt::socket_keepalive(&stream).unwrap());
-        let idle = sockopt::tcp_keepidle(&stream).unwrap();
-        let tries = sockopt::tcp_keepintvl(&stream).unwrap() * sockopt::tcp_keepcnt(&stream).unwrap();
-        assert_eq!(idle + tries, Duration::from_secs(30));
+        })
     }
 }

@@ -334,3 +334,64 @@ async fn a_flush_fails_once_behind_writes_that_a_server_may_have_taken_with_it()
     client.write(0, b"again", false).await.unwrap();
     client.flush().await.unwrap();
 }
+
+/// Once, one connection was made again and carried all requests from then on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_connection_is_back_after_a_server_has_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nbd.sock");
+    let export = Export::new("disk", Arc::new(MemoryDisk::new(1 << 16)));
+    let start = || {
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = Server::new(Arc::new(export.clone()), Limits::default(), Tls::Off);
+        let cancel = CancellationToken::new();
+        let until = cancel.clone();
+        (cancel, tokio::spawn(async move { server.serve_unix(listener, until).await }))
+    };
+    let connected = || export.stats.connections.load(Ordering::SeqCst);
+    let (cancel, first) = start();
+    // For ever: once, a deadline that far away was no instant, and every request panicked.
+    let policy = Policy { connections: 4, reconnect: Duration::MAX, ..Policy::default() };
+    let client = connect(&path, policy).await;
+    client.read(0, 4096).await.unwrap();
+    assert_eq!(connected(), 4);
+    cancel.cancel();
+    soon(first).await.unwrap();
+    assert_eq!(connected(), 0);
+    let (_cancel, _second) = start();
+    soon(async {
+        while connected() < 4 {
+            client.read(0, 4096).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// Once, the time to reconnect counted from when a request was made: one that took longer than that, and whose connection
+/// broke then, failed at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_time_to_reconnect_begins_when_the_connection_breaks() {
+    const RECONNECT: Duration = Duration::from_secs(4);
+    let dir = tempfile::tempdir().unwrap();
+    let (odd, path) = Odd::new(dir.path(), 0);
+    let serving = tokio::spawn(async move {
+        let mut first = odd.accept().await;
+        first.read_exact(&mut [0; 28]).await.unwrap();
+        tokio::time::sleep(RECONNECT + Duration::from_millis(100)).await;
+        drop(first);
+        let mut second = odd.accept().await;
+        let mut request = [0; 28];
+        second.read_exact(&mut request).await.unwrap();
+        let cookie = u64::from_be_bytes(request[8..16].try_into().unwrap());
+        let mut bytes = Vec::new();
+        Answer { style: Style::Simple, cookie, offset: 0 }.data(&mut bytes, 0, 4, true);
+        bytes.extend(b"late");
+        second.write_all(&bytes).await.unwrap();
+        second
+    });
+    let client = connect(&path, simple(RECONNECT)).await;
+    assert_eq!(soon(client.read(0, 4)).await.unwrap(), b"late");
+    drop(soon(serving).await.unwrap());
+}

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bootcache_nbd::client::{Address, Client, Policy};
 use bootcache_nbd::layers::{Gate, Gated, MemoryDisk, Operation};
 use bootcache_nbd::{BoxFuture, Export, Limits, Server, Tls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 const LENGTH: usize = 256 << 10;
@@ -213,6 +214,31 @@ async fn a_goodbye_behind_requests_that_hang_is_waited_for_no_longer_than_it_tak
     held.came(1).await;
     client.shutdown().await.unwrap();
     held.left().await;
+}
+
+/// Once, a server that ended took connections for as long as the last request took, and dropped them; and its address was
+/// not free.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_drains_listens_no_more() {
+    let limits = Limits { drain_timeout: Duration::from_secs(60), ..Limits::default() };
+    let disk = Arc::new(Gated::new(Arc::new(MemoryDisk::new(1 << 20)), Held::default()));
+    let export = Export::new("disk", Arc::clone(&disk) as Arc<_>);
+    let server = Server::new(Arc::new(export.clone()), limits, Tls::Off);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let cancel = CancellationToken::new();
+    let stop = cancel.clone();
+    let serving = tokio::spawn(async move { server.serve_tcp(listener, stop).await });
+    let client = Client::connect(Address::Tcp(address), "disk", Policy::default()).await.unwrap();
+    let read = tokio::spawn(async move { client.read(0, 4).await });
+    until(|| disk.gate().came.load(Ordering::SeqCst) == 1).await;
+    cancel.cancel();
+    until(|| std::net::TcpStream::connect(address).is_err()).await;
+    let _next = TcpListener::bind(address).await.unwrap();
+    assert!(!serving.is_finished() && export.stats.connections.load(Ordering::SeqCst) == 1);
+    disk.gate().open.cancel();
+    assert_eq!(read.await.unwrap().unwrap(), [0; 4], "what was under way is answered");
+    tokio::time::timeout(Duration::from_secs(20), serving).await.unwrap().unwrap();
 }
 
 /// It may send again what it has no answer to, on another connection, and then write anew to the same place.

@@ -166,6 +166,40 @@ async fn a_panic_in_the_synchronous_forms_is_an_error_too() {
     soon(client.read(4096, 4096)).await.unwrap();
 }
 
+/// Says of its blocks what the protocol does not allow.
+struct Odd(u32, u32);
+
+impl Disk for Odd {
+    fn size(&self) -> u64 {
+        SIZE as u64
+    }
+
+    fn features(&self) -> Features {
+        Features { block_min: self.0, block_preferred: self.1, ..Features::READ_ONLY }
+    }
+
+    fn read<'a>(&'a self, _: u64, _: &'a mut [u8]) -> BoxFuture<'a, std::io::Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// Once, blocks of no bytes ended every connection at its first request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn block_sizes_that_make_no_sense_are_taken_for_the_nearest_that_do() {
+    for ((least, preferred), told) in [
+        ((0, 0), (1, 1)),
+        ((512, 0), (512, 512)),
+        ((3, 5000), (4, 8192)),
+        ((u32::MAX, u32::MAX), (64 << 10, 32 << 20)),
+    ] {
+        let served = Served::new(Arc::new(Odd(least, preferred)), Limits::default());
+        let client = served.client().await;
+        let (least, preferred, _) = client.description().block_sizes;
+        assert_eq!((least, preferred), told);
+        soon(client.read(0, 64 << 10)).await.unwrap();
+    }
+}
+
 /// Memory of which all but the first 256 KiB are not there until somebody has waited for them, or are never.
 struct Patchy {
     memory: MemoryDisk,

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bootcache_nbd::client::{Address, Client, Policy};
-use bootcache_nbd::consts::reply::{ERR_TOO_BIG, ERR_UNSUP};
+use bootcache_nbd::consts::reply::{ERR_POLICY, ERR_SHUTDOWN, ERR_TOO_BIG, ERR_UNKNOWN, ERR_UNSUP};
 use bootcache_nbd::layers::{Gate, Gated, MemoryDisk, Operation};
-use bootcache_nbd::{BoxFuture, Export, Limits, Server, SharedDisk, SharedLimits, Tls};
+use bootcache_nbd::{BoxFuture, Export, Exports, Limits, OpenError, Server, SharedDisk, SharedLimits, Tls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
@@ -252,6 +252,44 @@ async fn options_are_read_up_to_the_limit_and_read_away_beyond() {
     assert_eq!(refused_as(&long, (128 << 10) + 1).await, ERR_TOO_BIG);
 }
 
+/// Opens nothing, for the reason that a name asks for.
+struct Refusing;
+
+impl Exports for Refusing {
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, OpenError>> {
+        let reason = "\u{e9}".repeat(2000);
+        let error = match name {
+            "used" => OpenError::Refused(reason),
+            "late" => OpenError::Shutdown(reason),
+            _ => OpenError::Unknown(reason),
+        };
+        Box::pin(async { Err(error) })
+    }
+
+    fn list(&self) -> BoxFuture<'_, Vec<(String, String)>> {
+        Box::pin(async { Vec::new() })
+    }
+}
+
+#[tokio::test]
+async fn why_an_export_is_not_opened_is_told_in_whole_characters() {
+    let server = Server::new(Arc::new(Refusing), Limits::default(), Tls::Off);
+    let (mut client, stream) = tokio::io::duplex(1 << 16);
+    tokio::spawn(async move { server.serve_stream(stream, CancellationToken::new()).await });
+    client.write_all(b"\0\0\0\x03").await.unwrap();
+    client.read_exact(&mut [0; 18]).await.unwrap();
+    for (name, kind) in [(b"used", ERR_POLICY), (b"late", ERR_SHUTDOWN), (b"none", ERR_UNKNOWN)] {
+        let go = [&b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x04"[..], name, &[0, 0]].concat();
+        client.write_all(&go).await.unwrap();
+        let mut header = [0; 20];
+        client.read_exact(&mut header).await.unwrap();
+        assert_eq!(u32::from_be_bytes(header[12..16].try_into().unwrap()), kind);
+        let mut reason = vec![0; u32::from_be_bytes(header[16..].try_into().unwrap()) as usize];
+        client.read_exact(&mut reason).await.unwrap();
+        assert!(!reason.is_empty() && std::str::from_utf8(&reason).is_ok());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_hangs_is_given_up_after_the_time_to_drain() {
     let disk = held();
@@ -272,6 +310,40 @@ async fn what_hangs_is_given_up_after_the_time_to_drain() {
     tokio::time::timeout(LONG, task).await.unwrap().unwrap();
     assert!(began.elapsed() < Limits::default().drain_timeout, "{:?}", began.elapsed());
     assert!(read.await.unwrap().is_err());
+}
+
+/// Once, the deadline for a goodbye behind requests that wait was no instant, and the connection's task panicked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn times_without_end_are_as_good_as_long_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = held();
+    let time = Duration::MAX;
+    let limits = Limits {
+        requests: 1,
+        handshake_timeout: time,
+        stall_timeout: time,
+        drain_timeout: time,
+        ..Limits::default()
+    };
+    let path = serve(dir.path(), "nbd.sock", Arc::clone(&disk) as SharedDisk, limits);
+    let mut stream = UnixStream::connect(&path).await.unwrap();
+    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").await.unwrap();
+    stream.read_exact(&mut [0; 18 + 10]).await.unwrap();
+    let request = |command: u8, length: u8| {
+        let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
+        bytes.extend([0, 0, 0, command]);
+        bytes.resize(27, 0);
+        bytes.push(length);
+        bytes
+    };
+    stream.write_all(&[request(0, 16), request(0, 16), request(2, 0)].concat()).await.unwrap();
+    assert!(came(&disk, 1, LONG).await);
+    stream.shutdown().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    disk.gate().open.cancel();
+    let mut answers = Vec::new();
+    tokio::time::timeout(LONG, stream.read_to_end(&mut answers)).await.unwrap().unwrap();
+    assert_eq!(answers.len(), 2 * (16 + 16), "both reads are answered");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -283,3 +283,19 @@ fn foreign_clients_get_what_they_insist_on_or_nothing() {
         assert_eq!(output("nbdinfo", &["--size", &secure]).status.success(), offered);
     }
 }
+
+/// Whatever else is wrong with an option, TLS comes first.
+#[test]
+fn where_tls_is_required_an_option_that_is_too_long_is_told_so_and_no_more() {
+    let served = Served::new(Tls::Required);
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", served.port)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let length = 100_u32 << 10;
+    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x06").unwrap();
+    stream.write_all(&length.to_be_bytes()).unwrap();
+    stream.write_all(&vec![0; length as usize]).unwrap();
+    let mut answer = [0; 18 + 20];
+    stream.read_exact(&mut answer).unwrap();
+    let kind = u32::from_be_bytes(answer[18 + 12..18 + 16].try_into().unwrap());
+    assert_eq!(kind, bootcache_nbd::consts::reply::ERR_TLS_REQD);
+}

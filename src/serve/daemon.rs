@@ -73,7 +73,7 @@ pub async fn run(
     ready: impl FnOnce(&str),
 ) -> Result<(), ServeError> {
     if let Some(name) = &options.export {
-        node.export(name).await.map_err(ServeError::NoExport)?;
+        node.export(name).await.map_err(|error| ServeError::NoExport(error.to_string()))?;
     }
     let dir = node.store().dir().to_owned();
     let socket = options.socket.unwrap_or_else(|| dir.join(NBD_SOCKET));

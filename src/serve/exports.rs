@@ -4,7 +4,9 @@ use std::io;
 use std::sync::Arc;
 
 use bootcache_nbd::disk::FileRange;
-use bootcache_nbd::{Attempt, BoxFuture, Disk, Export, Exports, Features, SharedDisk, StatusExtent};
+use bootcache_nbd::{
+    Attempt, BoxFuture, Disk, Export, Exports, Features, OpenError, SharedDisk, StatusExtent,
+};
 
 use super::node::{Node, OpenImage};
 
@@ -17,11 +19,11 @@ pub(super) struct NodeExports {
 }
 
 impl Exports for NodeExports {
-    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, String>> {
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, OpenError>> {
         Box::pin(async move {
             match &self.only {
                 Some(only) if name.is_empty() || name == only => self.node.export(only).await,
-                Some(_) => Err("there is no export of that name".to_owned()),
+                Some(_) => Err(OpenError::Unknown("there is no export of that name".to_owned())),
                 None => self.node.export(name).await,
             }
         })

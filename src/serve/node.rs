@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use bootcache_nbd::{Export, Limits, SharedDisk, SharedLimits};
+use bootcache_nbd::{Export, Limits, OpenError, SharedDisk, SharedLimits};
 use tokio::sync::Mutex;
 
 pub use error::NodeError;
@@ -157,11 +157,11 @@ impl Node {
     ///
     /// # Errors
     /// A message for whoever asked.
-    pub async fn export(&self, name: &str) -> Result<Export, String> {
+    pub async fn export(&self, name: &str) -> Result<Export, OpenError> {
         let mut inner = self.inner.lock().await;
         let found = self.find_export(&mut inner, name);
         drop(inner);
-        found.map_err(|error| error.to_string())
+        found.map_err(OpenError::from)
     }
 
     fn find_export(&self, inner: &mut Inner, name: &str) -> Result<Export, NodeError> {

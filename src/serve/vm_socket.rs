@@ -81,8 +81,9 @@ impl VmSocket {
     /// Ends its connections. The requests under way are carried out, if they are no longer about it than the server waits.
     pub(super) async fn close(self) {
         self.cancel.cancel();
-        let _ = self.server.await;
+        // Before anything is waited for: by then the path may be another socket's.
         let _ = fs::remove_file(&self.path);
+        let _ = self.server.await;
     }
 
     /// Closes many, all at once: it takes no longer than the slowest.
@@ -179,6 +180,32 @@ mod tests {
         let one = Limits::default().drain_timeout;
         assert!(start.elapsed() >= one && start.elapsed() < one * 2, "{:?}", start.elapsed());
         assert!(!dir.path().join("a").join(SOCKET_FILE).exists());
+    }
+
+    /// Once, the path was taken for as long as a read was waited for, or the old socket took the new one's file with it.
+    #[tokio::test]
+    async fn a_socket_is_opened_again_while_it_closes() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = DelayDisk::new(Arc::new(MemoryDisk::new(4096)), Delays::all(Duration::from_secs(3600)));
+        let export = Export::new("vm", Arc::new(held));
+        let open = || VmSocket::open(dir.path(), export.clone(), None, Limits::default().into()).unwrap();
+        let address = Address::Unix(dir.path().join(SOCKET_FILE));
+        let first = open();
+        let client = Client::connect(address.clone(), "vm", Policy::default()).await.unwrap();
+        let read = tokio::spawn(async move { client.read(0, 4096).await });
+        while export.stats.reads.load(std::sync::atomic::Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let closing = tokio::spawn(first.close());
+        while dir.path().join(SOCKET_FILE).exists() {
+            tokio::task::yield_now().await;
+        }
+        let second = open();
+        assert!(!closing.is_finished());
+        closing.await.unwrap();
+        assert!(read.await.unwrap().is_err());
+        drop(Client::connect(address, "vm", Policy::default()).await.unwrap());
+        second.close().await;
     }
 
     #[tokio::test]

@@ -32,6 +32,11 @@ impl Call<'_> {
         if self.offset.checked_add(self.length).is_none_or(|end| end > export.size) {
             return invalid("the range leaves the export");
         }
+        // The last block may be short.
+        let (block, end) = (u64::from(export.block_sizes.0.max(1)), self.offset + self.length);
+        if !self.offset.is_multiple_of(block) || (!end.is_multiple_of(block) && end != export.size) {
+            return invalid("the NBD server takes whole blocks only");
+        }
         let carries_data = matches!(self.command, command::READ | command::WRITE);
         if carries_data && self.length > u64::from(export.block_sizes.2) {
             return invalid("more than the NBD server takes at once");
@@ -55,5 +60,32 @@ impl Call<'_> {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "the NBD server does not offer that"));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::Style;
+
+    #[test]
+    fn only_the_end_of_the_export_may_lie_within_a_block() {
+        let export = |least| ExportDescription {
+            size: 10_000,
+            flags: flag::SEND_TRIM,
+            block_sizes: (least, 4096, 1 << 20),
+            style: Style::Simple,
+            allocation: None,
+        };
+        for (offset, length, taken) in
+            [(0, 4096, true), (8192, 1808, true), (0, 10_000, true), (5000, 5000, false), (8192, 1000, false)]
+        {
+            for command in [command::READ, command::WRITE, command::TRIM] {
+                let call = Call { length, ..Call::new(command, offset) };
+                assert_eq!(call.check(&export(4096)).is_ok(), taken, "{length} bytes at {offset}");
+                // None is a server that does not know better.
+                assert!(call.check(&export(0)).is_ok());
+            }
+        }
     }
 }

@@ -20,7 +20,7 @@ use crate::request::{EXTENDED_BYTES, Request};
 
 /// Longest structured chunk that is not data: a message, or extents.
 const CHUNK_MAX: usize = 1 << 20;
-/// Time to tell a server that ends goodbye.
+/// Time for a goodbye to be sent.
 const GOODBYE: Duration = Duration::from_secs(1);
 /// Most extents that are kept of one answer.
 const EXTENTS_MAX: usize = 64 << 10;
@@ -105,8 +105,10 @@ struct Sending<'a> {
 
 impl Sending<'_> {
     async fn send(&mut self, header: &[u8], payload: &[u8]) -> io::Result<()> {
+        // Until a byte of it is taken, the request can be given up without a trace.
+        let begun = self.writer.stream.write(header).await;
         self.writer.torn = true;
-        self.writer.stream.write_all(header).await?;
+        self.writer.stream.write_all(&header[begun?..]).await?;
         self.writer.stream.write_all(payload).await?;
         self.writer.stream.flush().await?;
         self.writer.torn = false;
@@ -246,7 +248,7 @@ impl Link {
     /// Takes no more requests, after the server has said that it ends; those under way may still be answered.
     pub(super) async fn retire(&self) {
         if !self.broken.swap(true, Ordering::AcqRel) {
-            let _ = tokio::time::timeout(GOODBYE, self.disconnect()).await;
+            self.disconnect().await;
         }
     }
 
@@ -254,10 +256,10 @@ impl Link {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says goodbye; the server carries out what it has, and closes.
+    /// Says goodbye, if that can be sent soon; the server carries out what it has, and closes.
     pub(super) async fn disconnect(&self) {
         let call = Call { command: command::DISC, flags: 0, offset: 0, length: 0, payload: &[] };
-        let _ = self.write(0, &call).await;
+        let _ = tokio::time::timeout(GOODBYE, self.write(0, &call)).await;
     }
 }
 

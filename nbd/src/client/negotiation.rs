@@ -54,6 +54,7 @@ impl ExportDescription {
 
 /// Why a server was not agreed with.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum HandshakeError {
     /// The connection broke.
     #[error(transparent)]

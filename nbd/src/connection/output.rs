@@ -7,6 +7,8 @@ use crate::limits::PIECE_BYTES;
 
 /// Pieces that are kept for the next use.
 const KEPT_MAX: usize = 32;
+/// Longest read that gets a buffer of its own.
+const SHORT_MAX: usize = 64 << 10;
 
 /// A buffer for replies. What lies behind the used part is left over from earlier ones.
 #[derive(Debug, Default)]
@@ -64,13 +66,16 @@ pub(crate) struct Pieces {
 }
 
 impl Pieces {
-    /// An empty output; goes back when it is dropped.
-    pub(crate) fn take(&self) -> Piece {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let output = kept.unwrap_or_else(|| Output {
-            bytes: Vec::with_capacity(PIECE_BYTES + 2 * HEADER_MAX),
-            ..Output::default()
-        });
+    /// An empty output for replies to a read of `length` bytes, with room for a piece of it; goes back when it is dropped. A
+    /// short read gets one of its own size: it may wait long, and holds what it is charged for.
+    pub(crate) fn take(&self, length: usize) -> Piece {
+        let new = |room| Output { bytes: Vec::with_capacity(room + 2 * HEADER_MAX), ..Output::default() };
+        let output = if length > SHORT_MAX {
+            let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            kept.unwrap_or_else(|| new(PIECE_BYTES))
+        } else {
+            new(length)
+        };
         Piece { output, pieces: self.clone() }
     }
 }
@@ -100,9 +105,11 @@ impl Drop for Piece {
     fn drop(&mut self) {
         let mut output = std::mem::take(&mut self.output);
         output.truncate(0);
-        let mut kept = self.pieces.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < KEPT_MAX {
-            kept.push(output);
+        if output.bytes.capacity() >= PIECE_BYTES {
+            let mut kept = self.pieces.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if kept.len() < KEPT_MAX {
+                kept.push(output);
+            }
         }
     }
 }
@@ -125,12 +132,24 @@ mod tests {
     #[test]
     fn pieces_come_back_empty_and_only_so_many_are_kept() {
         let pieces = Pieces::default();
-        let taken: Vec<Piece> = (0..KEPT_MAX + 5).map(|_| pieces.take()).collect();
+        let taken: Vec<Piece> = (0..KEPT_MAX + 5).map(|_| pieces.take(PIECE_BYTES)).collect();
         drop(taken);
         assert_eq!(pieces.kept.lock().unwrap().len(), KEPT_MAX);
-        let mut piece = pieces.take();
+        let mut piece = pieces.take(PIECE_BYTES);
         piece.put(|out| out.push(1));
         drop(piece);
-        assert_eq!(pieces.take().len(), 0);
+        assert_eq!(pieces.take(PIECE_BYTES).len(), 0);
+    }
+
+    /// Once, each had a whole piece for as long as it waited, and was charged for 4 KiB.
+    #[test]
+    fn a_short_read_holds_what_it_needs_and_takes_no_piece() {
+        let pieces = Pieces::default();
+        drop(pieces.take(PIECE_BYTES));
+        let short = pieces.take(4096);
+        assert!(short.bytes.capacity() < 8192, "{}", short.bytes.capacity());
+        drop(short);
+        assert_eq!(pieces.kept.lock().unwrap().len(), 1);
+        assert!(pieces.take(1 << 20).bytes.capacity() >= PIECE_BYTES);
     }
 }

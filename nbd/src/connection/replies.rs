@@ -137,7 +137,7 @@ impl Replies {
 
     /// Answers a read of at most a piece if that needs no waiting for the disk; false if it does.
     pub(super) async fn read_now(&self, answer: Answer, offset: u64, length: usize) -> io::Result<bool> {
-        let mut out = self.pieces.take();
+        let mut out = self.pieces.take(length);
         out.put(|out| answer.data(out, offset, length, true));
         let buf = out.space(length);
         let Attempt::Ready(result) = attempt(|| self.disk.try_read(offset, buf)) else { return Ok(false) };
@@ -153,7 +153,7 @@ impl Replies {
         length: usize,
         whole: bool,
     ) -> io::Result<()> {
-        let mut out = self.pieces.take();
+        let mut out = self.pieces.take(length);
         if one_header(answer, length, whole) {
             return self.read_whole(answer, offset, length, &mut out).await;
         }

@@ -1,4 +1,4 @@
-//! A disk that is a file: raw bytes, holes and all.
+//! A disk that is a file, or a block device: raw bytes, holes and all.
 
 use std::fs::File;
 use std::io;
@@ -21,7 +21,7 @@ use crate::disk::{
 /// Threads that wait for one file's lock at once: they take turns there anyway.
 const TURNS: usize = 8;
 
-/// A raw file as a disk.
+/// A raw file, or a block device, as a disk.
 ///
 /// What is in the page cache is read inline by `preadv2(RWF_NOWAIT)`; everything else runs on tokio's blocking
 /// threads, by way of a buffer of their own: a thread that outlives its dropped future must not write into the caller's,
@@ -29,7 +29,7 @@ const TURNS: usize = 8;
 /// likely to wait ([`InlineWrites`]). What has to wait for the file's own lock takes so many threads and no more, whatever
 /// clients ask for: the process has other files. After a failed sync
 /// every later write and flush fails too: the kernel reports a lost page only once. What is trimmed reads as zeroes, or as
-/// before where the file system cannot punch holes.
+/// before where the file system cannot punch holes. A device tells no holes: it is data throughout.
 #[derive(Debug, Clone)]
 pub struct FileDisk {
     shared: Arc<Shared>,
@@ -123,9 +123,15 @@ impl Shared {
         self.file.sync_data().inspect_err(|_| self.failed.store(true, Ordering::Release))
     }
 
-    fn punch(&self, offset: u64, length: u64, mode: FallocateFlags) -> io::Result<()> {
+    /// Changes how a range is allocated; false, and nothing is done, where that cannot be: the file system does not know
+    /// how, or the device wants whole sectors.
+    fn punch(&self, offset: u64, length: u64, mode: FallocateFlags) -> io::Result<bool> {
         let _long = self.inline.long();
-        Ok(fallocate(&self.file, mode, offset, length)?)
+        match fallocate(&self.file, mode, offset, length) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Zeroes by hand, for file systems that cannot do better.
@@ -143,15 +149,20 @@ impl Shared {
     fn map(&self, offset: u64, length: u64, extents_max: usize) -> io::Result<Vec<StatusExtent>> {
         let mut extents = Vec::new();
         let (mut at, end) = (offset, offset + length);
-        let find = |position| match seek(&self.file, position) {
+        let find = |position, unknown| match seek(&self.file, position) {
             Ok(found) => Ok(found.min(self.size)),
             Err(Errno::NXIO) => Ok(self.size),
+            // A device, or a file system without holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(unknown),
             Err(error) => Err(io::Error::from(error)),
         };
         while at < end && extents.len() < extents_max {
-            let data = find(SeekFrom::Data(at))?;
-            let (next, flags) =
-                if data > at { (data, STATE_HOLE | STATE_ZERO) } else { (find(SeekFrom::Hole(at))?, 0) };
+            let data = find(SeekFrom::Data(at), at)?;
+            let (next, flags) = if data > at {
+                (data, STATE_HOLE | STATE_ZERO)
+            } else {
+                (find(SeekFrom::Hole(at), self.size)?, 0)
+            };
             // A file that shrank behind our back must not make this loop spin.
             let next = next.max(at + 1).min(end);
             extents.push(StatusExtent { length: next - at, flags });
@@ -224,13 +235,8 @@ impl Disk for FileDisk {
     fn trim(&self, offset: u64, length: u64, fua: bool) -> BoxFuture<'_, io::Result<()>> {
         self.in_turn(&self.shared.turns, move |shared| {
             shared.check()?;
-            match shared.punch(offset, length, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE) {
-                // A hint that the file system cannot take is no error.
-                Err(error) if error.raw_os_error() != Some(Errno::OPNOTSUPP.raw_os_error()) => {
-                    return Err(error);
-                }
-                _ => {}
-            }
+            // A hint that cannot be taken is no error.
+            shared.punch(offset, length, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE)?;
             if fua { shared.sync() } else { Ok(()) }
         })
     }
@@ -243,14 +249,11 @@ impl Disk for FileDisk {
             } else {
                 FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
             };
-            match shared.punch(offset, length, mode) {
-                Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => {
-                    if flags.fast {
-                        return Err(error);
-                    }
-                    shared.write_zeroes(offset, length)?;
+            if !shared.punch(offset, length, mode)? {
+                if flags.fast {
+                    return Err(Errno::OPNOTSUPP.into());
                 }
-                other => other?,
+                shared.write_zeroes(offset, length)?;
             }
             if fua { shared.sync() } else { Ok(()) }
         })

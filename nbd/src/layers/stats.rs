@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Operation;
-use crate::disk::{Attempt, BoxFuture, Disk, Features, SharedDisk, StatusExtent, ZeroFlags};
+use crate::disk::{Attempt, BoxFuture, Disk, Features, FileRange, SharedDisk, StatusExtent, ZeroFlags};
 
 /// A disk that counts what is asked of it. An attempt that would block is not counted: the request comes again.
 pub struct StatsDisk {
@@ -30,7 +30,7 @@ pub struct Count {
     pub bytes: u64,
     /// How many of them failed.
     pub errors: u64,
-    /// Time from request to answer, all of them together.
+    /// Time from request to answer, all of them together. What is sent straight from a file takes this layer none.
     pub time: Duration,
 }
 
@@ -107,6 +107,15 @@ impl Disk for StatsDisk {
         self.counted(Operation::Read, buf.len() as u64, self.disk.read(offset, buf))
     }
 
+    fn in_file(&self, offset: u64, length: usize) -> Option<FileRange> {
+        self.disk.in_file(offset, length)
+    }
+
+    fn note_read(&self, offset: u64, length: usize) {
+        self.note(Operation::Read, length as u64, false, Instant::now());
+        self.disk.note_read(offset, length);
+    }
+
     fn try_write(&self, offset: u64, data: &[u8]) -> Attempt {
         self.attempt(Operation::Write, data.len(), || self.disk.try_write(offset, data))
     }
@@ -151,7 +160,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::layers::{ErrorDisk, Errors, Fault, MemoryDisk};
+    use crate::layers::{ErrorDisk, Errors, Fault, FileDisk, MemoryDisk};
 
     #[tokio::test]
     async fn requests_bytes_and_errors_are_counted_once() {
@@ -167,5 +176,18 @@ mod tests {
         assert_eq!((reads.requests, reads.bytes, reads.errors), (1, 512, 0));
         assert_eq!((writes.requests, writes.bytes, writes.errors), (2, 200, 1));
         assert_eq!(disk.count(Operation::Flush), Count::default());
+    }
+
+    /// Once, a disk whose requests were counted was copied.
+    #[test]
+    fn what_is_sent_straight_from_a_file_still_is_and_is_counted() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let disk = StatsDisk::new(Arc::new(StatsDisk::new(Arc::new(FileDisk::new(file, false).unwrap()))));
+        assert_eq!(disk.in_file(4096, 4096).unwrap().offset, 4096);
+        assert_eq!(disk.count(Operation::Read), Count::default());
+        disk.note_read(4096, 4096);
+        let reads = disk.count(Operation::Read);
+        assert_eq!((reads.requests, reads.bytes, reads.errors), (1, 4096, 0));
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use bootcache_nbd::OpenError;
 use indicatif::HumanBytes;
 
 use super::BASE_DEPTH_MAX;
@@ -89,6 +90,20 @@ pub enum NodeError {
     /// Increments on increments without end.
     #[error("image {} stands on more than {BASE_DEPTH_MAX} others: its manifest is damaged", .0.short())]
     TooDeep(Digest),
+}
+
+/// What a client of NBD is told.
+impl From<NodeError> for OpenError {
+    fn from(error: NodeError) -> Self {
+        match error {
+            NodeError::NoExport(_)
+            | NodeError::NoOverlay(_)
+            | NodeError::Store(StoreError::NoSuchImage(_) | StoreError::NoSuchRoot(_)) => {
+                Self::Unknown(error.to_string())
+            }
+            _ => Self::Refused(error.to_string()),
+        }
+    }
 }
 
 /// A size as commands print it; one that this would round is told to the byte.

@@ -258,7 +258,7 @@ async fn a_disk_that_was_cut_is_neither_exported_nor_given_to_peers() {
     disk.set_len(60 << 10).unwrap();
     for name in ["base", "a"] {
         let error = node.export(name).await.map(|_| ()).unwrap_err();
-        assert!(error.contains("it has 61440 bytes, not 65536"), "{error}");
+        assert!(error.to_string().contains("it has 61440 bytes, not 65536"), "{error}");
     }
     let given = async || Arc::clone(&node.catalogue).find(Wanted::Root(root)).await.is_ok();
     assert!(!given().await);
