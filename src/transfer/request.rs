@@ -157,6 +157,9 @@ impl Shared {
                     }
                     let other = pick(tried, Why::Needed);
                     alone = other.is_none();
+                    if alone {
+                        self.sources.stir();
+                    }
                     let again = || asked.first().map(|first| Arc::clone(&first.source));
                     let fits = |source: &Arc<Source>| running.len() < AGAIN_MAX || is_new(source, tried);
                     if let Some(source) = other.or_else(again).filter(fits) {
