@@ -24,7 +24,7 @@ use std::io;
 
 pub use format::{BootCache, Builder, LEVEL_DEFAULT, TooScattered, Written};
 pub use frames::{FrameBlocks, ReadBlocks, check_frame, decode_frame};
-pub use heads::{FRAME_DATA_BLOCKS_MAX, FRAME_LENGTH_MAX, Frame, HEADS_LENGTH_MAX, Heads, Run};
+pub use heads::{FRAME_BLOCKS_MAX, FRAME_LENGTH_MAX, Frame, HEADS_LENGTH_MAX, Heads, Run};
 
 use crate::digest::Digest;
 

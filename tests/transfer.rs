@@ -331,6 +331,73 @@ async fn what_nobody_has_keeps_neither_the_fill_nor_a_guest_from_the_rest() {
     assert!(node.read_file() == sample.disk);
 }
 
+/// Every node of a burst stayed connected to every other for as long as it had the boot cache only.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_have_what_boots_let_go_of_each_other_until_they_need_more() {
+    let sample = Sample::new(8 << 20, 97);
+    let mut origin = Node::origin(&sample, None).await;
+    let (mut nodes, mut engines) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let node = Node::empty(None).await;
+        let boot_only = |options: &mut bootcache::transfer::Options| {
+            (options.fill, options.idle) = (false, Duration::from_millis(300));
+        };
+        engines.push(node.pull(&[origin.address], boot_only).await);
+        nodes.push(node);
+    }
+    let up = |engine: &bootcache::transfer::Engine| {
+        engine
+            .progress()
+            .sources
+            .into_iter()
+            .filter(|source| source.up)
+            .map(|s| s.address)
+            .collect::<Vec<_>>()
+    };
+    for engine in &engines {
+        tokio::time::timeout(Duration::from_secs(60), engine.boot_complete()).await.unwrap();
+        until(|| engine.progress().sources.len() == nodes.len() && up(engine).len() <= 2).await;
+        until(|| up(engine).contains(&origin.address)).await;
+    }
+    // Only the last has it, and the first is connected to it no more, or by chance.
+    let offset = sample.unforeseen_block() * 4096;
+    let mut bytes = [0; 4096];
+    engines[4].disk().read(offset, &mut bytes).await.unwrap();
+    origin.stop_serving().await;
+    bytes.fill(0);
+    let disk = engines[0].disk();
+    let read = tokio::time::timeout(Duration::from_secs(30), disk.read(offset, &mut bytes)).await;
+    read.expect("those who were let go are asked").unwrap();
+    assert!(bytes[..] == *sample.bytes(offset, 4096));
+    origin.serve_again().await;
+    engines[0].fill();
+    assert!(tokio::time::timeout(Duration::from_secs(60), engines[0].done()).await.expect("all of it comes"));
+}
+
+/// It refuses at once, and so seemed to be the one with the least to do: it was asked first for each block.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_cannot_read_its_disk_is_not_asked_first_each_time() {
+    const READS: u64 = 60;
+    let sample = Sample::new(8 << 20, 101);
+    let broken = Node::origin_without_boot(&sample, None).await;
+    let good = Node::origin_without_boot(&sample, None).await;
+    let disk = broken.store().resolve(&sample.name).expect("it is there").disk_path();
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[good.address, broken.address], |options| options.fill = false).await;
+    until(|| engine.progress().sources.iter().all(|source| source.up)).await;
+    std::fs::File::options().write(true).open(disk).expect("a disk").set_len(0).expect("it is cut");
+    let data = |block: &u64| sample.bytes(block * 4096, 4096).iter().any(|byte| *byte != 0);
+    let blocks = (0..2000).filter(data);
+    for block in blocks.take(usize::try_from(READS).expect("few")) {
+        let mut bytes = [0; 4096];
+        engine.disk().read(block * 4096, &mut bytes).await.unwrap();
+        assert!(bytes[..] == *sample.bytes(block * 4096, 4096));
+    }
+    let refused = broken.server.counters().refused.load(Ordering::Relaxed);
+    assert!((1..READS / 3).contains(&refused), "it was asked {refused} times");
+    engine.stop().await;
+}
+
 /// Only whole pages are told of: the second node has nearly nothing of this one but the block.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_block_that_another_guest_has_read_comes_from_its_node_when_the_origin_is_gone() {

@@ -167,6 +167,42 @@ async fn a_source_that_is_late_once_keeps_its_connections() {
     engine.stop().await;
 }
 
+/// Its signs of life stood behind what guests waited for, for more than two seconds: it counted as dead, and all of it was
+/// asked for once more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_on_a_slow_link_is_kept_while_its_bytes_come() {
+    const READERS: usize = 64;
+    let sample = Sample::with_boot(64 << 20, 41, 64);
+    let origin = Node::origin_without_boot(&sample, None).await;
+    let link = SlowLink::new(origin.address, 200_000).await;
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[link.address], forgiving).await;
+    let up = || engine.progress().sources.iter().any(|source| source.up);
+    let limit = Instant::now() + Duration::from_secs(30);
+    while !up() {
+        assert!(Instant::now() < limit, "it is reached");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let made = link.connections();
+    let mut readers = tokio::task::JoinSet::new();
+    for reader in 0..READERS {
+        let (disk, at) = (engine.disk(), reader * (1 << 20) + 12_345);
+        readers.spawn(async move {
+            let mut bytes = vec![0; 48 << 10];
+            disk.read(at as u64, &mut bytes).await.map(|()| (at, bytes))
+        });
+    }
+    let all = async {
+        while let Some(read) = readers.join_next().await {
+            let (at, bytes) = read.unwrap().unwrap();
+            assert!(bytes == sample.disk[at..at + bytes.len()], "wrong bytes in {at}");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), all).await.expect("all of it comes");
+    assert_eq!(link.connections(), made, "the source was lost, and connected to anew");
+    engine.stop().await;
+}
+
 /// It was asked again at longer and longer intervals, and nobody else who came: after six times not at all.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_comes_is_asked_at_once_for_what_another_has_lost() {

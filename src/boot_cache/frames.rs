@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use super::BootCacheError;
-use super::heads::{FRAME_DATA_BLOCKS_MAX, FRAME_LENGTH_MAX, FrameEntry, Heads, Run};
+use super::heads::{FRAME_BLOCKS_MAX, FRAME_LENGTH_MAX, FrameEntry, Heads, Run};
 use super::merge::Touch;
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, Extent};
 use crate::digest::Digest;
@@ -217,7 +217,7 @@ impl FrameBlocks<'_> {
 
 /// Checks `bytes`, the compressed frame `index` of `heads`, against its digest and takes it apart.
 ///
-/// Costs at most [`FRAME_DATA_BLOCKS_MAX`] blocks of memory, whatever `bytes` claim.
+/// Costs at most [`FRAME_BLOCKS_MAX`] blocks of memory, whatever `bytes` claim.
 ///
 /// # Errors
 /// [`BootCacheError::BadFrame`].
@@ -228,8 +228,8 @@ pub fn decode_frame<'a>(
 ) -> Result<FrameBlocks<'a>, BootCacheError> {
     check_frame(heads, index, bytes)?;
     let blocks = heads.frame_data_blocks(index);
-    debug_assert!(blocks <= FRAME_DATA_BLOCKS_MAX, "heads are checked when they are parsed");
-    let length = usize::try_from(blocks * BLOCK_SIZE).expect("bounded by FRAME_DATA_BLOCKS_MAX");
+    debug_assert!(blocks <= FRAME_BLOCKS_MAX, "heads are checked when they are parsed");
+    let length = usize::try_from(blocks * BLOCK_SIZE).expect("bounded by FRAME_BLOCKS_MAX");
     let data = if length == 0 { Vec::new() } else { decompress(index, bytes, length)? };
     Ok(FrameBlocks { runs: heads.frame_runs(index), data })
 }

@@ -31,8 +31,10 @@ use crate::digest::{DIGEST_BYTES, Digest};
 pub const HEADS_LENGTH_MAX: usize = 4 << 20;
 /// Most compressed bytes in a frame.
 pub const FRAME_LENGTH_MAX: usize = 256 << 10;
-/// Most blocks with data in a frame (1 MiB).
-pub const FRAME_DATA_BLOCKS_MAX: u64 = 256;
+/// Most blocks in a frame, zero or not (1 MiB).
+pub const FRAME_BLOCKS_MAX: u64 = 256;
+/// Most runs in all. Zero runs pack to nearly nothing, and take 48 bytes of memory each.
+const RUNS_MAX: usize = 2 << 20;
 const UNPACKED_MAX: usize = 64 << 20;
 /// The least that a frame takes in the heads: a length, its digest, when it is due, a count of runs.
 const FRAME_ENTRY_MIN: usize = DIGEST_BYTES + 3;
@@ -186,6 +188,9 @@ impl Heads {
 
     /// The bytes that [`Heads::parse`] takes; none when they would be too many.
     pub(super) fn encode(root: Digest, size: u64, end_ms: u32, frames: &[FrameEntry]) -> Option<Vec<u8>> {
+        if frames.iter().map(|frame| frame.runs.len()).sum::<usize>() > RUNS_MAX {
+            return None;
+        }
         let mut plain = root.0.to_vec();
         varint::put(&mut plain, size);
         varint::put(&mut plain, u64::from(end_ms));
@@ -224,8 +229,7 @@ impl Heads {
             let due_ms = take_u32(bytes)?;
             let first = runs.len();
             take_runs(bytes, blocks_for(size), &mut runs)?;
-            let with_data = data_blocks(&runs[first..]);
-            if with_data > FRAME_DATA_BLOCKS_MAX || (with_data == 0) != (length == 0) {
+            if (data_blocks(&runs[first..]) == 0) != (length == 0) {
                 return None;
             }
             if length as usize > FRAME_LENGTH_MAX {
@@ -261,12 +265,20 @@ fn take_count(bytes: &mut &[u8], size_min: usize) -> Option<usize> {
 
 fn take_runs(bytes: &mut &[u8], image_blocks: u64, runs: &mut Vec<Run>) -> Option<()> {
     let count = take_count(bytes, 2)?;
+    if count > RUNS_MAX - runs.len() {
+        return None;
+    }
+    let mut blocks = 0;
     for _ in 0..count {
         let previous_end = runs.last().map_or(0, |run: &Run| run.extent.end());
         let start = previous_end.checked_add_signed(varint::unzigzag(varint::take(bytes)?))?;
         let tagged = varint::take(bytes)?;
         let extent = Extent::new(start, tagged >> 1);
         if extent.is_empty() || start.checked_add(extent.count)? > image_blocks {
+            return None;
+        }
+        blocks += extent.count;
+        if blocks > FRAME_BLOCKS_MAX {
             return None;
         }
         runs.push(Run { extent, zero: tagged & 1 == 1 });

@@ -220,6 +220,32 @@ fn a_boot_set_may_be_empty_or_all_zero() {
     }
 }
 
+/// Heads of a few KiB took more than a gigabyte of memory.
+#[test]
+fn heads_that_unpack_to_very_many_zero_blocks_are_refused() {
+    let parse = |frames: u64, runs: u64, run: &[u8]| {
+        let mut plain = ROOT.0.to_vec();
+        for number in [1 << 40, 0, frames] {
+            varint::put(&mut plain, number);
+        }
+        for _ in 0..frames {
+            plain.push(0);
+            plain.extend_from_slice(&ROOT.0);
+            plain.push(0);
+            varint::put(&mut plain, runs);
+            (0..runs).for_each(|_| plain.extend_from_slice(run));
+        }
+        let packed = zstd::bulk::compress(&plain, 1).unwrap();
+        let framed = [u32::try_from(plain.len()).unwrap().to_le_bytes().as_slice(), &packed].concat();
+        Heads::parse(&framed, Digest::of(&framed)).map(|heads| heads.blocks())
+    };
+    // One block each, a block after the run before.
+    assert_eq!(parse(3, 256, &[2, 3]).unwrap(), 768);
+    assert!(parse(1, 257, &[2, 3]).is_err(), "more blocks than a frame has");
+    assert!(parse(1, 1, &[2, 0xd9, 4]).is_err(), "one run of 300 blocks");
+    assert!(parse(8193, 256, &[2, 3]).is_err(), "more runs than there may be");
+}
+
 #[test]
 fn the_lower_bound_is_the_latest_that_a_frame_can_be_behind() {
     let image = image(2000);

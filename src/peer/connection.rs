@@ -6,11 +6,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -25,6 +27,8 @@ use super::transport::{Security, Transport};
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// Requests that wait for the socket; more make the caller wait.
 const QUEUE: usize = 64;
+/// A connection that brings fewer bytes a second brings nothing: a source could hold a guest up with single bytes.
+const RATE_MIN: f64 = 8192.0;
 
 /// Why a connection was not made.
 #[derive(Debug, thiserror::Error)]
@@ -99,12 +103,59 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-/// What came in, and when last.
+/// When a connection last brought something: a whole reply, or since then bytes at [`RATE_MIN`] or more.
 #[derive(Debug)]
-struct Meter {
-    began: Instant,
-    bytes: AtomicU64,
-    last_ms: AtomicU64,
+struct Meter(Mutex<Pace>);
+
+#[derive(Debug)]
+struct Pace {
+    last: Instant,
+    /// Bytes since then.
+    bytes: u64,
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self(Mutex::new(Pace { last: Instant::now(), bytes: 0 }))
+    }
+
+    fn note_bytes(&self, bytes: usize) {
+        let mut pace = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.bytes += bytes as u64;
+        if pace.bytes as f64 >= pace.last.elapsed().as_secs_f64() * RATE_MIN {
+            *pace = Pace { last: Instant::now(), bytes: 0 };
+        }
+    }
+
+    fn note_reply(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Pace { last: Instant::now(), bytes: 0 };
+    }
+
+    fn last(&self) -> Instant {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).last
+    }
+}
+
+/// A reader whose bytes are noted as they come.
+struct Metered<R> {
+    reader: R,
+    meter: Arc<Meter>,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Metered<R> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.reader).poll_read(cx, buffer);
+        let came = buffer.filled().len() - before;
+        if came > 0 {
+            self.meter.note_bytes(came);
+        }
+        polled
+    }
 }
 
 impl Connection {
@@ -138,10 +189,10 @@ impl Connection {
         let (requests, queue) = mpsc::channel(QUEUE);
         let closed = CancellationToken::new();
         let pending = Arc::new(Mutex::new(HashMap::new()));
-        let meter =
-            Arc::new(Meter { began: Instant::now(), bytes: AtomicU64::new(0), last_ms: AtomicU64::new(0) });
+        let meter = Arc::new(Meter::new());
+        let reader = Metered { reader, meter: Arc::clone(&meter) };
         tokio::spawn(write_requests(writer, queue, closed.clone()));
-        tokio::spawn(read_replies(reader, Arc::clone(&pending), Arc::clone(&meter), closed.clone()));
+        tokio::spawn(read_replies(reader, Arc::clone(&pending), closed.clone()));
         let close = closed.clone().drop_guard();
         let next = AtomicU32::new(1);
         let shared = Shared { address, node, key, requests, pending, next, meter, closed, _close: close };
@@ -163,15 +214,15 @@ impl Connection {
         self.shared.key
     }
 
-    /// Bytes of replies so far.
-    pub fn bytes_received(&self) -> u64 {
-        self.shared.meter.bytes.load(Ordering::Relaxed)
+    /// When it last brought something, or was made. On a slow link a reply may be long in coming: its bytes count as well,
+    /// unless there are hardly any.
+    pub fn last_brought(&self) -> Instant {
+        self.shared.meter.last()
     }
 
-    /// How long ago the last reply came, or the connection was made.
+    /// How long ago that is.
     pub fn silence(&self) -> Duration {
-        let last = Duration::from_millis(self.shared.meter.last_ms.load(Ordering::Relaxed));
-        self.shared.meter.began.elapsed().saturating_sub(last)
+        self.last_brought().elapsed()
     }
 
     /// For how long calls have waited without anything coming; none while nobody waits for an answer.
@@ -295,9 +346,8 @@ async fn write_requests(
 }
 
 async fn read_replies(
-    mut reader: ReadHalf<Box<dyn Transport>>,
+    mut reader: Metered<ReadHalf<Box<dyn Transport>>>,
     pending: Arc<Mutex<HashMap<u32, Pending>>>,
-    meter: Arc<Meter>,
     closed: CancellationToken,
 ) {
     let read = async {
@@ -305,9 +355,7 @@ async fn read_replies(
             if frame_type != FrameType::PEER_REPLY {
                 continue;
             }
-            meter.bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
-            let now = u64::try_from(meter.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-            meter.last_ms.store(now, Ordering::Relaxed);
+            reader.meter.note_reply();
             let (reply, bulk) = frame::decode_bulk::<Reply>(&payload)?;
             let bulk_at = payload.len() - bulk.len();
             let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -330,4 +378,37 @@ async fn read_replies(
     }
     closed.cancel();
     pending.lock().unwrap_or_else(PoisonError::into_inner).clear();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_link_is_not_silent_and_one_that_drips_is() {
+        for (bytes, pause_ms, is_silent) in
+            [(1448, 30, false), (400, 20, false), (1024, 250, true), (1, 1, true)]
+        {
+            let meter = Meter::new();
+            for _ in 0..4000 / pause_ms {
+                tokio::time::advance(Duration::from_millis(pause_ms)).await;
+                meter.note_bytes(bytes);
+            }
+            assert_eq!(
+                meter.last().elapsed() > Duration::from_secs(2),
+                is_silent,
+                "{bytes} bytes each {pause_ms} ms"
+            );
+            meter.note_reply();
+            assert_eq!(meter.last().elapsed(), Duration::ZERO);
+        }
+        // What did not come for a while and then does is no silence.
+        let meter = Meter::new();
+        tokio::time::advance(Duration::from_millis(1500)).await;
+        for _ in 0..50 {
+            tokio::time::advance(Duration::from_millis(10)).await;
+            meter.note_bytes(500);
+        }
+        assert!(meter.last().elapsed() < Duration::from_millis(100), "{:?}", meter.last().elapsed());
+    }
 }

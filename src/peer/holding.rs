@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bootcache_nbd::disk::{Attempt, SharedDisk};
 use roaring::RoaringBitmap;
+use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, broadcast};
 
 use crate::block::{Extent, bytes_in_block};
@@ -490,6 +491,11 @@ impl Holding {
         if self.frames().is_none() {
             set.await;
         }
+    }
+
+    /// Ends when there may be more boot frames than when it was called.
+    pub fn more_frames(&self) -> Notified<'_> {
+        self.frames().map_or(&self.frames_set, |frames| &frames.arrived).notified()
     }
 
     /// Waits until frame `index` of the boot cache is here; false when it will not come.

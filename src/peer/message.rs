@@ -8,7 +8,7 @@
 //!                                 ◄──  PEER_REPLY   Reply{id, answer} | bulk     in any order
 //! ```
 //!
-//! Each request has one reply, but [`Ask::Watch`], which has one whenever there are more boot frames or everything, and
+//! Each request has one reply, but [`Ask::Watch`], which has one whenever there are more boot frames, and
 //! every [`HEARTBEAT`]. All lists and lengths are bounded, here by [`Ask::is_within_limits`], and by the frame.
 
 use std::net::SocketAddr;
@@ -153,7 +153,8 @@ pub enum Answer {
     Described {
         /// What the server has, but for the pages, which are told who watches.
         have: Have,
-        /// Others that have the image or are getting it, at most [`PEERS_MAX`].
+        /// Others that have the image or are getting it, at most [`PEERS_MAX`]: those not named on this connection before,
+        /// and a few of the rest.
         peers: Vec<Peer>,
     },
     /// To [`Ask::Heads`], [`Ask::Top`], [`Ask::Frame`]; the bulk is what was asked for.

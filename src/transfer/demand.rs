@@ -58,6 +58,7 @@ impl Fetch for Shared {
                 hints.push_back(Extent { count, ..*extent });
             }
         }
+        self.sources.stir();
         self.demand_wake.notify_one();
     }
 }
@@ -130,6 +131,7 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             if kind == Kind::Fill {
                 return;
             }
+            shared.sources.stir();
             if kind == Kind::Demand && !guesses {
                 guesses = true;
             } else {

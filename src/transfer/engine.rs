@@ -64,6 +64,9 @@ pub struct Options {
     pub ban: Duration,
     /// How long a source that another overtook is not the first choice.
     pub demotion: Duration,
+    /// How long nobody may have asked for more than few sources give, before the others are let go; when not everything
+    /// is fetched.
+    pub idle: Duration,
     /// The store whose other images are searched for blocks before they are fetched.
     pub similar: Option<Store>,
     /// How sources are chosen.
@@ -84,6 +87,7 @@ impl Default for Options {
             fill_rate: 0,
             ban: Duration::from_secs(60),
             demotion: Duration::from_secs(30),
+            idle: Duration::from_secs(30),
             similar: None,
             chooser: Arc::from(chooser),
         }
@@ -378,7 +382,11 @@ impl Shared {
             if !self.fill.is_cancelled() {
                 // Perhaps for ever: images that are removed meanwhile should not keep their space.
                 self.set_similar(None);
-                self.fill.cancelled().await;
+                tokio::select! {
+                    () = self.fill.cancelled() => {}
+                    () = self.sources.rest(self.options.idle) => {}
+                }
+                self.sources.need_all();
                 similar::index(self).await;
             }
             fill::run(self).await;

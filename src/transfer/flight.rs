@@ -13,18 +13,28 @@ const PATIENCE: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Clone, Copy)]
 struct Fetching {
+    /// The flight that it belongs to: another may have taken it over.
+    flight: u64,
     since: Instant,
     demanded: bool,
 }
 
 /// The blocks of one image that are being fetched.
 #[derive(Debug, Default)]
-pub(super) struct Flights(Mutex<HashMap<u64, Fetching>>);
+pub(super) struct Flights(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    map: HashMap<u64, Fetching>,
+    /// Flights so far.
+    flights: u64,
+}
 
 /// Blocks that this task fetches; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Flight {
     flights: Arc<Flights>,
+    number: u64,
     pub(super) extents: Vec<Extent>,
 }
 
@@ -37,7 +47,8 @@ impl Flights {
         most: u64,
         demanded: bool,
     ) -> Option<Flight> {
-        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { map, flights } = &mut *state;
         let mut taken: Vec<Extent> = Vec::new();
         let blocks = extents.into_iter().flat_map(Extent::blocks);
         let now = Instant::now();
@@ -53,17 +64,22 @@ impl Flights {
             }
         }
         for block in taken.iter().copied().flat_map(Extent::blocks) {
-            map.insert(block, Fetching { since: now, demanded });
+            map.insert(block, Fetching { flight: *flights + 1, since: now, demanded });
         }
-        (!taken.is_empty()).then(|| Flight { flights: Arc::clone(self), extents: taken })
+        (!taken.is_empty()).then(|| {
+            *flights += 1;
+            Flight { flights: Arc::clone(self), number: *flights, extents: taken }
+        })
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        let mut map = self.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
         for block in self.extents.iter().copied().flat_map(Extent::blocks) {
-            map.remove(&block);
+            if state.map.get(&block).is_some_and(|fetching| fetching.flight == self.number) {
+                state.map.remove(&block);
+            }
         }
     }
 }
@@ -82,11 +98,11 @@ mod tests {
         assert!(flights.take([Extent::new(14, 1)], 100, true).is_none());
         tokio::time::advance(PATIENCE * 2).await;
         assert!(flights.take([Extent::new(10, 1)], 100, true).is_none(), "demanded already");
-        assert!(
-            flights.take([Extent::new(14, 1)], 100, true).is_some(),
-            "a fill that hangs is not waited for"
-        );
+        let over =
+            flights.take([Extent::new(14, 1)], 100, true).expect("a fill that hangs is not waited for");
         drop((first, second));
+        assert!(flights.take([Extent::new(14, 1)], 100, true).is_none(), "the one that took it over goes on");
+        drop(over);
         assert_eq!(flights.take([Extent::new(0, 50)], 7, false).unwrap().extents, [Extent::new(0, 7)]);
     }
 }

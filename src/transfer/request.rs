@@ -157,6 +157,9 @@ impl Shared {
                     }
                     let other = pick(tried, Why::Needed);
                     alone = other.is_none();
+                    if alone {
+                        self.sources.stir();
+                    }
                     let again = || asked.first().map(|first| Arc::clone(&first.source));
                     let fits = |source: &Arc<Source>| running.len() < AGAIN_MAX || is_new(source, tried);
                     if let Some(source) = other.or_else(again).filter(fits) {
@@ -203,10 +206,16 @@ impl Shared {
         if source.state().have.origin {
             self.counters.origin_bytes.add(terms.kind, bytes);
         }
-        if matches!(answered.answer, Answer::Data | Answer::Blocks { .. }) && terms.patience.is_zero() {
-            let took = began.elapsed();
-            source.note_answer(bytes, queued, took);
-            self.sources.answered(source, took);
+        match answered.answer {
+            Answer::Data | Answer::Blocks { .. } if terms.patience.is_zero() => {
+                let took = began.elapsed();
+                source.note_answer(bytes, queued, took);
+                self.sources.answered(source, took);
+            }
+            // Answered at once, it would seem to be the one with the least to do, and be asked first each time.
+            Answer::Refused(_) => self.sources.failed(source),
+            Answer::Absent if source.state().have.complete => self.sources.failed(source),
+            _ => {}
         }
         Ok(answered)
     }

@@ -1,14 +1,15 @@
 //! One node that may be asked for an image: its connections, what it has, and how it has behaved.
 //!
-//! A task of its own connects, and connects again within a second for as long as the source is wanted, so that reads
+//! A task of its own connects, and connects again within two seconds for as long as the source is needed, so that reads
 //! that wait go on soon after it is back.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use roaring::RoaringBitmap;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::choose::Has;
@@ -41,6 +42,11 @@ impl Link {
             Kind::Demand | Kind::Tree => &self.urgent,
             Kind::Stream | Kind::Fill => &self.bulk,
         }
+    }
+
+    pub(super) fn close(&self) {
+        self.urgent.close();
+        self.bulk.close();
     }
 }
 
@@ -77,7 +83,9 @@ struct Latency {
 pub(super) struct Source {
     pub(super) address: SocketAddr,
     /// Named by a person or the controller, and so never forgotten.
-    pub(super) configured: bool,
+    pub(super) configured: AtomicBool,
+    /// Whether it should be connected.
+    needed: watch::Sender<bool>,
     state: Mutex<State>,
     /// Bytes that came from it.
     pub(super) bytes: PerKind,
@@ -99,10 +107,11 @@ struct Order {
 }
 
 impl Source {
-    pub(super) fn new(address: SocketAddr, configured: bool) -> Arc<Self> {
+    pub(super) fn new(address: SocketAddr, configured: bool, needed: bool) -> Arc<Self> {
         Arc::new(Self {
             address,
-            configured,
+            configured: AtomicBool::new(configured),
+            needed: watch::Sender::new(needed),
             state: Mutex::new(State::default()),
             bytes: PerKind::default(),
             outstanding: AtomicU64::new(0),
@@ -118,6 +127,21 @@ impl Source {
 
     pub(super) fn link(&self) -> Option<Link> {
         self.state().link.clone()
+    }
+
+    pub(super) fn is_configured(&self) -> bool {
+        self.configured.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it should be connected.
+    pub(super) fn need(&self, needed: bool) {
+        self.needed.send_if_modified(|before| std::mem::replace(before, needed) != needed);
+    }
+
+    /// Ends when it should be connected, or should not be.
+    pub(super) async fn until_needed(&self, needed: bool) {
+        // The sender lives as long as this.
+        let _ = self.needed.subscribe().wait_for(|now| *now == needed).await;
     }
 
     /// After which an answer of `bytes` to a request sent now is late: twice what is to be expected at the most, given
@@ -171,9 +195,9 @@ impl Source {
     pub(super) fn hang_up_if_still(&self, kind: Kind) {
         let Some(link) = self.link() else { return };
         let (connection, address) = (link.for_kind(kind).clone(), self.address);
-        let received = connection.bytes_received();
+        let brought = connection.last_brought();
         tokio::spawn(async move {
-            while connection.bytes_received() == received
+            while connection.last_brought() == brought
                 && let Some(still) = connection.stands_still()
             {
                 if still >= STANDS_STILL {
@@ -195,8 +219,7 @@ impl Source {
         let mut state = self.state();
         state.banned_until = Some(Instant::now() + time);
         if let Some(link) = state.link.take() {
-            link.urgent.close();
-            link.bulk.close();
+            link.close();
         }
     }
 

@@ -1,17 +1,18 @@
 //! The nodes that may be asked for one image, and which of them is asked for what.
 //!
 //! Finds more of them by asking those it knows. What is eligible and what is best is decided in `crate::choose`; here
-//! is only what that needs to know of each.
+//! is only what that needs to know of each. When nothing is to be fetched but what guests miss, few stay connected
+//! ([`Sources::rest`]): each node of a burst would otherwise keep the others of it for ever.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use roaring::RoaringBitmap;
-use tokio::sync::Notify;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -20,28 +21,39 @@ use crate::choose::{
 };
 use crate::digest::Digest;
 use crate::image::manifest::Manifest;
-use crate::peer::connection::{CallError, ConnectError, Connection};
+use crate::peer::connection::{Answered, CallError, ConnectError, Connection};
 use crate::peer::holding::Holding;
-use crate::peer::message::{Answer, Ask, Hello, Peer, Wanted};
+use crate::peer::message::{Answer, Ask, Have, Hello, Peer, Wanted};
 use crate::peer::transport::Security;
 use crate::peer::uplink::Uplink;
 
 use super::request::Why;
 use super::source::{Link, Source};
 
-/// Pause between attempts to reach a source that does not answer.
+/// Pause between attempts to reach a source that does not answer; it doubles, up to a limit.
 pub(super) const RETRY: Duration = Duration::from_millis(200);
-/// A source that does not answer a simple question for so long is connected to anew.
+const RETRY_MAX: Duration = Duration::from_millis(1500);
+/// A source that does not answer a simple question, and brings nothing else for so long, is connected to anew.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
+/// And whatever it brings, when it does not answer for so long.
+const PING_MAX: Duration = Duration::from_secs(120);
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// As above, for the connection that carries bulk: a frame on a slow link takes its time.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// Sources that were named and are never forgotten; each order names some. Further ones count as found.
+const CONFIGURED_MAX: usize = 64;
 /// Sources found by asking others, beside those that were named.
 const FOUND_MAX: usize = 256;
 /// Sources that are asked in one turn for what nobody is known to have.
 const GUESSES_MAX: usize = 8;
 /// Attempts to reach a source that was only found.
-const FOUND_ATTEMPTS: u32 = 25;
+const FOUND_ATTEMPTS: u32 = 10;
+/// Sources that stay connected at rest: a second one for when the first breaks or is late.
+const AT_REST: usize = 2;
+/// How often it is looked at rest whether those are still there.
+const AT_REST_INTERVAL: Duration = Duration::from_secs(1);
+/// What a person is told of the others.
+const NOT_NEEDED: &str = "not needed now";
 
 /// The nodes that may be asked, and the choice among them.
 pub(super) struct Sources {
@@ -54,6 +66,10 @@ pub(super) struct Sources {
     /// Held while sources' states are looked at, so never taken while one of them is held.
     choice: Mutex<Choice>,
     changed: Notify,
+    /// Only few sources are needed. Changed while `list` is held.
+    resting: AtomicBool,
+    /// When last more was asked for than those gave.
+    stirred: watch::Sender<Instant>,
     epoch: Instant,
     uplink: Arc<Uplink>,
     stop: CancellationToken,
@@ -143,6 +159,8 @@ impl Sources {
             list: Mutex::new(Vec::new()),
             choice: Mutex::new(Choice { relay, roster, chooser, draw, seen: BTreeMap::new() }),
             changed: Notify::new(),
+            resting: AtomicBool::new(false),
+            stirred: watch::Sender::new(Instant::now()),
             epoch: Instant::now(),
             uplink,
             stop,
@@ -198,14 +216,16 @@ impl Sources {
     pub(super) fn add(self: &Arc<Self>, address: SocketAddr, configured: bool) -> bool {
         let source = {
             let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
-            let found = list.iter().filter(|source| !source.configured).count();
-            if list.iter().any(|source| source.address == address) {
+            let named = list.iter().filter(|source| source.is_configured()).count();
+            let configured = configured && named < CONFIGURED_MAX;
+            if let Some(known) = list.iter().find(|source| source.address == address) {
+                known.configured.fetch_or(configured, Ordering::Relaxed);
                 return true;
             }
-            if !configured && found >= FOUND_MAX {
+            if !configured && list.len() - named >= FOUND_MAX {
                 return false;
             }
-            let source = Source::new(address, configured);
+            let source = Source::new(address, configured, !self.resting.load(Ordering::Relaxed));
             list.push(Arc::clone(&source));
             source
         };
@@ -224,8 +244,7 @@ impl Sources {
     fn forget(&self, source: &Arc<Source>) {
         let mut state = source.state();
         if let Some(link) = state.link.take() {
-            link.urgent.close();
-            link.bulk.close();
+            link.close();
         }
         let key = state.key;
         drop(state);
@@ -237,10 +256,11 @@ impl Sources {
         }
     }
 
-    /// Connects to `source` whenever it is not, until it is no longer wanted.
+    /// Connects to `source` whenever it is needed and not connected, until it is given up.
     async fn keep(self: &Arc<Self>, source: &Arc<Source>) {
         let mut failures = 0;
-        while source.configured || failures < FOUND_ATTEMPTS {
+        while source.is_configured() || failures < FOUND_ATTEMPTS {
+            source.until_needed(true).await;
             if source.is_banned() {
                 tokio::time::sleep(RETRY).await;
                 continue;
@@ -248,15 +268,20 @@ impl Sources {
             match self.connect(source).await {
                 Ok(link) => {
                     failures = 0;
-                    let error = self.supervise(source, &link).await;
-                    link.urgent.close();
-                    link.bulk.close();
+                    let lost = tokio::select! {
+                        error = self.supervise(source, &link) => Some(error),
+                        () = source.until_needed(false) => None,
+                    };
+                    link.close();
                     {
                         let mut state = source.state();
                         state.link = None;
-                        state.error = Some(error.as_state());
+                        state.error =
+                            Some(lost.as_ref().map_or_else(|| NOT_NEEDED.to_owned(), SourceError::as_state));
                     }
-                    tracing::info!(source = %source.address, image = %self.root.short(), %error, "lost a source");
+                    if let Some(error) = lost {
+                        tracing::info!(source = %source.address, image = %self.root.short(), %error, "lost a source");
+                    }
                     self.changed.notify_waiters();
                 }
                 Err(error) => {
@@ -272,7 +297,56 @@ impl Sources {
                     self.changed.notify_waiters();
                 }
             }
-            tokio::time::sleep(RETRY).await;
+            let pause = RETRY * 2_u32.pow(failures.saturating_sub(1).min(8));
+            tokio::time::sleep(pause.min(RETRY_MAX)).await;
+        }
+    }
+
+    /// While nothing is to be fetched but what guests miss: once nobody has stirred for `idle`, only few sources stay
+    /// connected, until somebody does. Does not end; when it is dropped, [`Self::need_all`] has to follow.
+    pub(super) async fn rest(&self, idle: Duration) {
+        let mut stirred = self.stirred.subscribe();
+        loop {
+            while tokio::time::timeout(idle, stirred.changed()).await.is_ok() {}
+            loop {
+                self.need_few();
+                if tokio::time::timeout(AT_REST_INTERVAL, stirred.changed()).await.is_ok() {
+                    break;
+                }
+            }
+            self.need_all();
+        }
+    }
+
+    /// More is asked for than the sources give that are connected at rest.
+    pub(super) fn stir(&self) {
+        self.stirred.send_replace(Instant::now());
+    }
+
+    /// Connects to all sources.
+    pub(super) fn need_all(&self) {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        self.resting.store(false, Ordering::Relaxed);
+        list.iter().for_each(|source| source.need(true));
+    }
+
+    /// Lets go of all sources but [`AT_REST`]: of those that were named, the first that are there, and others where too few
+    /// are.
+    fn need_few(&self) {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        self.resting.store(true, Ordering::Relaxed);
+        let (named, mut found): (Vec<_>, Vec<_>) = list.iter().partition(|source| source.is_configured());
+        let mut kept = 0;
+        for source in named {
+            source.need(kept < AT_REST);
+            kept += usize::from(kept < AT_REST && source.link().is_some());
+        }
+        found.sort_by_cached_key(|source| {
+            let state = source.state();
+            (state.link.is_none(), state.unreachable)
+        });
+        for (place, source) in found.into_iter().enumerate() {
+            source.need(kept + place < AT_REST);
         }
     }
 
@@ -299,10 +373,7 @@ impl Sources {
         source: &Arc<Source>,
         connection: &Connection,
     ) -> Result<(), SourceError> {
-        let ask = Ask::Describe(Wanted::Root(self.root));
-        let answered = tokio::time::timeout(PING_TIMEOUT, connection.call(ask))
-            .await
-            .map_err(|_| SourceError::Silent)??;
+        let answered = answer(connection, Ask::Describe(Wanted::Root(self.root))).await?;
         let Answer::Described { have, peers } = &answered.answer else {
             return Err(SourceError::of(&answered.answer));
         };
@@ -322,8 +393,9 @@ impl Sources {
         if !origin {
             self.choice().roster.insert(PeerKey(key));
         }
+        let known: HashSet<u64> = self.all().iter().filter_map(|source| source.state().key).collect();
         for Peer { address, key } in peers {
-            if *key != self.hello.key && self.all().iter().all(|known| known.state().key != Some(*key)) {
+            if *key != self.hello.key && !known.contains(key) {
                 self.add(*address, false);
             }
         }
@@ -332,13 +404,19 @@ impl Sources {
 
     /// Follows what the source has for as long as it answers; says why no longer.
     async fn supervise(self: &Arc<Self>, source: &Arc<Source>, link: &Link) -> SourceError {
-        let mut have = match link.bulk.watch(self.root).await {
+        let have = match link.bulk.watch(self.root).await {
             Ok(have) => have,
             Err(error) => return error.into(),
         };
-        let mut told_full = false;
-        let mut ping = tokio::time::interval(PING_INTERVAL);
-        ping.tick().await;
+        tokio::select! {
+            error = self.follow(source, link, have) => error,
+            error = self.ping(source, link) => error,
+        }
+    }
+
+    /// Notes what the source says it has until the connection that carries bulk brings nothing.
+    async fn follow(&self, source: &Source, link: &Link, mut have: watch::Receiver<Have>) -> SourceError {
+        let mut look = tokio::time::interval(PING_INTERVAL);
         loop {
             tokio::select! {
                 () = link.urgent.closed() => return CallError::Closed.into(),
@@ -351,22 +429,28 @@ impl Sources {
                     source.state().set_have(news);
                     self.changed.notify_waiters();
                 }
-                _ = ping.tick() => {
-                    if let Err(error) = self.describe(source, &link.urgent).await {
-                        return error;
-                    }
-                    let full = self.uplink.is_full();
-                    if full != told_full && self.hello.listen.is_some() {
-                        let tell = link.urgent.call(Ask::Full { root: self.root, full });
-                        match tokio::time::timeout(PING_TIMEOUT, tell).await {
-                            Ok(Ok(_)) => told_full = full,
-                            Ok(Err(error)) => return error.into(),
-                            Err(_) => return SourceError::Silent,
-                        }
-                    }
+                _ = look.tick() => {
                     if link.bulk.silence() > SILENCE_MAX {
                         return SourceError::Silent;
                     }
+                }
+            }
+        }
+    }
+
+    /// Asks the source for a sign of life, and tells it whether this node is full, until it does not answer.
+    async fn ping(self: &Arc<Self>, source: &Arc<Source>, link: &Link) -> SourceError {
+        let mut told_full = false;
+        loop {
+            tokio::time::sleep(PING_INTERVAL).await;
+            if let Err(error) = self.describe(source, &link.urgent).await {
+                return error;
+            }
+            let full = self.uplink.is_full();
+            if full != told_full && self.hello.listen.is_some() {
+                match answer(&link.urgent, Ask::Full { root: self.root, full }).await {
+                    Ok(_) => told_full = full,
+                    Err(error) => return error,
                 }
             }
         }
@@ -565,6 +649,25 @@ impl Sources {
             let now_ms = self.now_ms();
             self.choice().seen.entry(key).or_default().failed(now_ms);
         }
+    }
+}
+
+/// The answer to a simple question. On a slow link it may stand behind what guests wait for: as long as that comes, the
+/// source is there.
+async fn answer(connection: &Connection, ask: Ask) -> Result<Answered, SourceError> {
+    let asked = Instant::now();
+    let mut call = std::pin::pin!(connection.call(ask));
+    let mut look = asked + PING_TIMEOUT;
+    loop {
+        if let Ok(answered) = tokio::time::timeout_at(look, &mut call).await {
+            return Ok(answered?);
+        }
+        let waited = asked.elapsed();
+        let silent = connection.silence().min(waited);
+        if silent >= PING_TIMEOUT || waited >= PING_MAX {
+            return Err(SourceError::Silent);
+        }
+        look = Instant::now() + (PING_TIMEOUT - silent);
     }
 }
 

@@ -275,12 +275,13 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
     }
     let here = |extent: Extent| shared.cache.has(extent);
     if bytes == 0 || frames.heads().frame_runs(index).iter().all(|run| here(run.extent)) {
-        // Nothing in it that is not known: an empty frame, or blocks that came another way.
-        let keep = || receive::frame(&shared.holding, &shared.cache, index, &[]);
+        // Nothing in it that is not known: blocks that came another way, or an empty frame.
         if bytes > 0 {
             return frames.skip(index);
         }
-        if keep().is_ok() {
+        let keeper = Arc::clone(shared);
+        let keep = move || receive::frame(&keeper.holding, &keeper.cache, index, &[]);
+        if let Some(Ok(())) = shared.keep(keep).await {
             return;
         }
     }
@@ -357,11 +358,16 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             move || receive::frame(&shared.holding, &shared.cache, index, answered.bulk())
         };
         match shared.keep(work).await {
-            Some(Ok(())) | None => {
+            Some(Ok(())) => {
                 shared.stream.came(bytes);
                 return;
             }
             Some(Err(what)) => shared.caught(&reply.source, what),
+            None => {
+                // A panic: the frame is not here, and who waits for it here is told so.
+                frames.skip(index);
+                return fetch(shared, &lacking, Kind::Stream).await;
+            }
         }
     }
 }

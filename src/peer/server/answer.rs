@@ -20,7 +20,7 @@ use crate::peer::message::{
 use super::session::{Class, Outgoing, Queues, Session};
 use super::{Lack, Server};
 
-/// How often a watched image is looked at.
+/// How often news of a watched image are told at most.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 /// Larger pieces are compressed on a thread of their own.
 const PACK_INLINE_MAX: usize = 16 << 10;
@@ -46,7 +46,7 @@ pub(super) async fn answer(server: &Server, session: &Session, queues: &Queues, 
     if !ask.is_within_limits() {
         server.counters.refused.fetch_add(1, Ordering::Relaxed);
         let refused = Answer::Refused("the request is larger than the protocol allows".to_owned());
-        return send(queues, Class::Other, id, (refused, Vec::new()), Fate::Send).await;
+        return send(queues, Class::Life, id, (refused, Vec::new()), Fate::Send).await;
     }
     if let Ask::Watch { root } = ask {
         return watch(server, session, queues, id, &Wanted::Root(root)).await;
@@ -106,7 +106,8 @@ const fn class(ask: &Ask) -> Class {
         Ask::Frame { .. } => Class::Stream,
         Ask::Blocks { urgent: true, .. } => Class::Demand,
         Ask::Blocks { urgent: false, .. } => Class::Fill,
-        _ => Class::Other,
+        Ask::Heads { .. } | Ask::Top { .. } => Class::Other,
+        Ask::Describe(_) | Ask::Full { .. } | Ask::Watch { .. } | Ask::Cancel { .. } => Class::Life,
     }
 }
 
@@ -150,7 +151,7 @@ async fn find(server: &Server, session: &Session, ask: Ask, fault: Option<fault:
     };
     match ask {
         Ask::Describe(_) => {
-            let peers = server.tracker.come(holding.root(), session.id, session.peer);
+            let peers = session.come(server, holding.root());
             if let Some(peer) = session.peer {
                 holding.met(peer);
             }
@@ -287,18 +288,18 @@ async fn pack(data: Vec<u8>) -> io::Result<(Vec<u8>, bool)> {
     if small { work() } else { tokio::task::spawn_blocking(work).await.map_err(io::Error::other)? }
 }
 
-/// Tells what is held: when there are more boot frames or everything, and as a sign of life. Which pages there are, a
+/// Tells what is held: when there are more boot frames, and as a sign of life. Which pages there are, a
 /// longer message, only with the latter: a hundred nodes that fill tell each other all the time.
 async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wanted: &Wanted) {
     let holding = match session.image(server, wanted).await {
         Ok(holding) => holding,
-        Err(lack) => return send(queues, Class::Other, id, lacking(lack), Fate::Send).await,
+        Err(lack) => return send(queues, Class::Life, id, lacking(lack), Fate::Send).await,
     };
     let mut beat = Instant::now();
     let mut told = None;
     loop {
         // What waits for a place is not in memory yet.
-        let Ok(place) = queues.of(Class::Other).reserve().await else { return };
+        let Ok(place) = queues.of(Class::Life).reserve().await else { return };
         let mut have = Have { load: server.load(), ..holding.have() };
         if Instant::now() >= beat {
             beat = Instant::now() + HEARTBEAT;
@@ -309,13 +310,16 @@ async fn watch(server: &Server, session: &Session, queues: &Queues, id: u32, wan
             }
         }
         let before = (have.frames, have.complete);
-        place.send(outgoing(Class::Other, id, (Answer::Have(have), Vec::new()), Fate::Send));
+        place.send(outgoing(Class::Life, id, (Answer::Have(have), Vec::new()), Fate::Send));
+        tokio::time::sleep(WATCH_INTERVAL).await;
         loop {
-            tokio::time::sleep(WATCH_INTERVAL).await;
+            let mut more = std::pin::pin!(holding.more_frames());
+            more.as_mut().enable();
             let now = holding.have();
             if (now.frames, now.complete) != before || Instant::now() >= beat {
                 break;
             }
+            let _ = tokio::time::timeout_at(beat, more).await;
         }
     }
 }

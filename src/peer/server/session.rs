@@ -41,6 +41,8 @@ const IMAGES_MAX: usize = 64;
 /// How urgent a reply is; also what its bytes count as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Class {
+    /// A sign of life: always short, and never behind what is long.
+    Life,
     Other,
     Demand,
     Stream,
@@ -62,6 +64,7 @@ pub(super) struct Outgoing {
 /// The queues into the writer. Few places: who has data in memory waits for one first.
 #[derive(Clone)]
 pub(super) struct Queues {
+    life: mpsc::Sender<Outgoing>,
     urgent: mpsc::Sender<Outgoing>,
     stream: mpsc::Sender<Outgoing>,
     fill: mpsc::Sender<Outgoing>,
@@ -70,6 +73,7 @@ pub(super) struct Queues {
 impl Queues {
     pub(super) fn of(&self, class: Class) -> &mpsc::Sender<Outgoing> {
         match class {
+            Class::Life => &self.life,
             Class::Other | Class::Demand => &self.urgent,
             Class::Stream => &self.stream,
             Class::Fill => &self.fill,
@@ -84,16 +88,27 @@ pub(super) struct Session {
     pub(super) peer: Option<Peer>,
     pub(super) member: Member,
     images: Mutex<HashMap<Digest, Arc<Holding>>>,
+    /// The image that was described last, and until which of its comers the other side was told of them.
+    told: Mutex<Option<(Digest, u64)>>,
 }
 
 impl Session {
+    /// Notes that the other side came for image `root`; others that did, of whom it was not told, and a few of the rest.
+    pub(super) fn come(&self, server: &Server, root: Digest) -> Vec<Peer> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let after = told.filter(|(of, _)| *of == root).map_or(0, |(_, after)| after);
+        let (peers, until) = server.tracker.come(root, self.id, self.peer, after);
+        *told = Some((root, until));
+        peers
+    }
+
     /// The image `root`, from what was asked for before or from the provider.
     pub(super) async fn image(&self, server: &Server, wanted: &Wanted) -> Result<Arc<Holding>, Lack> {
-        let known = |session: &Self| session.images.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Wanted::Root(root) = wanted
-            && let Some(holding) = known(self).get(root)
-        {
-            return Ok(Arc::clone(holding));
+        if let Wanted::Root(root) = wanted {
+            let known = self.images.lock().unwrap_or_else(PoisonError::into_inner).get(root).cloned();
+            if let Some(holding) = known {
+                return Ok(holding);
+            }
         }
         let holding = Arc::clone(&server.provider).find(wanted.clone()).await?;
         let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,17 +134,19 @@ pub(super) async fn run(
         peer: hello.listen.map(|port| Peer { address: SocketAddr::new(address.ip(), port), key: hello.key }),
         member,
         images: Mutex::new(HashMap::new()),
+        told: Mutex::new(None),
     };
     let (reader, writer) = tokio::io::split(stream);
+    let (life, life_queue) = mpsc::channel(8);
     let (urgent, urgent_queue) = mpsc::channel(8);
     let (stream, stream_queue) = mpsc::channel(2);
     let (fill, fill_queue) = mpsc::channel(2);
-    let queues = Queues { urgent, stream, fill };
+    let queues = Queues { life, urgent, stream, fill };
     let (requests, taken) = mpsc::channel(8);
     tokio::select! {
         result = read_requests(reader, requests) => result,
         () = work(server, &session, taken, &queues) => Ok(()),
-        result = write_replies(server, writer, [urgent_queue, stream_queue, fill_queue]) => result,
+        result = write_replies(server, writer, [life_queue, urgent_queue, stream_queue, fill_queue]) => result,
     }
 }
 
@@ -204,11 +221,12 @@ async fn work(server: &Server, session: &Session, mut taken: mpsc::Receiver<Requ
 async fn write_replies(
     server: &Server,
     mut writer: WriteHalf<Box<dyn Transport>>,
-    [mut urgent, mut stream, mut fill]: [mpsc::Receiver<Outgoing>; 3],
+    [mut life, mut urgent, mut stream, mut fill]: [mpsc::Receiver<Outgoing>; 4],
 ) -> Result<(), WireError> {
     loop {
         let next = tokio::select! {
             biased;
+            next = life.recv() => next,
             next = urgent.recv() => next,
             next = stream.recv() => next,
             next = fill.recv() => next,
@@ -262,7 +280,7 @@ async fn in_time(deadline: Instant, write: impl Future<Output = io::Result<()>>)
 fn count(server: &Server, class: Class, bytes: usize) {
     let counters = &server.counters;
     let counter = match class {
-        Class::Other => &counters.other_bytes,
+        Class::Life | Class::Other => &counters.other_bytes,
         Class::Demand => &counters.demand_bytes,
         Class::Stream => &counters.stream_bytes,
         Class::Fill => &counters.fill_bytes,
@@ -311,6 +329,7 @@ mod tests {
         let server = Server::new(Arc::new(Nothing), ServerOptions::default());
         for fate in [Fate::Send, Fate::Slowly(1, Duration::from_millis(1))] {
             let (_, writer) = tokio::io::split(Box::new(Unread) as Box<dyn Transport>);
+            let (_life, life_queue) = mpsc::channel(1);
             let (urgent, urgent_queue) = mpsc::channel(1);
             let (_stream, stream_queue) = mpsc::channel(1);
             let (_fill, fill_queue) = mpsc::channel(1);
@@ -318,7 +337,8 @@ mod tests {
             let outgoing =
                 Outgoing { class: Class::Other, reply, bulk: vec![0; 9], fate, _promise: None, _share: None };
             assert!(urgent.send(outgoing).await.is_ok());
-            let writing = write_replies(&server, writer, [urgent_queue, stream_queue, fill_queue]);
+            let writing =
+                write_replies(&server, writer, [life_queue, urgent_queue, stream_queue, fill_queue]);
             let ended = tokio::time::timeout(2 * WRITE_TIMEOUT, writing).await.expect("it is dropped");
             assert!(matches!(ended, Err(WireError::Io(error)) if error.kind() == io::ErrorKind::TimedOut));
         }
@@ -365,6 +385,7 @@ mod tests {
     async fn a_peer_that_hardly_reads_is_dropped_before_it_has_a_whole_reply() {
         let server = Server::new(Arc::new(Nothing), ServerOptions::default());
         let (_, writer) = tokio::io::split(Box::new(Dripping::new()) as Box<dyn Transport>);
+        let (_life, life_queue) = mpsc::channel(1);
         let (urgent, urgent_queue) = mpsc::channel(1);
         let (_stream, stream_queue) = mpsc::channel(1);
         let (_fill, fill_queue) = mpsc::channel(1);
@@ -372,7 +393,7 @@ mod tests {
         let (class, bulk) = (Class::Fill, vec![0; 1 << 20]);
         let outgoing = Outgoing { class, reply, bulk, fate: Fate::Send, _promise: None, _share: None };
         assert!(urgent.send(outgoing).await.is_ok());
-        let writing = write_replies(&server, writer, [urgent_queue, stream_queue, fill_queue]);
+        let writing = write_replies(&server, writer, [life_queue, urgent_queue, stream_queue, fill_queue]);
         let most = WRITE_TIMEOUT + Duration::from_secs((1 << 20) / WRITE_RATE_MIN + 1);
         let ended = tokio::time::timeout(most, writing).await.expect("it is dropped");
         assert!(matches!(ended, Err(WireError::Io(error)) if error.kind() == io::ErrorKind::TimedOut));

@@ -20,7 +20,7 @@ fn noting_an_answer_and_choosing_a_source_do_not_wait_for_each_other() {
         Arc::default(),
         CancellationToken::new(),
     );
-    let source = Source::new("127.0.0.1:1".parse().unwrap(), true);
+    let source = Source::new("127.0.0.1:1".parse().unwrap(), true, true);
     source.state().key = Some(2);
     sources.list.lock().unwrap().push(Arc::clone(&source));
 
