@@ -21,6 +21,7 @@ use crate::store::{Hold, Store, StoreError, write_atomic};
 
 use super::engine::{Engine, Options};
 use super::pull::{self, Pin, PullError, Pulled, Target};
+use super::similar::Others;
 
 const SOURCES: &str = "sources";
 const SOURCES_BYTES_MAX: u64 = 64 << 10;
@@ -71,6 +72,8 @@ pub struct Arrivals {
     store: Store,
     catalogue: Arc<Catalogue>,
     options: Options,
+    /// The other images of the store, in which blocks are looked for.
+    others: Arc<Others>,
     arrivals: Arc<Mutex<ByRoot>>,
     /// Held by whoever begins to fetch an image: first by its name, so that its root is asked for once, then by its root,
     /// so that there is one engine, whatever names it has.
@@ -92,7 +95,8 @@ impl std::fmt::Debug for Arrivals {
 impl Arrivals {
     /// Nothing on its way to `store` yet. `options` hold for every image; what is on its way goes to `catalogue`.
     pub fn new(store: Store, catalogue: Arc<Catalogue>, options: Options) -> Self {
-        Self { store, catalogue, options, arrivals: Arc::default(), begins: Mutex::default() }
+        let others = Others::new(store.clone());
+        Self { store, catalogue, options, others, arrivals: Arc::default(), begins: Mutex::default() }
     }
 
     /// The transfer of image `root`, while there is one.
@@ -107,7 +111,7 @@ impl Arrivals {
     /// [`PullError`].
     pub async fn pull(&self, target: &Target, plan: &Plan) -> Result<Digest, PullError> {
         let io_error = |source| PullError::Io { name: target.name.clone(), source };
-        let similar = Some(self.store.clone());
+        let similar = Some(Arc::clone(&self.others));
         let options = Options { fill: plan.fill, fill_rate: plan.fill_rate, similar, ..self.options.clone() };
         let name = self.begin(Begin::Name(target.name.clone()));
         let _one_of_name = name.lock().await;
