@@ -2,24 +2,40 @@
 //!
 //! Four items, each scaled to [0, 1]: processor time not idle, memory not available, time in which the busiest disk had
 //! requests, and bytes over the busiest network interface against its speed. All but memory are rates between two samples.
+//!
+//! The interfaces are those of devices: a tap's speed is a number that its driver made up, and what a VM sends to
+//! another host goes over a device too. Samples are taken on a thread of their own: the kernel answers for an
+//! interface's speed when nobody else changes interfaces, and whoever asks for the load has requests to answer.
 
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
 
 use crate::peer::message::Load;
 
-/// Samples closer to each other than this are the same one.
-const INTERVAL: Duration = Duration::from_millis(500);
+/// A sample older than this is followed by another.
+const INTERVAL: Duration = Duration::from_secs(1);
 /// Speed of a network interface that does not say, in bits per second.
 const SPEED_UNKNOWN: f64 = 1e9;
+/// What the kernel says of each network interface.
+const INTERFACES: &str = "/sys/class/net";
 
 /// Takes samples of this host's load. Owner of the last one.
 #[derive(Debug)]
 pub struct Sampler {
-    last: Mutex<(Sample, Load)>,
+    last: Arc<Mutex<Last>>,
+}
+
+#[derive(Debug)]
+struct Last {
+    sample: Sample,
+    load: Load,
+    /// Another one is being taken.
+    sampling: bool,
 }
 
 /// What the kernel has counted since it started.
@@ -30,45 +46,64 @@ struct Sample {
     cpu_all: u64,
     /// Milliseconds in which a disk had requests.
     disks: HashMap<String, u64>,
-    /// Bytes in and out of an interface, and its speed in bits per second.
-    interfaces: HashMap<String, (u64, f64)>,
+    interfaces: HashMap<String, Interface>,
     memory: f64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Interface {
+    /// In or out, whichever are more.
+    bytes: u64,
+    /// Bits per second, if it says so.
+    speed: Option<f64>,
 }
 
 impl Default for Sampler {
     fn default() -> Self {
         let load = Load { cpu: 0.0, memory: 0.0, disk: 0.0, network: 0.0 };
-        Self { last: Mutex::new((Sample::take(), load)) }
+        let last = Last { sample: Sample::take(&HashMap::new()), load, sampling: false };
+        Self { last: Arc::new(Mutex::new(last)) }
     }
 }
 
 impl Sampler {
-    /// The load since the last sample; reads a handful of files of `/proc` and `/sys`.
+    /// The load between the last two samples. Has another one taken when the last is old, and does not wait for it.
     pub fn load(&self) -> Load {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.0.at.elapsed() >= INTERVAL {
-            let now = Sample::take();
-            last.1 = now.since(&last.0);
-            last.0 = now;
+        let mut last = lock(&self.last);
+        if last.sample.at.elapsed() >= INTERVAL && !last.sampling {
+            last.sampling = true;
+            let (shared, before) = (Arc::clone(&self.last), last.sample.clone());
+            let sample = move || {
+                let sample = Sample::take(&before.interfaces);
+                let load = sample.since(&before);
+                *lock(&shared) = Last { sample, load, sampling: false };
+            };
+            if let Ok(runtime) = Handle::try_current() {
+                runtime.spawn_blocking(sample);
+            } else {
+                std::thread::spawn(sample);
+            }
         }
-        last.1
+        last.load
     }
 }
 
+fn lock(last: &Mutex<Last>) -> MutexGuard<'_, Last> {
+    last.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Sample {
-    fn take() -> Self {
+    /// `known` are the interfaces of the last sample: a speed is asked for until it is known. Blocks.
+    fn take(known: &HashMap<String, Interface>) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let (cpu_busy, cpu_all) = cpu(&read("/proc/stat"));
-        let interfaces = interfaces(&read("/proc/net/dev"))
-            .into_iter()
-            .map(|(interface, bytes)| {
-                let megabits = fs::read_to_string(Path::new("/sys/class/net").join(&interface).join("speed"))
-                    .ok()
-                    .and_then(|text| text.trim().parse::<f64>().ok())
-                    .filter(|speed| *speed > 0.0);
-                (interface, (bytes, megabits.map_or(SPEED_UNKNOWN, |speed| speed * 1e6)))
-            })
-            .collect();
+        let class = Path::new(INTERFACES);
+        let interface = |(name, bytes): (String, u64)| {
+            let speed = known.get(&name).and_then(|known| known.speed).or_else(|| speed(&class.join(&name)));
+            (name, Interface { bytes, speed })
+        };
+        let interfaces = of_devices(interfaces(&read("/proc/net/dev")), class);
+        let interfaces = interfaces.into_iter().map(interface).collect();
         Self {
             at: Instant::now(),
             cpu_busy,
@@ -87,9 +122,10 @@ impl Sample {
             let before = earlier.disks.get(name).copied().unwrap_or(*now);
             precise(now.saturating_sub(before)) / 1000.0 / seconds
         });
-        let network = self.interfaces.iter().map(|(name, (now, speed))| {
-            let before = earlier.interfaces.get(name).map_or(*now, |(bytes, _)| *bytes);
-            precise(now.saturating_sub(before)) * 8.0 / speed / seconds
+        let network = self.interfaces.iter().map(|(name, now)| {
+            let before = earlier.interfaces.get(name).map_or(now.bytes, |before| before.bytes);
+            let bits = precise(now.bytes.saturating_sub(before)) * 8.0;
+            bits / now.speed.unwrap_or(SPEED_UNKNOWN) / seconds
         });
         Load {
             cpu: scaled(precise(busy) / precise(all)),
@@ -142,6 +178,21 @@ fn interfaces(dev: &str) -> Vec<(String, u64)> {
     dev.lines().filter_map(interface).collect()
 }
 
+/// Those of `interfaces` that are a device's, by the folder `class`; all of them when none is, as in a network namespace.
+fn of_devices(mut interfaces: Vec<(String, u64)>, class: &Path) -> Vec<(String, u64)> {
+    let is_device = |(name, _): &(String, u64)| class.join(name).join("device").exists();
+    if interfaces.iter().any(is_device) {
+        interfaces.retain(is_device);
+    }
+    interfaces
+}
+
+/// What the interface whose folder is `dir` says of its speed, in bits per second. Blocks while interfaces change.
+fn speed(dir: &Path) -> Option<f64> {
+    let megabits: f64 = fs::read_to_string(dir.join("speed")).ok()?.trim().parse().ok()?;
+    (megabits > 0.0).then_some(megabits * 1e6)
+}
+
 /// The part of memory that is not available, by `/proc/meminfo`.
 fn memory(info: &str) -> f64 {
     let kib = |name: &str| {
@@ -168,10 +219,26 @@ mod tests {
         assert_eq!(interfaces(dev), vec![("eth0".to_owned(), 30)]);
     }
 
+    /// Once, a VM that sent 10 Mbit/s over its tap was a node whose network was full.
+    #[test]
+    fn a_tap_counts_only_where_there_is_no_device() {
+        let class = tempfile::tempdir().unwrap();
+        fs::create_dir_all(class.path().join("eth0/device")).unwrap();
+        fs::create_dir_all(class.path().join("vnet0")).unwrap();
+        fs::write(class.path().join("eth0/speed"), "25000\n").unwrap();
+        fs::write(class.path().join("vnet0/speed"), "-1\n").unwrap();
+        let named = |name: &str| (name.to_owned(), 1);
+        let (eth0, vnet0) = (named("eth0"), named("vnet0"));
+        assert_eq!(of_devices(vec![eth0.clone(), vnet0.clone()], class.path()), [eth0]);
+        assert_eq!(of_devices(vec![vnet0.clone()], class.path()), [vnet0]);
+        assert_eq!(speed(&class.path().join("eth0")), Some(25e9));
+        assert_eq!(speed(&class.path().join("vnet0")), None);
+    }
+
     #[test]
     fn a_sample_of_this_host_lies_between_0_and_1() {
-        let sampler = Sampler::default();
-        let load = sampler.load();
+        let before = Sample::take(&HashMap::new());
+        let load = Sample::take(&before.interfaces).since(&before);
         for item in [load.cpu, load.memory, load.disk, load.network] {
             assert!((0.0..=1.0).contains(&item), "{item}");
         }

@@ -30,3 +30,4 @@ pub use arrivals::{Arrivals, Plan};
 pub use counters::{Counters, Kind};
 pub use engine::{Engine, Options, Progress};
 pub use pull::{Pin, PullError, Pulled, Target, pull};
+pub use similar::Others;

@@ -13,6 +13,7 @@ use bootcache::control::{Reply, Request};
 use bootcache::name::ImageName;
 use bootcache::transfer::{Arrivals, Options, Plan, Target};
 use nodes::{Node, Sample, SlowLink, image_name};
+use tokio_util::sync::CancellationToken;
 
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -158,7 +159,8 @@ async fn sources_that_are_added_are_asked_again_by_the_daemon_that_goes_on() {
     nobody.kill();
 
     let after = arrivals(&node);
-    after.resume().await;
+    after.look_back();
+    after.resume(&CancellationToken::new()).await;
     let engine = after.get(root).expect("it goes on");
     assert!(tokio::time::timeout(DEADLINE, engine.done()).await.expect("from the source that was added"));
     after.stop().await;

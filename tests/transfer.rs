@@ -14,7 +14,7 @@ use bootcache::image::verify::{Finding, verify};
 use bootcache::local_cache::LocalCache;
 use bootcache::peer::fault::{Fault, Faults};
 use bootcache::transfer::Pin;
-use bootcache::transfer::{Kind, Pulled};
+use bootcache::transfer::{Kind, Others, Pulled};
 use nodes::{Node, Sample, SlowLink};
 
 /// Ends when `condition` holds.
@@ -433,7 +433,9 @@ async fn a_sibling_of_an_image_that_is_here_costs_little_more_than_what_is_its_o
     let node = Node::origin(&sample, None).await;
     let link = SlowLink::new(origin.address, 2 << 20).await;
     let store = node.store();
-    let engine = node.pull_as(&sibling.name, &[link.address], |options| options.similar = Some(store)).await;
+    let engine = node
+        .pull_as(&sibling.name, &[link.address], |options| options.similar = Some(Others::new(store)))
+        .await;
     assert!(engine.done().await);
     engine.stop().await;
     let entry = node.store().resolve(&sibling.name).unwrap();
@@ -466,7 +468,7 @@ async fn other_images_can_be_removed_while_an_image_is_here_for_its_boot_alone()
     let engine = node
         .pull_as(&sibling.name, &[origin.address], |options| {
             options.fill = false;
-            options.similar = Some(store);
+            options.similar = Some(Others::new(store));
         })
         .await;
     tokio::time::timeout(Duration::from_secs(60), engine.boot_complete()).await.unwrap();
@@ -564,7 +566,9 @@ async fn a_boot_cache_that_nobody_has_any_more_holds_up_nothing_when_other_image
     let link = SlowLink::new(origin.address, 24 << 10).await;
     let node = Node::origin(&sample, None).await;
     let store = node.store();
-    let engine = node.pull_as(&sibling.name, &[link.address], |options| options.similar = Some(store)).await;
+    let engine = node
+        .pull_as(&sibling.name, &[link.address], |options| options.similar = Some(Others::new(store)))
+        .await;
     link.kill();
     engine.add_source(again.address);
     let done = tokio::time::timeout(Duration::from_secs(60), engine.done()).await;

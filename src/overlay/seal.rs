@@ -56,8 +56,15 @@ impl Overlay {
             .copy_own(&disk)
             .await
             .map_err(|error| OverlayError::Diff { path: disk.display().to_string(), error })?;
-        write_index(&dir.join(INDEX_FILE), self.0.header, &sealed.runs)?;
-        Ok(sealed)
+        let (index, header) = (dir.join(INDEX_FILE), self.0.header);
+        let written = tokio::task::spawn_blocking(move || {
+            write_index(&index, header, &sealed.runs)?;
+            Ok(sealed)
+        });
+        written.await.unwrap_or_else(|error| {
+            let error = io::Error::other(error);
+            Err(OverlayError::Index { path: dir.join(INDEX_FILE).display().to_string(), error: error.into() })
+        })
     }
 
     async fn copy_own(&self, disk: &Path) -> io::Result<Sealed> {

@@ -65,13 +65,17 @@ pub enum ServeError {
     NoExport(String),
 }
 
-/// Serves `node` until `cancel`, then closes what is open. `ready` gets one line for a person once all sockets listen.
+/// Serves `node` until `cancel`, then closes what is open. `ready` gets one line for a person once all sockets listen, those
+/// of VMs too. Until then, and while images that were on their way are taken up again, requests are answered already.
 pub async fn run(
     node: Node,
     options: Options,
     cancel: CancellationToken,
     ready: impl FnOnce(&str),
 ) -> Result<(), ServeError> {
+    let looking = Arc::clone(node.arrivals());
+    // Before anybody can ask: an image that is still to be taken up is waited for. Without an answer the runtime ends.
+    let _ = tokio::task::spawn_blocking(move || looking.look_back()).await;
     if let Some(name) = &options.export {
         node.export(name).await.map_err(|error| ServeError::NoExport(error.to_string()))?;
     }
@@ -124,9 +128,6 @@ pub async fn run(
         let source = metrics::Source { node: Arc::clone(&node), served };
         tasks.spawn(metrics::serve(source, listener, cancel.clone()));
     }
-    node.arrivals().resume().await;
-    node.reopen_vms().await?;
-
     let server = Server::new(exports, node.nbd_limits().clone(), Tls::Off);
     for (listener, tls) in tcp {
         if let Ok(address) = listener.local_addr() {
@@ -141,7 +142,13 @@ pub async fn run(
         tasks.spawn(async move { server.serve_unix(nbd_listener, cancel).await });
     }
     tasks.spawn(local::serve(Arc::clone(&node), control_listener, cancel.clone()));
+    // The guests wait. With their sockets come the images below them; the others come behind.
+    node.reopen_vms(&cancel).await?;
     ready(&format!("ready: {}", places.join(" ")));
+    {
+        let (node, cancel) = (Arc::clone(&node), cancel.clone());
+        tasks.spawn(async move { node.arrivals().resume(&cancel).await });
+    }
 
     cancel.cancelled().await;
     tasks.close();
@@ -157,4 +164,62 @@ pub async fn run(
 fn bind_unix(path: &Path) -> Result<UnixListener, ServeError> {
     vm_socket::bind(path, None)
         .map_err(|source| ServeError::Bind { address: path.display().to_string(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::control::{Client, Reply, Request};
+    use crate::serve::node::tests::{add, add_unfinished};
+    use crate::store::Store;
+
+    const SOON: Duration = Duration::from_secs(60);
+
+    /// Once, all images that were on their way were read before the first VM had its socket, and before anything was
+    /// answered: an agent took that for a daemon that hangs, killed it, and began anew.
+    #[tokio::test]
+    async fn an_image_that_takes_long_to_be_taken_up_holds_up_no_vm_and_no_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        add(&store, "base", 7);
+        let (name, image) = ("a".parse().unwrap(), "base".parse().unwrap());
+        {
+            let node = Node::open(store.clone()).unwrap();
+            let requests = [
+                Request::OverlayCreate { image, name, size: None },
+                Request::VmOpen { name: "a".parse().unwrap(), owner: None },
+            ];
+            for request in requests {
+                node.handle(request).await.unwrap();
+            }
+            node.close().await.unwrap();
+        }
+        let slow = add_unfinished(&store, "slow", 9);
+        let node = Node::open(store.clone()).unwrap();
+        // As long as its file is read.
+        let reading = node.arrivals().keep_away(slow).await;
+        let (cancel, (tell, ready)) = (CancellationToken::new(), oneshot::channel());
+        let serving = tokio::spawn(run(node, Options::default(), cancel.clone(), move |_| {
+            tell.send(()).unwrap();
+        }));
+        tokio::time::timeout(SOON, ready).await.expect("it is ready").unwrap();
+        let mut client = Client::connect(&dir.path().join(CONTROL_SOCKET)).await.unwrap();
+        let asked = tokio::time::timeout(SOON, client.call(&Request::Status)).await.expect("an answer");
+        let Reply::Status(status) = asked.unwrap() else { panic!("another answer") };
+        assert_eq!(status.vms.len(), 1);
+        // Who needs that image waits for it, and is not told that it is not there.
+        let create =
+            Request::OverlayCreate { image: "slow".parse().unwrap(), name: "b".parse().unwrap(), size: None };
+        let mut creating = std::pin::pin!(client.call(&create));
+        tokio::time::timeout(Duration::from_millis(200), &mut creating).await.unwrap_err();
+        drop(reading);
+        let created = tokio::time::timeout(SOON, creating).await.expect("an answer").unwrap();
+        assert!(matches!(created, Reply::Overlay(_)));
+        cancel.cancel();
+        tokio::time::timeout(SOON, serving).await.expect("it ends").unwrap().unwrap();
+    }
 }

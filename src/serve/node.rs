@@ -3,73 +3,64 @@
 mod error;
 mod images;
 mod overlays;
+mod turns;
 mod vms;
 
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use bootcache_nbd::{Export, Limits, OpenError, SharedDisk, SharedLimits};
-use tokio::sync::Mutex;
+use bootcache_nbd::{Export, Limits, OpenError, SharedLimits};
 
 pub use error::NodeError;
+use images::Images;
+pub(super) use images::OpenImage;
 use overlays::OpenOverlay;
+use turns::{Turn, Turns};
 
 use super::report;
 use super::vm_socket::VmSocket;
 use crate::control::{ImageStatus, Reply, Request, Status};
 use crate::digest::Digest;
-use crate::image_disk::ImageDisk;
 use crate::load::Sampler;
 use crate::name::{HostName, ImageName};
 use crate::peer::catalogue::Catalogue;
-use crate::store::{Hold, ImageEntry, Store, StoreError, StoreLock};
+use crate::store::{Store, StoreError, StoreLock};
 use crate::transfer::{self, Arrivals, Plan, Target};
-
-/// Increments on increments that are opened: more than people make, and few enough to open one by one.
-const BASE_DEPTH_MAX: usize = 64;
 
 pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> NodeError {
     move |source| NodeError::Io { path: path.to_owned(), source }
 }
 
-/// An image that is open: its disk, and a hold that keeps it from being removed.
-pub(super) struct OpenImage {
-    disk: SharedDisk,
-    _hold: Hold,
-    /// Keeps the bases open, so that all increments of a base share one disk.
-    _base: Option<Arc<Self>>,
-}
-
+/// What is open under a name. Looked at and changed in moments; what takes longer is done before, or after.
 #[derive(Default)]
-struct Inner {
-    images: HashMap<Digest, Weak<OpenImage>>,
-    overlays: HashMap<HostName, OpenOverlay>,
+struct Open {
+    overlays: HashMap<HostName, Arc<OpenOverlay>>,
     vms: HashMap<HostName, VmSocket>,
     /// Overlays that images are being made of.
-    sealing: Arc<std::sync::Mutex<HashSet<HostName>>>,
+    sealing: HashSet<HostName>,
 }
 
-impl Inner {
-    fn sealing(&self) -> std::sync::MutexGuard<'_, HashSet<HostName>> {
-        self.sealing.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
+fn lock(open: &Mutex<Open>) -> MutexGuard<'_, Open> {
+    open.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A node's data plane: the one owner of its open images, overlays and VM sockets. Holds the store's lock.
 pub struct Node {
     store: Store,
     catalogue: Arc<Catalogue>,
-    arrivals: Arrivals,
+    arrivals: Arc<Arrivals>,
     nbd_limits: SharedLimits,
     _lock: StoreLock,
     started: Instant,
-    /// One thing is opened or closed at a time, so that nothing is ever opened twice. Held for moments only.
-    inner: Mutex<Inner>,
+    images: Arc<Images>,
+    /// An overlay, and a VM's socket, is opened and closed by who has the [`Turn`] of its name.
+    open: Arc<Mutex<Open>>,
+    turns: Turns,
     /// Held by whoever waits for the store's own lock of changes.
-    changes: Mutex<()>,
+    changes: tokio::sync::Mutex<()>,
 }
 
 impl std::fmt::Debug for Node {
@@ -95,11 +86,19 @@ impl Node {
         let lock = store.lock()?;
         let sampler = Sampler::default();
         let catalogue = Catalogue::new(store.clone(), move || sampler.load());
-        let arrivals = Arrivals::new(store.clone(), Arc::clone(&catalogue), options);
-        let started = Instant::now();
-        let nbd_limits = Limits::default().into();
-        let (inner, changes) = (Mutex::default(), Mutex::default());
-        Ok(Self { store, catalogue, arrivals, nbd_limits, _lock: lock, started, inner, changes })
+        let arrivals = Arc::new(Arrivals::new(store.clone(), Arc::clone(&catalogue), options));
+        Ok(Self {
+            images: Arc::new(Images::new(store.clone(), Arc::clone(&arrivals))),
+            store,
+            catalogue,
+            arrivals,
+            nbd_limits: Limits::default().into(),
+            _lock: lock,
+            started: Instant::now(),
+            open: Arc::default(),
+            turns: Turns::default(),
+            changes: tokio::sync::Mutex::default(),
+        })
     }
 
     /// The images of this node, as its peer server finds them.
@@ -108,7 +107,7 @@ impl Node {
     }
 
     /// The images that are on their way to this node.
-    pub const fn arrivals(&self) -> &Arrivals {
+    pub const fn arrivals(&self) -> &Arc<Arrivals> {
         &self.arrivals
     }
 
@@ -127,14 +126,12 @@ impl Node {
     /// Dropping the future may leave it half done; nothing that others see is ever half made.
     pub async fn handle(&self, request: Request) -> Result<Reply, NodeError> {
         match request {
-            Request::Status => self.status().await.map(Reply::Status),
+            Request::Status => self.status().map(Reply::Status),
             Request::OverlayCreate { image, name, size } => {
                 self.create_overlay(&image, &name, size).await.map(Reply::Overlay)
             }
-            Request::OverlayList => self.overlays().await.map(Reply::Overlays),
-            Request::OverlayShow { name } => {
-                self.overlay_info(&*self.inner.lock().await, &name).map(Reply::Overlay)
-            }
+            Request::OverlayList => self.overlays().map(Reply::Overlays),
+            Request::OverlayShow { name } => self.overlay_info(&name).map(Reply::Overlay),
             Request::OverlayCommit { name, image } => {
                 self.commit_overlay(&name, &image).await.map(|root| Reply::Image { root })
             }
@@ -158,41 +155,22 @@ impl Node {
     /// # Errors
     /// A message for whoever asked.
     pub async fn export(&self, name: &str) -> Result<Export, OpenError> {
-        let mut inner = self.inner.lock().await;
-        let found = self.find_export(&mut inner, name);
-        drop(inner);
-        found.map_err(OpenError::from)
+        self.find_export(name).await.map_err(OpenError::from)
     }
 
-    fn find_export(&self, inner: &mut Inner, name: &str) -> Result<Export, NodeError> {
+    async fn find_export(&self, name: &str) -> Result<Export, NodeError> {
         if let Ok(overlay) = name.parse::<HostName>()
             && self.store.overlay_dir(&overlay).exists()
         {
-            return self.overlay_export(inner, &overlay);
+            return self.overlay_export(&self.turns.turn(&overlay).await).await;
         }
         let image: ImageName =
             name.parse().map_err(|_| NodeError::NoExport(name.chars().take(80).collect()))?;
-        let entry = self.store.resolve(&image)?;
-        let open = self.open_image(inner, entry, 0)?;
+        let open = self.open_image(self.store.resolve(&image)?.root).await?;
         // The connection's disk keeps the image open: so it counts as in use.
         let disk = Arc::new(super::exports::HeldImage { disk: Arc::clone(&open.disk), _image: open });
         let description = "image, read-only".to_owned();
         Ok(Export { description, ..Export::new(name, disk) })
-    }
-
-    /// The export of overlay `name`.
-    fn overlay_export(&self, inner: &mut Inner, name: &HostName) -> Result<Export, NodeError> {
-        if inner.sealing().contains(name) {
-            return Err(NodeError::InUse(name.clone()));
-        }
-        let open = self.open_overlay(inner, name)?;
-        Ok(Export {
-            name: name.to_string(),
-            description: "overlay, writable".to_owned(),
-            disk: Arc::new(open.overlay.clone()),
-            closed: open.closed.clone(),
-            stats: Arc::clone(&open.stats),
-        })
     }
 
     /// Names and descriptions of all exports.
@@ -206,12 +184,12 @@ impl Node {
 
     /// Closes every socket and overlay; what guests wrote is durable when it returns.
     pub async fn close(&self) -> Result<(), NodeError> {
-        let mut inner = self.inner.lock().await;
-        VmSocket::close_all(inner.vms.drain().map(|(_, socket)| socket)).await;
+        let Open { vms, overlays, .. } = std::mem::take(&mut *lock(&self.open));
+        VmSocket::close_all(vms.into_values()).await;
         self.arrivals.stop().await;
         // Each of them, whatever becomes of the others.
         let mut result = Ok(());
-        for (name, open) in inner.overlays.drain() {
+        for (name, open) in overlays {
             open.closed.cancel();
             let flushed = bootcache_nbd::Disk::flush(&open.overlay).await;
             let flushed = flushed.map_err(at(&self.store.overlay_dir(&name)));
@@ -220,45 +198,26 @@ impl Node {
         result
     }
 
-    fn open_image(
+    /// Runs what waits for the store's lock of changes: one at a time, since those who wait for it only look now and then.
+    ///
+    /// Dropped, the work goes on to its end.
+    async fn changing<T: Send + 'static>(
         &self,
-        inner: &mut Inner,
-        entry: ImageEntry,
-        depth: usize,
-    ) -> Result<Arc<OpenImage>, NodeError> {
-        if let Some(open) = inner.images.get(&entry.root).and_then(Weak::upgrade) {
-            return Ok(open);
-        }
-        if depth == BASE_DEPTH_MAX {
-            return Err(NodeError::TooDeep(entry.root));
-        }
-        let hold = self.store.hold(entry.root)?;
-        let (store, root) = (self.store.clone(), entry.root);
-        // Nobody waits for it: the disk may be slow, and a lost one only brings the image's eviction forward.
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = store.touch(root) {
-                tracing::warn!("the image counts as unused: {error}");
-            }
-        });
-        if !entry.is_complete() {
-            let engine = self.arrivals.get(entry.root).ok_or(NodeError::Incomplete(entry.root))?;
-            let open = Arc::new(OpenImage { disk: engine.disk(), _hold: hold, _base: None });
-            inner.images.insert(entry.root, Arc::downgrade(&open));
-            return Ok(open);
-        }
-        let (disk, base): (SharedDisk, _) = match entry.below() {
-            None => (Arc::new(ImageDisk::open(&entry.disk_path()).map_err(at(&entry.disk_path()))?), None),
-            Some(root) => {
-                let base = self.open_image(inner, self.store.image(root)?, depth + 1)?;
-                let below = Arc::clone(&base.disk);
-                let disk = ImageDisk::open_increment(&entry.index_path(), &entry.disk_path(), below, root)?;
-                (Arc::new(disk), Some(base))
-            }
-        };
-        entry.check_length(disk.size())?;
-        let open = Arc::new(OpenImage { disk, _hold: hold, _base: base });
-        inner.images.insert(entry.root, Arc::downgrade(&open));
-        Ok(open)
+        work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+    ) -> Result<T, NodeError> {
+        let _one = self.changes.lock().await;
+        self.apart(work).await
+    }
+
+    /// Runs what may take long where it holds up nobody.
+    ///
+    /// Dropped, the work goes on to its end.
+    async fn apart<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+    ) -> Result<T, NodeError> {
+        let done = tokio::task::spawn_blocking(work).await;
+        done.unwrap_or_else(|error| Err(at(self.store.dir())(io::Error::other(error))))
     }
 
     /// A name of the image with this root, if it has one.
@@ -266,8 +225,7 @@ impl Node {
         Ok(self.store.names()?.into_iter().find(|(_, other)| *other == root).map(|(name, _)| name))
     }
 
-    async fn status(&self) -> Result<Status, NodeError> {
-        let inner = self.inner.lock().await;
+    fn status(&self) -> Result<Status, NodeError> {
         let mut images = Vec::new();
         for (name, root) in self.store.names()? {
             let Ok(entry) = self.store.image(root) else { continue };
@@ -280,19 +238,22 @@ impl Node {
                 boot: entry.manifest.boot.as_ref().map(|boot| boot.heads_digest),
                 complete,
                 size: entry.manifest.size,
-                open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),
+                open: self.images.is_open(root),
                 present: if complete { allocated } else { 0 },
                 allocated,
                 transfer: self.arrivals.get(root).map(|engine| report::transfer(&engine)),
             });
         }
-        let open: Vec<HostName> = inner.overlays.keys().cloned().collect();
+        let (open, mut vms) = {
+            let open = lock(&self.open);
+            let vms: Vec<_> = open.vms.iter().map(|(name, socket)| socket.info(name)).collect();
+            (open.overlays.clone(), vms)
+        };
         let mut overlays = Vec::new();
-        for name in open {
-            overlays.push(self.overlay_info(&inner, &name)?);
+        for (name, open) in open {
+            overlays.push(self.open_info(&name, &open)?);
         }
         overlays.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut vms: Vec<_> = inner.vms.iter().map(|(name, socket)| socket.info(name)).collect();
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Status {
             pid: std::process::id(),
@@ -306,4 +267,4 @@ impl Node {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

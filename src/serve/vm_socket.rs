@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::{Owner, VmInfo};
 use crate::name::HostName;
+use crate::store::atomic::sync_dir;
 use crate::store::write_atomic;
 
 const SOCKET_FILE: &str = "nbd.sock";
@@ -35,7 +36,7 @@ pub(super) struct VmSocket {
 }
 
 impl VmSocket {
-    /// Opens the socket in the VM's folder `dir`, and records that it is open.
+    /// Opens the socket in the VM's folder `dir`, and records that it is open. Blocks.
     pub(super) fn open(
         dir: &Path,
         export: Export,
@@ -70,11 +71,12 @@ impl VmSocket {
         VmInfo { name: name.clone(), socket: self.path.clone(), export: self.export.clone() }
     }
 
-    /// Makes sure that no later daemon opens the socket in the VM's folder.
+    /// Makes sure that no later daemon opens the socket in the VM's folder, be it after a power loss. Blocks.
     pub(super) fn forget(dir: &Path) -> io::Result<()> {
         match fs::remove_file(dir.join(RECORD_FILE)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+            Ok(()) => sync_dir(dir),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
         }
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 
 use super::atomic::{NEW_SUFFIX, sync_dir};
-use super::lock::try_flock;
+use super::lock::{exclusive, try_flock};
 use super::{ChangeLock, Store, StoreError, at};
 
 /// A file that replaces another lives for milliseconds; one this old was left behind.
@@ -81,15 +81,15 @@ impl Drop for Scratch {
 }
 
 impl Store {
-    /// Takes the folder `dir` of the store, which nobody uses, out of sight by one rename, and removes it when the result is
-    /// dropped, or at the next start. Durable when the folder that it was in is synced.
+    /// Takes the folder `dir` of the store out of sight by one rename, and removes it when the result is dropped, or at the
+    /// next start; none when somebody has it locked. Durable when the folder that it was in is synced. May wait for a
+    /// moment.
     ///
     /// # Errors
     /// [`StoreError::Io`]; nothing has changed then.
-    pub(crate) fn bury(&self, dir: &Path, change: &ChangeLock) -> Result<Scratch, StoreError> {
-        let lock = File::open(dir).map_err(at(dir))?;
-        try_flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(at(dir))?;
-        Scratch::bury(dir, &self.tmp(), lock, change)
+    pub(crate) fn bury(&self, dir: &Path, change: &ChangeLock) -> Result<Option<Scratch>, StoreError> {
+        let lock = File::open(dir).and_then(exclusive).map_err(at(dir))?;
+        lock.map(|lock| Scratch::bury(dir, &self.tmp(), lock, change)).transpose()
     }
 
     /// Removes what killed processes left in `tmp/` and `names/`.

@@ -6,13 +6,16 @@
 //! images/ROOT/sources   JSON: the addresses, whether everything is wanted, bytes a second
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::digest::Digest;
 use crate::name::ImageName;
@@ -20,12 +23,15 @@ use crate::peer::catalogue::Catalogue;
 use crate::store::{Hold, Store, StoreError, write_atomic};
 
 use super::engine::{Engine, Options};
-use super::pull::{self, Pin, PullError, Pulled, Target};
+use super::pull::{self, Found, Pin, PullError, Pulled, Target};
+use super::similar::Others;
 
 const SOURCES: &str = "sources";
 const SOURCES_BYTES_MAX: u64 = 64 << 10;
 /// Sources that are written down: the newest.
 const SOURCES_MAX: usize = 64;
+/// Images that nobody waits for which are taken up at once after a restart: what was saved of them is read.
+const RESUMED_AT_ONCE: usize = 2;
 /// How often it is looked whether an image that is all here was removed.
 const REMOVED_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -47,16 +53,26 @@ struct Arrival {
     hold: Option<Hold>,
 }
 
-/// A transfer that nobody finds any more, and the hold on its image.
+/// A transfer that nobody finds any more, if it had begun, and the hold on its image.
 pub(crate) struct TakenOut {
-    engine: Arc<Engine>,
+    engine: Option<Arc<Engine>>,
     _hold: Option<Hold>,
+}
+
+/// Images that were on their way when the last daemon ended, and are not again.
+#[derive(Default)]
+struct Unfinished {
+    /// Nobody has begun with them. The holds keep them from being removed meanwhile.
+    waiting: BTreeMap<Digest, Option<Hold>>,
+    under_way: BTreeSet<Digest>,
 }
 
 impl TakenOut {
     /// Ends the transfer, and lets the image be removed.
     pub(crate) async fn end(self) {
-        self.engine.end().await;
+        if let Some(engine) = self.engine {
+            engine.end().await;
+        }
     }
 }
 
@@ -71,7 +87,10 @@ pub struct Arrivals {
     store: Store,
     catalogue: Arc<Catalogue>,
     options: Options,
+    /// The other images of the store, in which blocks are looked for.
+    others: Arc<Others>,
     arrivals: Arc<Mutex<ByRoot>>,
+    unfinished: watch::Sender<Unfinished>,
     /// Held by whoever begins to fetch an image: first by its name, so that its root is asked for once, then by its root,
     /// so that there is one engine, whatever names it has.
     begins: Mutex<BTreeMap<Begin, Arc<tokio::sync::Mutex<()>>>>,
@@ -92,7 +111,10 @@ impl std::fmt::Debug for Arrivals {
 impl Arrivals {
     /// Nothing on its way to `store` yet. `options` hold for every image; what is on its way goes to `catalogue`.
     pub fn new(store: Store, catalogue: Arc<Catalogue>, options: Options) -> Self {
-        Self { store, catalogue, options, arrivals: Arc::default(), begins: Mutex::default() }
+        let others = Others::new(store.clone());
+        let unfinished = watch::Sender::new(Unfinished::default());
+        let (arrivals, begins) = (Arc::default(), Mutex::default());
+        Self { store, catalogue, options, others, arrivals, unfinished, begins }
     }
 
     /// The transfer of image `root`, while there is one.
@@ -106,15 +128,13 @@ impl Arrivals {
     /// # Errors
     /// [`PullError`].
     pub async fn pull(&self, target: &Target, plan: &Plan) -> Result<Digest, PullError> {
-        let io_error = |source| PullError::Io { name: target.name.clone(), source };
-        let similar = Some(self.store.clone());
-        let options = Options { fill: plan.fill, fill_rate: plan.fill_rate, similar, ..self.options.clone() };
         let name = self.begin(Begin::Name(target.name.clone()));
         let _one_of_name = name.lock().await;
-        let found = pull::find(&self.store, target, &plan.sources, &options).await?;
+        let found = pull::find(&self.store, target, &plan.sources, &self.options_of(plan)).await?;
         let root = found.root();
         let image = self.begin(Begin::Root(root));
         let _one_of_image = image.lock().await;
+        let io_error = |source| PullError::Io { name: target.name.clone(), source };
         if let Some(engine) = self.current(root) {
             // Perhaps by another name, of which there may be many.
             let (store, name) = (self.store.clone(), target.name.clone());
@@ -126,15 +146,26 @@ impl Arrivals {
                 engine.fill();
             }
             self.remember(root, plan).await.map_err(io_error)?;
-            return Ok(root);
-        }
-        if let Pulled::Coming(engine, hold) =
-            pull::take(&self.store, target, found, &plan.sources, options).await?
-        {
-            self.remember(root, plan).await.map_err(io_error)?;
-            self.keep(engine, hold);
+        } else {
+            self.take(target, found, plan).await?;
         }
         Ok(root)
+    }
+
+    fn options_of(&self, plan: &Plan) -> Options {
+        let similar = Some(Arc::clone(&self.others));
+        Options { fill: plan.fill, fill_rate: plan.fill_rate, similar, ..self.options.clone() }
+    }
+
+    /// Starts the transfer of `found`, which has none, unless all of it is here. For who holds its [`Begin::Root`].
+    async fn take(&self, target: &Target, found: Found, plan: &Plan) -> Result<(), PullError> {
+        let taken = pull::take(&self.store, target, found, &plan.sources, self.options_of(plan)).await?;
+        if let Pulled::Coming(engine, hold) = taken {
+            let io_error = |source| PullError::Io { name: target.name.clone(), source };
+            self.remember(engine.holding().root(), plan).await.map_err(io_error)?;
+            self.keep(engine, hold);
+        }
+        Ok(())
     }
 
     fn begin(&self, begin: Begin) -> Arc<tokio::sync::Mutex<()>> {
@@ -184,23 +215,82 @@ impl Arrivals {
         ));
     }
 
-    /// Goes on with every image that was on its way when the last daemon ended.
-    pub async fn resume(&self) {
-        let (names, unreadable) = self.store.read_names().unwrap_or_else(|error| (Vec::new(), vec![error]));
-        for error in unreadable {
-            tracing::warn!(%error, "a name of the store cannot be read");
-        }
-        for (name, root) in names {
-            self.go_on(name, root).await;
-        }
+    /// Finds the images that were on their way when the last daemon ended: none of them counts as absent from now on, see
+    /// [`Arrivals::resumed`]. Reads little of each. Blocks.
+    pub fn look_back(&self) {
+        let roots = self.store.roots().unwrap_or_else(|error| {
+            tracing::error!(%error, "images that were on their way are not looked for");
+            Vec::new()
+        });
+        let unfinished = roots.into_iter().filter(|root| plan_of(&self.store, *root).is_some());
+        // One that another command removes just now has no hold, and is not there when it is taken up.
+        let waiting = unfinished.map(|root| (root, self.store.hold(root).ok())).collect();
+        self.unfinished.send_modify(|unfinished| unfinished.waiting = waiting);
     }
 
-    /// Goes on with image `root`, called `name`, if it was on its way.
-    pub(crate) async fn go_on(&self, name: ImageName, root: Digest) {
-        let Some(plan) = plan_of(&self.store, root) else { return };
-        let target = Target { name: name.clone(), root: Some(root), boot: Pin::Any, verify: false };
-        if let Err(error) = self.pull(&target, &plan).await {
-            tracing::error!(image = %name, %error, "cannot go on with an image that was on its way");
+    /// Goes on with every image that [`Arrivals::look_back`] has found; with no further one after `until`.
+    pub async fn resume(&self, until: &CancellationToken) {
+        let next = || match until.is_cancelled() {
+            true => None,
+            false => self.begin_unfinished(None),
+        };
+        let some = async || {
+            while let Some(root) = next() {
+                self.take_up(root).await;
+            }
+        };
+        join_all((0..RESUMED_AT_ONCE).map(|_| some())).await;
+    }
+
+    /// Ends when image `root` is on its way again, if it was when the last daemon ended; at once, if it was not. It is
+    /// taken up before those that nobody waits for.
+    pub async fn resumed(self: &Arc<Self>, root: Digest) {
+        if self.begin_unfinished(Some(root)).is_some() {
+            let arrivals = Arc::clone(self);
+            // Goes on when nobody waits for it any more.
+            tokio::spawn(async move { arrivals.take_up(root).await });
+        }
+        let mut unfinished = self.unfinished.subscribe();
+        // The sender lives as long as this does.
+        let _ = unfinished.wait_for(|unfinished| !unfinished.under_way.contains(&root)).await;
+    }
+
+    /// An unfinished image that nobody has begun with, that one if one is given: it is the caller's to take up now.
+    fn begin_unfinished(&self, root: Option<Digest>) -> Option<Digest> {
+        let mut begun = None;
+        self.unfinished.send_if_modified(|unfinished| {
+            let first = root.or_else(|| unfinished.waiting.keys().next().copied());
+            begun = first.filter(|first| unfinished.waiting.remove(first).is_some());
+            unfinished.under_way.extend(begun);
+            false
+        });
+        begun
+    }
+
+    async fn take_up(&self, root: Digest) {
+        self.go_on(root).await;
+        self.unfinished.send_modify(|unfinished| _ = unfinished.under_way.remove(&root));
+    }
+
+    /// Goes on with image `root`, if it was on its way and has a name.
+    pub(crate) async fn go_on(&self, root: Digest) {
+        let image = self.begin(Begin::Root(root));
+        let _one_of_image = image.lock().await;
+        if self.current(root).is_some() {
+            return;
+        }
+        let store = self.store.clone();
+        let look = move || {
+            let plan = plan_of(&store, root)?;
+            let (names, _) = store.read_names().ok()?;
+            let (name, _) = names.into_iter().find(|(_, other)| *other == root)?;
+            Some((plan, name))
+        };
+        // Without an answer the runtime is ending.
+        let Some((plan, name)) = tokio::task::spawn_blocking(look).await.ok().flatten() else { return };
+        let target = Target { name, root: Some(root), boot: Pin::Any, verify: false };
+        if let Err(error) = self.take(&target, Found::Here(root), &plan).await {
+            tracing::error!(image = %target.name, %error, "cannot go on with an image that was on its way");
         }
     }
 
@@ -211,9 +301,17 @@ impl Arrivals {
 
     /// Image `root` is no longer on its way to anybody here or elsewhere; whoever gets its transfer ends it.
     pub(crate) fn take_out(&self, root: Digest) -> Option<TakenOut> {
-        let Arrival { engine, hold } = lock(&self.arrivals).remove(&root)?;
+        let mut waiting = None;
+        self.unfinished.send_if_modified(|unfinished| {
+            waiting = unfinished.waiting.remove(&root);
+            false
+        });
+        let arrival = lock(&self.arrivals).remove(&root);
         self.catalogue.withdraw(root);
-        Some(TakenOut { engine, _hold: hold })
+        match arrival {
+            Some(Arrival { engine, hold }) => Some(TakenOut { engine: Some(engine), _hold: hold }),
+            None => waiting.map(|hold| TakenOut { engine: None, _hold: hold }),
+        }
     }
 
     /// Ends every transfer, and makes durable what has come.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bootcache_nbd::disk::SharedDisk;
@@ -19,7 +19,6 @@ use crate::peer::holding::{Frames, Holding};
 use crate::peer::message::{Hello, PROTOCOL_VERSION};
 use crate::peer::transport::Security;
 use crate::peer::uplink::Uplink;
-use crate::store::Store;
 
 use super::counters::{Counters, Kind};
 use super::flight::Flights;
@@ -27,7 +26,7 @@ use super::guests::{Boot, Guests};
 use super::keeping::Keeping;
 use super::missed::Missed;
 use super::receive;
-use super::similar::{self, Similar};
+use super::similar::{self, Looking, Others, Similar};
 use super::sources::Sources;
 use super::stream::StreamState;
 use super::{demand, fill, stream};
@@ -67,8 +66,8 @@ pub struct Options {
     /// How long nobody may have asked for more than few sources give, before the others are let go; when not everything
     /// is fetched.
     pub idle: Duration,
-    /// The store whose other images are searched for blocks before they are fetched.
-    pub similar: Option<Store>,
+    /// The other images that are searched for blocks before they are fetched.
+    pub similar: Option<Arc<Others>>,
     /// How sources are chosen.
     pub chooser: Arc<dyn Chooser>,
 }
@@ -163,7 +162,7 @@ pub(super) struct Shared {
     pub(super) boot: Mutex<Boot>,
     pub(super) fill_rate: AtomicU64,
     /// The other images here, while blocks are looked for in them.
-    similar: Mutex<Option<Arc<Similar>>>,
+    looking: Mutex<Option<Looking>>,
     /// It is not known yet whether boot frames should be looked for in other images.
     pub(super) probing: AtomicBool,
     /// Boot frames are first looked for in other images.
@@ -213,7 +212,7 @@ impl Engine {
             boot: Mutex::default(),
             fill_rate: AtomicU64::new(options.fill_rate),
             fill: CancellationToken::new(),
-            similar: Mutex::new(None),
+            looking: Mutex::new(None),
             probing: AtomicBool::new(options.similar.is_some()),
             copies_boot: AtomicBool::new(false),
             stop,
@@ -381,20 +380,22 @@ impl Shared {
             self.stream.end();
             if !self.fill.is_cancelled() {
                 // Perhaps for ever: images that are removed meanwhile should not keep their space.
-                self.set_similar(None);
+                self.set_looking(None);
                 tokio::select! {
                     () = self.fill.cancelled() => {}
                     () = self.sources.rest(self.options.idle) => {}
                 }
                 self.sources.need_all();
-                similar::index(self).await;
+            }
+            if self.looking().is_none() && !self.cache.is_complete() {
+                similar::look(self).await;
             }
             fill::run(self).await;
             while !self.finish().await {
                 tokio::time::sleep(SAVE_RETRY).await;
                 fill::run(self).await;
             }
-            self.set_similar(None);
+            self.set_looking(None);
             // Readers that came before the end have what they waited for; later ones find everything here.
             tell.send_replace(true);
             tracing::info!(image = %self.holding.root().short(), "the image is complete: no source is needed any more");
@@ -405,17 +406,30 @@ impl Shared {
             () = self.sources.meet(&self.holding) => {}
             () = self.save_often() => {}
         }
-        self.set_similar(None);
+        self.set_looking(None);
         self.stop.cancel();
     }
 
     /// The index of other images here, once it is built and as long as it is needed.
     pub(super) fn similar(&self) -> Option<Arc<Similar>> {
-        self.similar.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.looking().as_ref()?.similar()
     }
 
-    pub(super) fn set_similar(&self, similar: Option<Arc<Similar>>) {
-        *self.similar.lock().unwrap_or_else(PoisonError::into_inner) = similar;
+    pub(super) fn set_looking(&self, looking: Option<Looking>) {
+        *self.looking() = looking;
+    }
+
+    fn looking(&self) -> MutexGuard<'_, Option<Looking>> {
+        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the stream, or a fill that is wanted by now, has blocks to bring.
+    pub(super) fn lacks_blocks(&self) -> bool {
+        let streams = || {
+            self.holding.manifest.boot.is_some()
+                && self.holding.frames().is_none_or(|frames| (frames.passed() as usize) < frames.count())
+        };
+        !self.cache.is_complete() && (self.fill.is_cancelled() || streams())
     }
 
     async fn save_often(self: &Arc<Self>) {

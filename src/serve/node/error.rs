@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bootcache_nbd::OpenError;
 use indicatif::HumanBytes;
 
-use super::BASE_DEPTH_MAX;
+use super::images::BASE_DEPTH_MAX;
 use crate::attach::{AttachError, Device};
 use crate::digest::Digest;
 use crate::image::increment::IncrementError;
@@ -84,6 +84,9 @@ pub enum NodeError {
     /// Only some of the image is here.
     #[error("only a part of image {} is here: go on with `bootcache pull`", .0.short())]
     Incomplete(Digest),
+    /// What has come of the image is still being read, after a restart.
+    #[error("what is here of image {} is still being taken up after the daemon's restart: try again", .0.short())]
+    Resuming(Digest),
     /// An image cannot be fetched.
     #[error(transparent)]
     Pull(#[from] PullError),

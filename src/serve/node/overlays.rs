@@ -1,16 +1,13 @@
 //! The overlays of a node: opened when they are needed, listed without, removed and sealed while nobody uses them.
 
-use std::collections::HashSet;
 use std::fs;
-use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
-use bootcache_nbd::ExportStats;
-use bootcache_nbd::SharedDisk;
+use bootcache_nbd::{Export, ExportStats, SharedDisk};
 use tokio_util::sync::CancellationToken;
 
-use super::{Inner, Node, NodeError, OpenImage, at};
+use super::{Node, NodeError, Open, OpenImage, Turn, at, lock};
 use crate::attach::Table;
 use crate::block::BLOCK_SIZE;
 use crate::control::OverlayInfo;
@@ -49,42 +46,63 @@ impl OpenOverlay {
 
 /// An overlay that an image is being made of, until this is dropped.
 struct Sealing {
-    all: Arc<std::sync::Mutex<HashSet<HostName>>>,
+    open: Arc<Mutex<Open>>,
     name: HostName,
 }
 
 impl Drop for Sealing {
     fn drop(&mut self) {
-        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&self.name);
+        lock(&self.open).sealing.remove(&self.name);
     }
 }
 
 impl Node {
-    pub(super) fn open_overlay<'a>(
-        &self,
-        inner: &'a mut Inner,
-        name: &HostName,
-    ) -> Result<&'a OpenOverlay, NodeError> {
-        if !inner.overlays.contains_key(name) {
-            let dir = self.store.overlay_dir(name);
-            if !dir.exists() {
-                return Err(NodeError::NoOverlay(name.clone()));
-            }
-            let meta = OverlayMeta::read(&dir)?;
-            let entry = self.store.image(meta.base)?;
-            let image = self.open_image(inner, entry, 0)?;
-            let cache = self.arrivals.get(meta.base).map(|engine| Arc::clone(engine.cache()));
-            let reader = cache.map(|cache| Arc::new(Reader::new(cache)));
-            let below = reader
-                .as_ref()
-                .map_or_else(|| Arc::clone(&image.disk), |reader| Arc::clone(reader) as SharedDisk);
-            let overlay = Overlay::open(&dir, below, meta.base)?;
-            let closed = CancellationToken::new();
-            let stats = Arc::default();
-            let open = OpenOverlay { overlay, base: meta.base, closed, stats, reader, _image: image };
-            inner.overlays.insert(name.clone(), open);
+    fn overlay(&self, name: &HostName) -> Option<Arc<OpenOverlay>> {
+        lock(&self.open).overlays.get(name).cloned()
+    }
+
+    /// The overlay whose turn it is, which is opened unless it is open.
+    async fn open_overlay(&self, turn: &Turn) -> Result<Arc<OpenOverlay>, NodeError> {
+        let name = turn.name();
+        if let Some(open) = self.overlay(name) {
+            return Ok(open);
         }
-        Ok(&inner.overlays[name])
+        let dir = self.store.overlay_dir(name);
+        if !dir.exists() {
+            return Err(NodeError::NoOverlay(name.clone()));
+        }
+        let base = OverlayMeta::read(&dir)?.base;
+        let image = self.open_image(base).await?;
+        let cache = self.arrivals.get(base).map(|engine| Arc::clone(engine.cache()));
+        let reader = cache.map(|cache| Arc::new(Reader::new(cache)));
+        let below = reader
+            .as_ref()
+            .map_or_else(|| Arc::clone(&image.disk), |reader| Arc::clone(reader) as SharedDisk);
+        let (turn, all) = (turn.clone(), Arc::clone(&self.open));
+        self.apart(move || {
+            let overlay = Overlay::open(&dir, below, base)?;
+            let (closed, stats) = (CancellationToken::new(), Arc::default());
+            let open = Arc::new(OpenOverlay { overlay, base, closed, stats, reader, _image: image });
+            lock(&all).overlays.insert(turn.name().clone(), Arc::clone(&open));
+            Ok(open)
+        })
+        .await
+    }
+
+    /// The export of the overlay whose turn it is.
+    pub(super) async fn overlay_export(&self, turn: &Turn) -> Result<Export, NodeError> {
+        let name = turn.name();
+        if lock(&self.open).sealing.contains(name) {
+            return Err(NodeError::InUse(name.clone()));
+        }
+        let open = self.open_overlay(turn).await?;
+        Ok(Export {
+            name: name.to_string(),
+            description: "overlay, writable".to_owned(),
+            disk: Arc::new(open.overlay.clone()),
+            closed: open.closed.clone(),
+            stats: Arc::clone(&open.stats),
+        })
     }
 
     /// Makes an overlay of `size` bytes, or as large as its image.
@@ -104,11 +122,8 @@ impl Node {
             return Err(NodeError::OverlaySize { size, image: image.clone(), least });
         }
         // Opened first: an image that cannot be read gets no overlays. The hold keeps it until the overlay is there.
-        let held = {
-            let mut inner = self.inner.lock().await;
-            check_free(&self.store, name)?;
-            self.open_image(&mut inner, entry.clone(), 0)?
-        };
+        check_free(&self.store, name)?;
+        let held = self.open_image(entry.root).await?;
         let (store, new) = (self.store.clone(), name.clone());
         self.changing(move || {
             let _held = held;
@@ -122,36 +137,13 @@ impl Node {
             sync_dir(&store.dir().join("overlays")).map_err(at(&dir))
         })
         .await?;
-        self.overlay_info(&*self.inner.lock().await, name)
+        self.overlay_info(name)
     }
 
-    /// Runs what waits for the store's lock of changes: one at a time, since those who wait for it only look now and then.
-    ///
-    /// Dropped, the work goes on to its end.
-    pub(super) async fn changing<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
-    ) -> Result<T, NodeError> {
-        let _one = self.changes.lock().await;
-        self.apart(work).await
-    }
-
-    /// Runs what may take long where it holds up nobody.
-    ///
-    /// Dropped, the work goes on to its end.
-    async fn apart<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
-    ) -> Result<T, NodeError> {
-        let done = tokio::task::spawn_blocking(work).await;
-        done.unwrap_or_else(|error| Err(at(self.store.dir())(io::Error::other(error))))
-    }
-
-    pub(super) async fn overlays(&self) -> Result<Vec<OverlayInfo>, NodeError> {
-        let inner = self.inner.lock().await;
+    pub(super) fn overlays(&self) -> Result<Vec<OverlayInfo>, NodeError> {
         let mut infos = Vec::new();
         for name in self.overlay_names()? {
-            match self.overlay_info(&inner, &name) {
+            match self.overlay_info(&name) {
                 Ok(info) => infos.push(info),
                 Err(NodeError::NoOverlay(_)) => {}
                 Err(error) => {
@@ -164,20 +156,24 @@ impl Node {
     }
 
     /// Of one that is not open only what its files say: a look does not open it.
-    pub(super) fn overlay_info(&self, inner: &Inner, name: &HostName) -> Result<OverlayInfo, NodeError> {
-        let Some(open) = inner.overlays.get(name) else {
-            let dir = self.store.overlay_dir(name);
-            if !dir.exists() {
-                return Err(NodeError::NoOverlay(name.clone()));
-            }
-            let (header, usage) = Overlay::stored(&dir)?;
-            return Ok(OverlayInfo {
-                image: self.name_of(header.base)?,
-                size: header.size,
-                data: usage.data_blocks * BLOCK_SIZE,
-                ..OverlayInfo::new(name.clone(), Some(header.base))
-            });
-        };
+    pub(super) fn overlay_info(&self, name: &HostName) -> Result<OverlayInfo, NodeError> {
+        if let Some(open) = self.overlay(name) {
+            return self.open_info(name, &open);
+        }
+        let dir = self.store.overlay_dir(name);
+        if !dir.exists() {
+            return Err(NodeError::NoOverlay(name.clone()));
+        }
+        let (header, usage) = Overlay::stored(&dir)?;
+        Ok(OverlayInfo {
+            image: self.name_of(header.base)?,
+            size: header.size,
+            data: usage.data_blocks * BLOCK_SIZE,
+            ..OverlayInfo::new(name.clone(), Some(header.base))
+        })
+    }
+
+    pub(super) fn open_info(&self, name: &HostName, open: &OpenOverlay) -> Result<OverlayInfo, NodeError> {
         Ok(OverlayInfo {
             image: self.name_of(open.base)?,
             size: bootcache_nbd::Disk::size(&open.overlay),
@@ -204,27 +200,28 @@ impl Node {
 
     pub(super) async fn remove_overlay(&self, name: &HostName) -> Result<(), NodeError> {
         let dir = self.store.overlay_dir(name);
-        let check = |inner: &Inner| match dir.exists() {
-            true => self.check_idle(inner, name),
+        let check = |turn: &Turn| match dir.exists() {
+            true => self.check_idle(turn),
             false => Err(NodeError::NoOverlay(name.clone())),
         };
-        check(&*self.inner.lock().await)?;
+        check(&self.turns.turn(name).await)?;
         let store = self.store.clone();
         let change = self.changing(move || Ok(store.change(|_| ())?)).await?;
-        // Moved first, so that a crash leaves no half of an overlay, and the next start removes the rest.
-        let (open, grave) = {
-            let mut inner = self.inner.lock().await;
-            check(&inner)?;
-            let grave = self.store.bury(&dir, &change)?;
-            (inner.overlays.remove(name), grave)
-        };
-        drop(change); // others need not wait for the rest
-        if let Some(open) = &open {
-            open.closed.cancel();
-        }
-        let overlays = self.store.dir().join("overlays");
+        let turn = self.turns.turn(name).await;
+        check(&turn)?;
+        let (store, all) = (self.store.clone(), Arc::clone(&self.open));
         self.apart(move || {
+            // Moved first, so that a crash leaves no half of an overlay, and the next start removes the rest.
+            let Some(grave) = store.bury(&dir, &change)? else {
+                return Err(NodeError::InUse(turn.name().clone()));
+            };
+            let open = lock(&all).overlays.remove(turn.name());
+            drop((change, turn)); // others need not wait for the rest
+            if let Some(open) = &open {
+                open.closed.cancel();
+            }
             // Before the answer: after a power loss a new overlay of the name must not be the old one.
+            let overlays = store.dir().join("overlays");
             let synced = sync_dir(&overlays).map_err(at(&overlays));
             drop((open, grave));
             synced
@@ -243,24 +240,22 @@ impl Node {
         image: &ImageName,
     ) -> Result<Digest, NodeError> {
         self.store.check_free(image)?;
-        let (overlay, _sealing) = {
-            let mut inner = self.inner.lock().await;
-            self.open_overlay(&mut inner, name)?;
-            self.check_idle(&inner, name)?;
-            let open = &inner.overlays[name];
-            let (overlay, base) = (open.overlay.clone(), open.base);
-            let entry = self.store.image(base)?;
-            if entry.manifest.kind == ImageKind::Container {
-                let image =
-                    self.name_of(base)?.map_or_else(|| base.short().to_string(), |name| name.to_string());
-                return Err(NodeError::Container(image));
-            }
-            if !entry.is_complete() {
-                return Err(NodeError::Commit(IncrementError::BaseIncomplete(base)));
-            }
-            inner.sealing().insert(name.clone());
-            (overlay, Sealing { all: Arc::clone(&inner.sealing), name: name.clone() })
-        };
+        let turn = self.turns.turn(name).await;
+        let open = self.open_overlay(&turn).await?;
+        self.check_idle(&turn)?;
+        let entry = self.store.image(open.base)?;
+        if entry.manifest.kind == ImageKind::Container {
+            let image = self.name_of(open.base)?;
+            let image = image.map_or_else(|| open.base.short().to_string(), |name| name.to_string());
+            return Err(NodeError::Container(image));
+        }
+        if !entry.is_complete() {
+            return Err(NodeError::Commit(IncrementError::BaseIncomplete(open.base)));
+        }
+        lock(&self.open).sealing.insert(name.clone());
+        let _sealing = Sealing { open: Arc::clone(&self.open), name: name.clone() };
+        let overlay = open.overlay.clone();
+        drop((turn, open));
         // It takes long, and others go on meanwhile.
         self.seal(&overlay, image).await
     }
@@ -278,17 +273,18 @@ impl Node {
     /// Refuses what a client has open, an image is being made of, or a VM has its socket on. The records count too: a
     /// guest whose daemon was killed runs on and waits for the next one, and a `/dev/nbdX` without a keeper is connected
     /// to nobody and has what was written to it all the same.
-    pub(super) fn check_idle(&self, inner: &Inner, name: &HostName) -> Result<(), NodeError> {
-        let dir = self.store.vm_dir(name);
-        let has_socket =
-            inner.vms.contains_key(name) || VmSocket::recorded(&dir).map_err(at(&dir))?.is_some();
-        if has_socket || inner.sealing().contains(name) {
-            return Err(NodeError::InUse(name.clone()));
-        }
+    fn check_idle(&self, turn: &Turn) -> Result<(), NodeError> {
+        let (name, dir) = (turn.name(), self.store.vm_dir(turn.name()));
+        let has_record = VmSocket::recorded(&dir).map_err(at(&dir))?.is_some();
+        let is_used = {
+            let open = lock(&self.open);
+            let connected = open.overlays.get(name).is_some_and(|overlay| overlay.connections() > 0);
+            open.vms.contains_key(name) || open.sealing.contains(name) || connected
+        };
         if let Some(entry) = Table::live(self.store.dir(), name.as_str())? {
             return Err(NodeError::Attached { name: name.clone(), device: entry.device });
         }
-        if inner.overlays.get(name).is_some_and(|open| open.connections() > 0) {
+        if has_record || is_used {
             return Err(NodeError::InUse(name.clone()));
         }
         Ok(())

@@ -4,6 +4,9 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
+use bootcache_nbd::SharedDisk;
+use tokio_util::sync::CancellationToken;
+
 use super::*;
 use crate::image::import::{ImportOptions, import};
 use crate::image::manifest::ImageKind;
@@ -17,11 +20,20 @@ fn node(dir: &Path) -> Node {
 }
 
 /// Adds an image that is one byte over and over.
-fn add(store: &Store, name: &str, byte: u8) -> Digest {
+pub(in crate::serve) fn add(store: &Store, name: &str, byte: u8) -> Digest {
     let disk = store.dir().join("disk.raw");
     fs::write(&disk, vec![byte; 64 << 10]).unwrap();
     let (name, options) = (name.parse().unwrap(), ImportOptions::default());
     import(store, &name, &disk, options, &crate::image::scan::Watch::default()).unwrap().root
+}
+
+/// Adds an image that was on its way when the last daemon ended, from nobody who is there.
+pub(in crate::serve) fn add_unfinished(store: &Store, name: &str, byte: u8) -> Digest {
+    let entry = store.image(add(store, name, byte)).unwrap();
+    crate::local_cache::LocalCache::create(&entry.dir, entry.root, entry.manifest.size).unwrap();
+    let plan = Plan { sources: vec!["127.0.0.1:1".parse().unwrap()], fill: true, fill_rate: 0 };
+    fs::write(entry.dir.join("sources"), serde_json::to_vec(&plan).unwrap()).unwrap();
+    entry.root
 }
 
 async fn create(node: &Node, name: &str) -> Result<Reply, NodeError> {
@@ -197,13 +209,56 @@ async fn a_damaged_record_and_a_stray_name_stand_in_the_way_of_no_other_vm() {
     fs::write(dir.path().join("vms/a/socket.json"), "rubbish").unwrap();
     fs::write(dir.path().join("names/readme"), "rubbish").unwrap();
     let node = Node::open(Store::open(dir.path()).unwrap()).unwrap();
-    node.reopen_vms().await.unwrap();
+    node.reopen_vms(&CancellationToken::new()).await.unwrap();
     let Reply::Status(status) = node.handle(Request::Status).await.unwrap() else { panic!() };
     assert_eq!(status.vms.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["b"]);
     assert_eq!(status.images.len(), 1);
     let name: HostName = "a".parse().unwrap();
     node.handle(Request::VmClose { name: name.clone() }).await.unwrap();
     node.handle(Request::OverlayRemove { name }).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_image_that_is_still_to_be_taken_up_can_be_removed_and_stays_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    let root = add_unfinished(&node.store, "coming", 1);
+    node.store.mark_pulled(root).unwrap();
+    node.arrivals.look_back();
+    assert!(node.store.evict(0).unwrap().is_empty());
+    let name: ImageName = "coming".parse().unwrap();
+    node.handle(Request::ImageRemove { name: name.clone() }).await.unwrap();
+    node.arrivals.resume(&CancellationToken::new()).await;
+    node.arrivals.resumed(root).await;
+    assert!(node.arrivals.get(root).is_none() && node.store.root_of(&name).unwrap().is_none());
+}
+
+#[tokio::test]
+async fn who_needs_an_image_that_is_still_to_be_taken_up_has_it_taken_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    let root = add_unfinished(&node.store, "coming", 1);
+    let other = add_unfinished(&node.store, "other", 2);
+    assert!(node.export("coming").await.is_err(), "nothing fetches it");
+    node.arrivals.look_back();
+    node.export("coming").await.unwrap();
+    assert!(node.arrivals.get(root).is_some() && node.arrivals.get(other).is_none());
+    node.arrivals.resume(&CancellationToken::new()).await;
+    assert!(node.arrivals.get(other).is_some());
+    node.close().await.unwrap();
+}
+
+/// Once, the command that goes on with an overlay held its lock, and another removed it all the same.
+#[tokio::test]
+async fn an_overlay_that_a_command_has_locked_is_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    create(&node, "a").await.unwrap();
+    let remove = Request::OverlayRemove { name: "a".parse().unwrap() };
+    let locked = node.store.lock_overlay(&"a".parse().unwrap()).unwrap().unwrap();
+    assert!(matches!(node.handle(remove.clone()).await, Err(NodeError::InUse(_))));
+    drop(locked);
+    node.handle(remove).await.unwrap();
 }
 
 /// Once, pulled images went in the order in which they had come, however much they were used.
@@ -281,7 +336,7 @@ async fn a_list_opens_nothing_and_tells_of_the_overlay_that_is_damaged() {
     assert_eq!(told, [("a", 0, 0), ("b", 64 << 10, 4096)]);
     assert!(infos[0].error.as_ref().is_some_and(|error| error.contains("index")), "{infos:?}");
     assert_eq!(infos[1].image, Some("base".parse().unwrap()));
-    assert!(node.inner.lock().await.overlays.is_empty());
+    assert!(lock(&node.open).overlays.is_empty());
 }
 
 #[tokio::test]

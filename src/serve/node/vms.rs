@@ -1,63 +1,87 @@
 //! The sockets of a node's VMs.
 
 use std::fs;
+use std::future::ready;
+use std::sync::Arc;
 
+use futures_util::StreamExt;
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{Node, NodeError, at};
+use super::{Node, NodeError, at, lock};
 use crate::control::Owner;
 use crate::control::VmInfo;
 use crate::name::HostName;
 use crate::serve::vm_socket::VmSocket;
 
+/// Sockets that are opened at once after a restart: for most, little of the store is read.
+const REOPENED_AT_ONCE: usize = 8;
+
 impl Node {
-    /// Opens the sockets of the VMs that had one when the last daemon ended, however it ended. One that cannot be opened
-    /// stands in the way of no other.
-    pub async fn reopen_vms(&self) -> Result<(), NodeError> {
+    /// Opens the sockets of the VMs that had one when the last daemon ended, however it ended; of no further ones after
+    /// `until`. One that cannot be opened stands in the way of no other.
+    pub async fn reopen_vms(&self, until: &CancellationToken) -> Result<(), NodeError> {
         let dir = self.store.dir().join("vms");
+        let mut names = Vec::new();
         for entry in fs::read_dir(&dir).map_err(at(&dir))? {
-            let entry = entry.map_err(at(&dir))?;
-            let Some(name) = entry.file_name().to_str().and_then(|name| name.parse::<HostName>().ok()) else {
-                continue;
-            };
-            let opened = match VmSocket::recorded(&entry.path()) {
-                Ok(None) => continue,
-                Ok(Some(owner)) => self.open_vm(&name, owner).await.map(drop),
-                Err(error) => Err(at(&entry.path())(error)),
-            };
-            if let Err(error) = opened {
+            let name = entry.map_err(at(&dir))?.file_name();
+            names.extend(name.to_str().and_then(|name| name.parse::<HostName>().ok()));
+        }
+        let names = futures_util::stream::iter(names).take_while(|_| ready(!until.is_cancelled()));
+        let reopen = async |name| {
+            if let Err(error) = self.reopen_vm(&name).await {
                 warn!("the socket of VM '{name}' is not open again: {error}");
             }
-        }
+        };
+        names.for_each_concurrent(REOPENED_AT_ONCE, reopen).await;
         Ok(())
     }
 
+    async fn reopen_vm(&self, name: &HostName) -> Result<(), NodeError> {
+        let dir = self.store.vm_dir(name);
+        let Some(owner) = VmSocket::recorded(&dir).map_err(at(&dir))? else { return Ok(()) };
+        loop {
+            match self.open_vm(name, owner).await {
+                // Its guest waits too.
+                Err(NodeError::Resuming(_)) => {}
+                opened => return opened.map(drop),
+            }
+        }
+    }
+
     pub(super) async fn open_vm(&self, name: &HostName, owner: Option<Owner>) -> Result<VmInfo, NodeError> {
-        let mut inner = self.inner.lock().await;
-        if let Some(socket) = inner.vms.get(name) {
+        let turn = self.turns.turn(name).await;
+        if let Some(socket) = lock(&self.open).vms.get(name) {
             return Ok(socket.info(name));
         }
-        let export = self.overlay_export(&mut inner, name)?;
-        let dir = self.store.vm_dir(name);
-        let socket = VmSocket::open(&dir, export, owner, self.nbd_limits.clone()).map_err(at(&dir))?;
-        let info = socket.info(name);
-        inner.vms.insert(name.clone(), socket);
-        Ok(info)
+        let export = self.overlay_export(&turn).await?;
+        let (dir, limits, open) = (self.store.vm_dir(name), self.nbd_limits.clone(), Arc::clone(&self.open));
+        self.apart(move || {
+            let socket = VmSocket::open(&dir, export, owner, limits).map_err(at(&dir))?;
+            let info = socket.info(turn.name());
+            lock(&open).vms.insert(turn.name().clone(), socket);
+            Ok(info)
+        })
+        .await
     }
 
     pub(super) async fn close_vm(&self, name: &HostName) -> Result<(), NodeError> {
-        let dir = self.store.vm_dir(name);
-        let mut inner = self.inner.lock().await;
-        // One whose socket could not be opened again has a record all the same, perhaps a damaged one.
-        if !inner.vms.contains_key(name) && matches!(VmSocket::recorded(&dir), Ok(None)) {
-            return Err(NodeError::NoVm(name.clone()));
-        }
-        VmSocket::forget(&dir).map_err(at(&dir))?;
-        let socket = inner.vms.remove(name);
-        drop(inner);
-        if let Some(socket) = socket {
+        let (turn, dir) = (self.turns.turn(name).await, self.store.vm_dir(name));
+        let (open, its_turn) = (Arc::clone(&self.open), turn.clone());
+        let closed = self.apart(move || {
+            let turn = its_turn;
+            let is_open = lock(&open).vms.contains_key(turn.name());
+            // One whose socket could not be opened again has a record all the same, perhaps a damaged one.
+            if !is_open && matches!(VmSocket::recorded(&dir), Ok(None)) {
+                return Err(NodeError::NoVm(turn.name().clone()));
+            }
+            VmSocket::forget(&dir).map_err(at(&dir))?;
+            Ok(lock(&open).vms.remove(turn.name()))
+        });
+        if let Some(socket) = closed.await? {
             socket.close().await;
         }
+        drop(turn); // the next socket has the same path
         Ok(())
     }
 }
