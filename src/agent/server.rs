@@ -1,16 +1,14 @@
 //! The agent's end of connections: the controller's questions and orders.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::services::ServiceError;
 use super::{Shared, facts, parts};
-use crate::peer::transport::Transport;
+use crate::peer::transport::Caller;
 use crate::tls::Role;
 use crate::wire::cluster::{
     Accepted, AskNode, Done, EndPart, Ended, Fault, FaultCode, Fetch, INSTANCES_MAX, NodeState, RunPart,
@@ -19,11 +17,11 @@ use crate::wire::cluster::{
 use crate::wire::frame::FrameType;
 use crate::wire::io::WireError;
 use crate::wire::link::{self, Answer, Arrived};
-use crate::wire::warnings::Warnings;
+use crate::wire::reception::{Reception, Visitor};
 
 /// Connections of a controller at once: it needs one.
 const CONNECTIONS_MAX: usize = 16;
-/// Connections at once of which it is not known yet whose they are: strangers take none of the controller's places.
+/// Connections at once of which it is not known yet whose they are.
 const STRANGERS_MAX: usize = 64;
 /// How long a data plane may take to say what it has.
 const DATA_PLANE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -32,58 +30,22 @@ const REASONS_BYTES_MAX: usize = 256 << 10;
 
 /// Serves the controller until the agent ends.
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
-    let (halls, warnings) = (Arc::new(Semaphore::new(STRANGERS_MAX)), Arc::new(Warnings::default()));
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let accepted = tokio::select! {
-            () = shared.cancel.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let accepted = (accepted, Arc::clone(&halls).try_acquire_owned());
-        match accepted {
-            (Ok((stream, from)), Ok(hall)) => {
-                let (owner, warnings, places) =
-                    (Arc::clone(&shared), Arc::clone(&warnings), Arc::clone(&places));
-                shared.tasks.spawn(async move {
-                    let shared = owner;
-                    match shared.options.security.accept_from(stream).await {
-                        Ok((stream, caller)) if caller.is(Role::Controller) => {
-                            let Ok(_place) = places.try_acquire() else {
-                                return warnings.tell(format_args!(
-                                    "more than {CONNECTIONS_MAX} connections of the controller: that from {from} is closed"
-                                ));
-                            };
-                            drop(hall);
-                            converse(&shared, stream, from, &warnings).await;
-                        }
-                        Ok(_) => warnings
-                            .tell(format_args!("{from} is refused: its certificate is not the controller's")),
-                        Err(error) => {
-                            warnings.tell(format_args!("a connection from {from} is refused: {error}"))
-                        }
-                    }
-                });
-            }
-            (Ok((_, from)), Err(_)) => warnings
-                .tell(format_args!("more than {STRANGERS_MAX} connections: that from {from} is closed")),
-            (Err(error), _) => {
-                warn!("cannot accept a connection: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
+    let reception = Reception::new(shared.options.security.clone(), STRANGERS_MAX, CONNECTIONS_MAX);
+    let (warned, owner) = (Arc::clone(&reception), Arc::clone(&shared));
+    let converse = move |visitor| converse(Arc::clone(&owner), visitor, Arc::clone(&warned));
+    reception.run(listener, (shared.cancel.clone(), shared.tasks.clone()), admits, converse).await;
 }
 
-async fn converse(
-    shared: &Arc<Shared>,
-    mut stream: Box<dyn Transport>,
-    from: SocketAddr,
-    warnings: &Warnings,
-) {
+fn admits(caller: &Caller) -> Result<(), &'static str> {
+    if caller.is(Role::Controller) { Ok(()) } else { Err("its certificate is not the controller's") }
+}
+
+async fn converse(shared: Arc<Shared>, mut visitor: Visitor, reception: Arc<Reception>) {
+    let (from, warnings) = (visitor.from, &reception.warnings);
     let nonsense =
         |fault: &Fault| warnings.tell(format_args!("a request from {from} makes no sense: {fault}"));
-    let handler = |request| handle(shared, request);
-    match link::answer(&mut stream, &shared.cancel, nonsense, handler).await {
+    let handler = |request| handle(&shared, request);
+    match link::answer(&mut visitor.stream, &shared.cancel, nonsense, handler).await {
         Ok(()) => {}
         Err(WireError::Io(error)) => debug!("the connection from {from} ended: {error}"),
         Err(error) => warnings.tell(format_args!("the connection from {from} is closed: {error}")),
