@@ -23,6 +23,9 @@ use crate::wire::reception::{Reception, Visitor};
 const CONNECTIONS_MAX: usize = 16;
 /// Connections at once of which it is not known yet whose they are.
 const STRANGERS_MAX: usize = 64;
+/// How long an order may take, and a question: longer than the controller waits for any, and so short that those on which it
+/// gave up do not take all its places.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// How long a data plane may take to say what it has.
 const DATA_PLANE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes of instances' reasons in one state, so that it fits a frame however many have failed.
@@ -45,7 +48,7 @@ async fn converse(shared: Arc<Shared>, mut visitor: Visitor, reception: Arc<Rece
     let nonsense =
         |fault: &Fault| warnings.tell(format_args!("a request from {from} makes no sense: {fault}"));
     let handler = |request| handle(&shared, request);
-    match link::answer(&mut visitor.stream, &shared.cancel, nonsense, handler).await {
+    match link::answer(&mut visitor.stream, &shared.cancel, ANSWER_MAX, nonsense, handler).await {
         Ok(()) => {}
         Err(WireError::Io(error)) => debug!("the connection from {from} ended: {error}"),
         Err(error) => warnings.tell(format_args!("the connection from {from} is closed: {error}")),

@@ -26,6 +26,8 @@ use crate::wire::warnings::Warnings;
 const CONNECTIONS_MAX: usize = 4096;
 /// Connections at once of which it is not known yet whose they are.
 const STRANGERS_MAX: usize = 1024;
+/// How long a request may take: longer than anybody waits for it, since images are brought to many nodes on after that.
+const ANSWER_MAX: Duration = Duration::from_secs(120);
 /// How long a node that registers may take to be reached.
 const REACH_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -86,7 +88,7 @@ async fn converse(
     let nonsense =
         |fault: &Fault| warnings.tell(format_args!("a request from {from} makes no sense: {fault}"));
     let handler = |request| handle(shared, caller, from, request);
-    match link::answer(stream, &shared.cancel, nonsense, handler).await {
+    match link::answer(stream, &shared.cancel, ANSWER_MAX, nonsense, handler).await {
         Ok(()) => {}
         Err(WireError::Io(error)) => debug!("the connection from {from} ended: {error}"),
         Err(error) => warnings.tell(format_args!("the connection from {from} is closed: {error}")),
