@@ -19,7 +19,7 @@ use crate::wire::io::WireError;
 use crate::wire::link::{self, Answer, Arrived};
 use crate::wire::reception::{Reception, Visitor};
 
-/// Connections of a controller at once: it needs one.
+/// Connections of a controller at once: it needs one for each kind of request.
 const CONNECTIONS_MAX: usize = 16;
 /// Connections at once of which it is not known yet whose they are.
 const STRANGERS_MAX: usize = 64;
