@@ -170,6 +170,9 @@ pub struct ImageStatus {
     pub present: u64,
     /// Bytes of it that there are, zeroes left out.
     pub allocated: u64,
+    /// It came from another node, and was not published here.
+    #[serde(default)]
+    pub pulled: bool,
     /// How its transfer is doing, while it is on its way.
     pub transfer: Option<TransferStatus>,
 }

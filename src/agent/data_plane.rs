@@ -240,7 +240,8 @@ fn here(image: ImageStatus) -> ImageHere {
         allocated: image.allocated,
         complete: image.complete,
         boot_complete: image.complete || transfer.is_some_and(|transfer| transfer.boot_complete),
-        received: transfer.map_or(0, |transfer| transfer.bytes.iter().sum()),
+        // What came before its daemon was started again is not known; none at all came where it was published.
+        received: transfer.map_or(0, |transfer| transfer.bytes.iter().sum()).max(u64::from(image.pulled)),
     }
 }
 

@@ -283,6 +283,7 @@ impl Node {
                 open: inner.images.get(&root).is_some_and(|image| image.strong_count() > 0),
                 present: if complete { allocated } else { 0 },
                 allocated,
+                pulled: entry.is_pulled(),
                 transfer: self.arrivals.get(root).map(|engine| report::transfer(&engine)),
             });
         }
