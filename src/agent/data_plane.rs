@@ -183,7 +183,7 @@ impl DataPlane for Serve {
                 boot: Pin::of(image.boot),
                 sources: image.sources.clone(),
                 fill: !boot_only,
-                fill_rate: 0,
+                fill_rate: 0, // as somebody may have said with `pull --rate`
             };
             Ok(self.call(&request).await.map(drop)?)
         })
