@@ -126,6 +126,13 @@ impl Parts {
         troubles.map(|(task, trouble)| format!("task {task} cannot be ended yet: {trouble}")).collect()
     }
 
+    /// How many instances run, or boot.
+    pub(super) fn running(&self) -> usize {
+        let inner = self.inner();
+        let steps = inner.parts.values().flat_map(|part| part.record.steps.values());
+        steps.filter(|step| matches!(step, Step::Launched | Step::Up)).count()
+    }
+
     /// The state of every instance of the cluster, or of those called `names`.
     pub(super) fn states(&self, names: Option<&[HostName]>) -> Vec<InstanceState> {
         let inner = self.inner();
