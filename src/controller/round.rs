@@ -123,7 +123,7 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
 }
 
 async fn ask(shared: &Shared, host: Host, accepted: Vec<i64>) -> Heard {
-    let answer = shared.nodes.call(host.place(), &AskNode {}, ANSWER_TIMEOUT).await;
+    // Of before it was asked: what the node tells by itself meanwhile is newer than its answer may be.
     let at = Instant::now();
     let silent = Heard { host_id: host.id, at, accepted: Vec::new(), other: None, peer: None, state: None };
     match answer {

@@ -12,7 +12,7 @@ use crate::wire::cluster::{NodeState, lines};
 #[derive(Debug)]
 pub(crate) struct Heard {
     pub(crate) host_id: i64,
-    /// When it was heard.
+    /// When it was asked.
     pub(crate) at: Instant,
     /// The tasks of which it had accepted its part before it was asked: only those can it have forgotten.
     pub(crate) accepted: Vec<i64>,
