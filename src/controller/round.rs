@@ -110,16 +110,22 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
     for notice in shared.notices.renew(strangers.chain(others).collect()) {
         warn!("{notice}");
     }
-    for (host_id, task) in outcome.orphans {
-        let Some(host) = hosts.iter().find(|host| host.id == host_id) else { continue };
-        info!("node '{}' still has a part of task {task}, which has ended: it is told to end it", host.name);
-        let order = EndPart { cluster: shared.cluster.clone(), task };
-        if let Err(error) = shared.nodes.call(host.place(), &order, ANSWER_TIMEOUT).await {
-            warn!("node '{}' did not end its part of task {task}: {error}", host.name);
-        }
-    }
     shared.orders.notify_one();
+    let orphans = outcome.orphans.into_iter();
+    let orphans = orphans.filter_map(|(id, task)| Some((hosts.iter().find(|host| host.id == id)?, task)));
+    futures_util::stream::iter(orphans)
+        .for_each_concurrent(AT_ONCE, |(host, task)| end_orphan(shared, host, task))
+        .await;
     Ok(())
+}
+
+/// Has a node end its part of a task that there is no longer.
+async fn end_orphan(shared: &Shared, host: &Host, task: i64) {
+    info!("node '{}' still has a part of task {task}, which has ended: it is told to end it", host.name);
+    let order = EndPart { cluster: shared.cluster.clone(), task };
+    if let Err(error) = shared.nodes.call(host.place(), &order, ANSWER_TIMEOUT).await {
+        warn!("node '{}' did not end its part of task {task}: {error}", host.name);
+    }
 }
 
 async fn ask(shared: &Shared, host: Host, accepted: Vec<i64>) -> Heard {
