@@ -26,7 +26,7 @@ pub(super) use images::{
     without_boot_cache,
 };
 pub(super) use instances::{reported, rows as instance_rows, update as update_instances};
-pub(super) use round::{Heard, write as write_round};
+pub(super) use round::{Heard, set_clocks_forward, write as write_round};
 pub(super) use tasks::{
     NewTask, Order, OrderKind, accepted, accepted_parts, create as create_task, end as end_task, gone,
     of_request as task_of_request, orders, promised_mib, refused, rows as task_rows, waits,
