@@ -42,7 +42,7 @@ pub enum DeployError {
     #[error("{}", listed(.0))]
     Plan(Vec<Mistake>),
     /// The request has no proper name of its own.
-    #[error("a request is named by 1 to {REQUEST_BYTES_MAX} printable characters")]
+    #[error("a request is named by 1 to {REQUEST_BYTES_MAX} printable ASCII characters, none a space")]
     Request,
     /// There is no such deployment.
     #[error("there is no task {0}: it may have ended; `bootcache tasks` shows those there are")]
