@@ -68,7 +68,7 @@ pub enum Request {
         sources: Vec<SocketAddr>,
         /// Fetch everything, not only what boots and what is read.
         fill: bool,
-        /// Bytes a second that the fill may take; 0: as many as there are.
+        /// Bytes a second that the fill may take; 0: as many as it was told before, and as there are before that.
         fill_rate: u64,
     },
     /// Removes a name, and with its last name the image. The transfer of one that is on its way, and that nobody uses,
@@ -170,6 +170,9 @@ pub struct ImageStatus {
     pub present: u64,
     /// Bytes of it that there are, zeroes left out.
     pub allocated: u64,
+    /// It came from another node, and was not published here.
+    #[serde(default)]
+    pub pulled: bool,
     /// How its transfer is doing, while it is on its way.
     pub transfer: Option<TransferStatus>,
 }

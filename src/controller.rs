@@ -326,7 +326,8 @@ impl Controller {
         deploy::forget(&self.shared, node).await
     }
 
-    /// Ends the controller, not what it has deployed; returns when its last request has been answered.
+    /// Ends the controller, not what it has deployed; returns when its last request has been answered, or hangs for five
+    /// seconds.
     pub async fn stop(&self) {
         self.shared.cancel.cancel();
         self.shared.tasks.wait().await;

@@ -63,6 +63,30 @@ async fn origin_of_two_names(sample: &Sample) -> (Node, ImageName) {
     (origin, other)
 }
 
+/// Every instance of a plan pulls its image: the rate that somebody had set was gone with the first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_that_says_no_rate_leaves_that_of_the_one_before() {
+    let sample = Sample::new(8 << 20, 5);
+    let origin = Node::origin(&sample, None).await;
+    let node = Node::empty(None).await;
+    let plan = |fill_rate| Plan { fill_rate, ..plan(&[origin.address]) };
+    let daemon = arrivals(&node);
+    let root = daemon.pull(&target(&sample.name), &plan(1000)).await.unwrap();
+    let written = || std::fs::read_to_string(node.store().image_dir(root).join("sources")).unwrap();
+    assert!(written().contains(r#""fill_rate":1000"#), "{}", written());
+    daemon.pull(&target(&sample.name), &plan(0)).await.unwrap();
+    assert!(written().contains(r#""fill_rate":1000"#), "{}", written());
+    daemon.stop().await;
+
+    let daemon = arrivals(&node);
+    daemon.pull(&target(&sample.name), &plan(0)).await.unwrap();
+    assert!(written().contains(r#""fill_rate":1000"#), "{}", written());
+    daemon.pull(&target(&sample.name), &plan(u64::MAX)).await.unwrap();
+    let all = daemon.get(root).unwrap();
+    assert!(tokio::time::timeout(DEADLINE, all.done()).await.expect("it is no longer slow"));
+    daemon.stop().await;
+}
+
 /// The second pull put its own folder in the place of the first one's, under the first one's engine: the disk that was
 /// complete in the end had nothing but holes.
 #[tokio::test(flavor = "multi_thread")]

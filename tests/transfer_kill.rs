@@ -129,7 +129,7 @@ async fn a_daemon_that_is_killed_keeps_its_cache_and_never_has_a_wrong_byte() {
         boot: bootcache::transfer::Pin::Any,
         sources: vec![origin.address],
         fill: true,
-        fill_rate: 0,
+        fill_rate: u64::MAX,
     };
     call(&store, &faster).await;
     let until = Instant::now() + Duration::from_secs(180);

@@ -80,7 +80,12 @@ impl Serve {
     ) -> Result<OpenDisk, ServiceError> {
         let owner = self.owner().await?;
         // It is there already when a start was interrupted: the VM's disk stays what it was.
-        if let Err(ControlError::Refused(_)) = self.call(&Request::OverlayShow { name: vm.clone() }).await {
+        let there = self.call(&Request::OverlayShow { name: vm.clone() }).await;
+        if let Err(ControlError::Refused(why)) = there {
+            // A damaged one: another of its name cannot be made.
+            if self.store.overlay_dir(vm).exists() {
+                return Err(ServiceError::Refused(why));
+            }
             let request = Request::OverlayCreate { image: image.clone(), name: vm.clone(), size };
             self.call(&request).await?;
         }
@@ -183,7 +188,7 @@ impl DataPlane for Serve {
                 boot: Pin::of(image.boot),
                 sources: image.sources.clone(),
                 fill: !boot_only,
-                fill_rate: 0,
+                fill_rate: 0, // as somebody may have said with `pull --rate`
             };
             Ok(self.call(&request).await.map(drop)?)
         })
@@ -240,7 +245,8 @@ fn here(image: ImageStatus) -> ImageHere {
         allocated: image.allocated,
         complete: image.complete,
         boot_complete: image.complete || transfer.is_some_and(|transfer| transfer.boot_complete),
-        received: transfer.map_or(0, |transfer| transfer.bytes.iter().sum()),
+        // What came before its daemon was started again is not known; none at all came where it was published.
+        received: transfer.map_or(0, |transfer| transfer.bytes.iter().sum()).max(u64::from(image.pulled)),
     }
 }
 
@@ -252,15 +258,57 @@ mod tests {
     use crate::digest::Digest;
     use crate::serve;
 
+    /// A daemon on `store`, and what ends it.
+    async fn serving(store: &Store) -> (tokio::task::JoinHandle<()>, CancellationToken) {
+        let node = serve::Node::open(store.clone()).unwrap();
+        let (cancel, (ready, is_ready)) = (CancellationToken::new(), tokio::sync::oneshot::channel());
+        let ready = |_: &str| ready.send(()).unwrap();
+        let running = serve::run(node, serve::Options::default(), cancel.clone(), ready);
+        let serving = tokio::spawn(async { running.await.unwrap() });
+        is_ready.await.unwrap();
+        (serving, cancel)
+    }
+
+    #[tokio::test]
+    async fn a_damaged_overlay_is_told_as_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let (serving, cancel) = serving(&store).await;
+        let vm: HostName = "vm".parse().unwrap();
+        std::fs::create_dir_all(store.overlay_dir(&vm)).unwrap();
+        std::fs::write(store.overlay_dir(&vm).join("meta"), "{").unwrap();
+        let plane = Serve::new(store, None, None);
+        let why = plane.call(&Request::OverlayShow { name: vm.clone() }).await.unwrap_err().to_string();
+        let told = plane.open_disk(&"debian".parse().unwrap(), &vm, None, DiskBy::Socket).await.unwrap_err();
+        assert!(matches!(&told, ServiceError::Refused(told) if *told == why), "{told}, and not {why}");
+        cancel.cancel();
+        serving.await.unwrap();
+    }
+
+    #[test]
+    fn an_image_that_was_pulled_was_received_though_nobody_knows_how_much() {
+        let status = |pulled| ImageStatus {
+            name: "debian".parse().unwrap(),
+            root: Digest::of(b"debian"),
+            kind: crate::image::manifest::ImageKind::Vm,
+            boot_bytes: 0,
+            boot: None,
+            complete: true,
+            size: 4096,
+            open: false,
+            present: 4096,
+            allocated: 4096,
+            pulled,
+            transfer: None,
+        };
+        assert_eq!([false, true].map(|pulled| here(status(pulled)).received), [0, 1]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn an_image_whose_sources_do_not_answer_may_be_asked_for_again() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let node = serve::Node::open(store.clone()).unwrap();
-        let (cancel, (ready, is_ready)) = (CancellationToken::new(), tokio::sync::oneshot::channel());
-        let ready = |_: &str| ready.send(()).unwrap();
-        let serving = tokio::spawn(serve::run(node, serve::Options::default(), cancel.clone(), ready));
-        is_ready.await.unwrap();
+        let (serving, cancel) = serving(&store).await;
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let needed = Needed {
             name: "debian".parse().unwrap(),
@@ -276,6 +324,6 @@ mod tests {
         let error = plane.fetch(&Needed { sources: Vec::new(), ..needed }, false).await.unwrap_err();
         assert!(matches!(error, ServiceError::Refused(_)), "{error}");
         cancel.cancel();
-        serving.await.unwrap().unwrap();
+        serving.await.unwrap();
     }
 }

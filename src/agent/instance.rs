@@ -22,6 +22,8 @@ use crate::wire::cluster::{InstanceOrder, Needed, UpWhen, shortened};
 
 /// How often a hypervisor is asked how an instance is.
 const WATCH: Duration = Duration::from_secs(2);
+/// How often it is asked for all instances together that are only watched: a look takes a hypervisor some milliseconds.
+const WATCH_ALL: Duration = Duration::from_millis(50);
 /// How long what an instance has written is still read after it has ended.
 const LAST_LOOK: Duration = Duration::from_secs(2);
 /// How long a try to start an instance waits for what an earlier agent left to be ended.
@@ -234,7 +236,7 @@ impl Job {
         let mut output = Output::default();
         tokio::select! {
             () = output.follow(hypervisor, name, &serial, pattern) => Ok(()),
-            () = self.ended() => {
+            () = self.ended(|_| WATCH) => {
                 // A short command has written its last words and ended before they were looked at.
                 let rest = tokio::time::timeout(LAST_LOOK, output.follow(hypervisor, name, &serial, pattern)).await;
                 rest.map_err(|_| format!("it ended before it was up: {}", output.last_line()))
@@ -247,7 +249,7 @@ impl Job {
 
     /// Watches the instance until it has ended. Its disk stays, but is no device of the host any longer.
     async fn watch(&self) {
-        self.with_device(self.ended()).await;
+        self.with_device(self.ended(watch_pause)).await;
         info!("{}: has ended", self.order.name);
         if self.has_device()
             && let Err(error) = self.shared.services.data_plane.detach(&self.order.name).await
@@ -288,8 +290,9 @@ impl Job {
         }
     }
 
-    /// Returns when the instance has ended; notes what its hypervisor says of it until then.
-    async fn ended(&self) {
+    /// Returns when the instance has ended; notes what its hypervisor says of it until then. It is asked again after
+    /// `pause`, for as many instances as the node has.
+    async fn ended(&self, pause: fn(usize) -> Duration) {
         let hypervisor = match self.hypervisor() {
             Ok(hypervisor) => hypervisor,
             // The agent was started without it: what runs is neither ended nor known.
@@ -314,9 +317,14 @@ impl Job {
                     self.shared.parts.set_live(self.task, &self.order.name, None, note);
                 }
             }
-            tokio::time::sleep(WATCH).await;
+            tokio::time::sleep(pause(self.shared.parts.running())).await;
         }
     }
+}
+
+/// How long to leave an instance alone that is only watched, on a node where so many run.
+fn watch_pause(running: usize) -> Duration {
+    WATCH.max(WATCH_ALL * u32::try_from(running).unwrap_or(u32::MAX))
 }
 
 /// What is said of an instance that is paused.
@@ -326,5 +334,16 @@ fn paused(order: &InstanceOrder) -> String {
             format!("it is paused, by hand or since its disk failed: `virsh resume {}`", order.name)
         }
         InstanceType::Container => format!("it is paused: `docker unpause {}`", order.name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_instances_are_looked_at_no_more_often_together_than_some() {
+        assert_eq!([0, 1, 40].map(watch_pause), [WATCH; 3]);
+        assert_eq!(watch_pause(1024).as_secs(), 51);
     }
 }

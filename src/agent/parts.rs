@@ -57,6 +57,8 @@ impl Inner {
 /// A part that is being carried out, or ended.
 struct Running {
     record: Record,
+    /// Steps that instances have come to and that are still to be written down, the last one last.
+    unwritten: Vec<(HostName, Step)>,
     live: BTreeMap<HostName, Live>,
     /// Why it cannot be ended yet.
     trouble: Option<String>,
@@ -122,6 +124,13 @@ impl Parts {
         let parts = inner.parts.values();
         let troubles = parts.filter_map(|part| Some((part.record.task, part.trouble.as_ref()?)));
         troubles.map(|(task, trouble)| format!("task {task} cannot be ended yet: {trouble}")).collect()
+    }
+
+    /// How many instances run, or boot.
+    pub(super) fn running(&self) -> usize {
+        let inner = self.inner();
+        let steps = inner.parts.values().flat_map(|part| part.record.steps.values());
+        steps.filter(|step| matches!(step, Step::Launched | Step::Up)).count()
     }
 
     /// The state of every instance of the cluster, or of those called `names`.
@@ -241,25 +250,36 @@ fn leave_others(shared: &Arc<Shared>, journal: &Journal) {
 }
 
 /// Writes down that an instance has come to `step`. Nothing when its part has gone meanwhile.
+///
+/// A part's file is written whole: whoever comes to write writes the steps of all who wait behind, so that a part of many
+/// instances that come up together is not written as often as it has instances.
 pub(super) async fn set_step(
     shared: &Arc<Shared>,
     task: i64,
     name: &HostName,
     step: Step,
 ) -> Result<(), JournalError> {
-    let name = name.clone();
-    with_journal(shared, move |shared, journal| {
-        let known = shared.parts.inner().parts.get(&task).map(|part| part.record.clone());
-        let Some(mut record) = known else { return Ok(()) };
-        record.steps.insert(name, step);
-        let result = journal.save(&record);
-        // What is so is told, even when the disk is full.
-        if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
-            part.record = record;
+    if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
+        part.unwritten.push((name.clone(), step));
+    }
+    with_journal(shared, move |shared, journal| write_steps(shared, journal, task)).await
+}
+
+fn write_steps(shared: &Shared, journal: &Journal, task: i64) -> Result<(), JournalError> {
+    let (steps, mut record) = match shared.parts.inner().parts.get_mut(&task) {
+        Some(part) if !part.unwritten.is_empty() => {
+            (std::mem::take(&mut part.unwritten), part.record.clone())
         }
-        result
-    })
-    .await
+        // It has gone, or another one wrote this step too.
+        _ => return Ok(()),
+    };
+    record.steps.extend(steps.iter().cloned());
+    let result = journal.save(&record);
+    // What is so is told, even when the disk is full.
+    if let Some(part) = shared.parts.inner().parts.get_mut(&task) {
+        part.record.steps.extend(steps);
+    }
+    result
 }
 
 fn failed(error: JournalError) -> Fault {
@@ -413,7 +433,15 @@ fn begin(shared: &Arc<Shared>, inner: &mut Inner, record: Record) {
     }
     inner.parts.insert(
         task,
-        Running { record, live: BTreeMap::new(), trouble: None, left_networks: false, cancel, tasks },
+        Running {
+            record,
+            unwritten: Vec::new(),
+            live: BTreeMap::new(),
+            trouble: None,
+            left_networks: false,
+            cancel,
+            tasks,
+        },
     );
 }
 
@@ -437,4 +465,43 @@ pub(super) async fn join(shared: &Shared) {
     }
     shared.parts.ends.close();
     shared.parts.ends.wait().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::agent::tests::{Ordered, has, part};
+    use crate::hypervisor::memory::MemoryHypervisor;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn steps_that_wait_for_each_other_are_written_at_once() {
+        let mut node = Ordered::start(Arc::new(MemoryHypervisor::new(InstanceType::Vm)), None).await;
+        let mut three = part(1);
+        three.instances.extend([part(2), part(3)].into_iter().flat_map(|part| part.instances));
+        let names: Vec<_> = three.instances.iter().map(|order| order.name.clone()).collect();
+        node.run(1, three).await;
+        node.until("they run", |state| has(state, InstanceStatus::Running)).await;
+        let shared = Arc::clone(&node.agent.shared);
+        let held = Arc::clone(&shared.parts.journal).lock_owned().await;
+        let mut steps: Vec<_> = names
+            .iter()
+            .map(|name| set_step(&shared, 1, name, Step::Failed("for a test".to_owned())).boxed())
+            .collect();
+        for step in &mut steps {
+            assert!(step.now_or_never().is_none());
+        }
+        assert!(shared.parts.states(None).iter().all(|state| state.status == InstanceStatus::Running));
+        drop(held);
+        let first = steps.remove(0);
+        tokio::time::timeout(Duration::from_secs(20), first).await.expect("it is written").unwrap();
+        let written = std::fs::read_to_string(node.dir.path().join("tasks/1.json")).unwrap();
+        assert_eq!(written.matches("for a test").count(), 3, "{written}");
+        assert!(shared.parts.states(None).iter().all(|state| state.status == InstanceStatus::Failed));
+        for step in steps {
+            tokio::time::timeout(Duration::from_secs(20), step).await.expect("it was written").unwrap();
+        }
+        node.agent.stop().await;
+    }
 }

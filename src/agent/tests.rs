@@ -22,7 +22,7 @@ fn image() -> ImageName {
 }
 
 /// One instance of the task, which has its name.
-fn part(task: i64) -> Part {
+pub(super) fn part(task: i64) -> Part {
     let root = Digest::of(b"debian");
     let needed = Needed { name: image(), root, boot: None, size: 1 << 30, sources: Vec::new() };
     let order = InstanceOrder::of_vm(&format!("vm-{task}"));
@@ -36,15 +36,18 @@ fn part(task: i64) -> Part {
 }
 
 /// An agent, and its controller's end of a connection.
-struct Ordered {
-    agent: Agent,
+pub(super) struct Ordered {
+    pub(super) agent: Agent,
     data_plane: Arc<MemoryDataPlane>,
     link: Link,
-    dir: tempfile::TempDir,
+    pub(super) dir: tempfile::TempDir,
 }
 
 impl Ordered {
-    async fn start(hypervisor: Arc<MemoryHypervisor>, networks: Option<Arc<dyn Networks>>) -> Self {
+    pub(super) async fn start(
+        hypervisor: Arc<MemoryHypervisor>,
+        networks: Option<Arc<dyn Networks>>,
+    ) -> Self {
         Self::start_with(vec![hypervisor], networks).await
     }
 
@@ -66,11 +69,11 @@ impl Ordered {
         self.link.call(&body, Duration::from_secs(10)).await.unwrap()
     }
 
-    async fn run(&mut self, task: i64, part: Part) {
+    pub(super) async fn run(&mut self, task: i64, part: Part) {
         assert!(self.call(RunPart { cluster: "lab".to_owned(), task, part }).await.new);
     }
 
-    async fn until(&mut self, what: &str, condition: impl Fn(&NodeState) -> bool) {
+    pub(super) async fn until(&mut self, what: &str, condition: impl Fn(&NodeState) -> bool) {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
         loop {
             let state = self.call(AskNode {}).await;
@@ -83,7 +86,7 @@ impl Ordered {
     }
 }
 
-fn has(state: &NodeState, status: InstanceStatus) -> bool {
+pub(super) fn has(state: &NodeState, status: InstanceStatus) -> bool {
     state.instances.iter().all(|instance| instance.status == status) && !state.instances.is_empty()
 }
 

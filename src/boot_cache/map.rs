@@ -1,6 +1,6 @@
 //! The boot map: from a block of the image to the frame that brings it.
 //!
-//! Derived from the heads, never stored. 20 bytes a run rather than a word a block, and found by binary search: it is
+//! Derived from the heads, never stored. 24 bytes a run rather than a word a block, and found by binary search: it is
 //! asked only for blocks that are not present.
 
 use super::heads::Run;

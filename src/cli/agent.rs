@@ -129,11 +129,15 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         let agent = Agent::start(options, services).await?;
         // Whoever started us may have gone away: that is no reason to end.
         let _ = writeln!(std::io::stdout(), "ready: agent of node '{name}' on {}", agent.address());
+        let ended = async {
+            ending.wait().await;
+            // What was begun may wait for a daemon that hangs, which is looked after until then.
+            agent.stop().await;
+        };
         tokio::select! {
-            () = ending.wait() => {}
+            () = ended => {}
             never = keep_daemon(&dir, &more, patience) => match never {},
         }
-        agent.stop().await;
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -43,9 +43,10 @@ pub(crate) struct Args {
     /// Only what boots, and what is read: end when the boot cache is here
     #[arg(long)]
     boot_only: bool,
-    /// Bytes a second, such as 2M, that everything beyond the boot cache may take [default: as many as there are]
-    #[arg(long, value_name = "SIZE", value_parser = super::size::parse, default_value = "0", hide_default_value = true)]
-    rate: u64,
+    /// Bytes a second, such as 2M, that everything beyond the boot cache may take, 0 for as many as there are [default: as
+    /// before, and without a limit at first]
+    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    rate: Option<u64>,
     /// Return as soon as the image can be read; a daemon must run, and goes on with it
     #[arg(long)]
     background: bool,
@@ -122,7 +123,7 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
             boot: args.boot_digest.map_or(Pin::Any, Pin::Heads),
             sources,
             fill: !args.boot_only,
-            fill_rate: args.rate,
+            fill_rate: fill_rate(args.rate),
         };
         let mut interrupt = signal(SignalKind::interrupt())?;
         let root = tokio::select! {
@@ -179,6 +180,15 @@ pub(crate) fn run(globals: &super::Globals, args: &Args) -> anyhow::Result<ExitC
         }
         Ok(code)
     })
+}
+
+/// The rate as a daemon is told it: for one, 0 leaves what was said before.
+const fn fill_rate(said: Option<u64>) -> u64 {
+    match said {
+        None => 0,
+        Some(0) => u64::MAX,
+        Some(rate) => rate,
+    }
 }
 
 /// What becomes of a pull whose command ends before it.

@@ -106,14 +106,8 @@ impl Client {
 }
 
 async fn named(name: &str, security: &Security) -> std::io::Result<Box<dyn Transport>> {
-    let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "it has no address");
-    for address in tokio::net::lookup_host(name).await? {
-        match security.connect_to(address, Role::Controller).await {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
+    let addresses: Vec<_> = tokio::net::lookup_host(name).await?.collect();
+    security.connect_to_any(&addresses, Role::Controller).await
 }
 
 async fn local(path: &Path) -> Result<UnixStream, ClientError> {

@@ -1,15 +1,17 @@
 //! The controller's database: the only code that speaks SQL. The tables are told in `schema.sql` and
 //! `schema-2.sql`.
 //!
-//! One connection, one writer: [`Database`] runs each piece of work as one transaction on a blocking thread. What a
-//! piece of work does is in the modules below, by what it is about; all of it is plain functions over a transaction.
+//! One connection, one writer: [`Database`] runs each piece of work as one transaction on a blocking thread, one after the
+//! other; those that wait have no thread, of which there are not so many as guests may report at once. What a piece of
+//! work does is in the modules below, by what it is about; all of it is plain functions over a transaction.
 //! WAL and full sync: what a call has returned survives a power loss, and a `kill -9` leaves what was committed.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use tokio::sync::Mutex;
 
 mod hosts;
 mod images;
@@ -26,7 +28,7 @@ pub(super) use images::{
     without_boot_cache,
 };
 pub(super) use instances::{reported, rows as instance_rows, update as update_instances};
-pub(super) use round::{Heard, write as write_round};
+pub(super) use round::{Heard, set_clocks_forward, write as write_round};
 pub(super) use tasks::{
     NewTask, Order, OrderKind, accepted, accepted_parts, create as create_task, end as end_task, gone,
     of_request as task_of_request, orders, promised_mib, refused, rows as task_rows, waits,
@@ -141,14 +143,17 @@ impl Database {
         F: FnOnce(&Transaction<'_>) -> Result<T, E> + Send + 'static,
     {
         let connection = Arc::clone(&self.connection);
-        let work = move || {
-            let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
-            let transaction = connection.transaction().map_err(DatabaseError::from)?;
-            let result = work(&transaction)?;
-            transaction.commit().map_err(DatabaseError::from)?;
-            Ok(result)
-        };
-        match tokio::task::spawn_blocking(work).await {
+        let done = tokio::spawn(async move {
+            let mut connection = connection.lock_owned().await;
+            let work = move || {
+                let transaction = connection.transaction().map_err(DatabaseError::from)?;
+                let result = work(&transaction)?;
+                transaction.commit().map_err(DatabaseError::from)?;
+                Ok(result)
+            };
+            tokio::task::spawn_blocking(work).await
+        });
+        match done.await.flatten() {
             Ok(result) => result,
             Err(error) => Err(DatabaseError::Content(error.to_string()).into()),
         }
@@ -245,7 +250,7 @@ mod tests {
         let path = dir.path().join("db");
         for _ in 0..2 {
             let database = Database::open(&path).unwrap();
-            let connection = database.connection.lock().unwrap();
+            let connection = database.connection.blocking_lock();
             let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
             assert_eq!(version, VERSION);
             let mode: String = connection.query_row("PRAGMA journal_mode", [], |row| row.get(0)).unwrap();
@@ -266,7 +271,7 @@ mod tests {
             connection.pragma_update(None, "user_version", i64::try_from(version).unwrap()).unwrap();
             drop(connection);
             let database = Database::open(&path).unwrap();
-            let mut connection = database.connection.lock().unwrap();
+            let mut connection = database.connection.blocking_lock();
             integrity(&connection.transaction().unwrap()).unwrap();
         }
     }
@@ -320,7 +325,7 @@ mod tests {
     fn the_thesis_tables_have_its_columns() {
         let dir = tempfile::tempdir().unwrap();
         let database = Database::open(&dir.path().join("db")).unwrap();
-        let connection = database.connection.lock().unwrap();
+        let connection = database.connection.blocking_lock();
         for (table, columns) in [
             ("host", "host_id,status,type"),
             ("ip", "ip_id,ip_addr,ip_type"),

@@ -29,6 +29,9 @@ const LIST_BYTES_MAX: usize = CONTROL_PAYLOAD_MAX / 2;
 /// What is left free in the frame of an order for what is added when it is given: where each image comes from.
 const ORDER_BYTES_FREE: usize = 128 << 10;
 
+/// Nodes that are asked at once to fetch an image.
+const FETCHES_MAX: usize = 64;
+
 /// How long a deployment waits until all nodes were asked once: longer than a round takes.
 const FIRST_ROUND_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -39,7 +42,7 @@ pub enum DeployError {
     #[error("{}", listed(.0))]
     Plan(Vec<Mistake>),
     /// The request has no proper name of its own.
-    #[error("a request is named by 1 to {REQUEST_BYTES_MAX} printable characters")]
+    #[error("a request is named by 1 to {REQUEST_BYTES_MAX} printable ASCII characters, none a space")]
     Request,
     /// There is no such deployment.
     #[error("there is no task {0}: it may have ended; `bootcache tasks` shows those there are")]
@@ -300,7 +303,7 @@ pub(super) async fn prefetch(shared: &Arc<Shared>, prefetch: Prefetch) -> Result
                         fetched.err().map(|error| (host.name, error))
                     }
                 })
-                .buffer_unordered(dispatch::AT_ONCE)
+                .buffer_unordered(FETCHES_MAX)
                 .filter_map(std::future::ready)
                 .collect()
                 .await;

@@ -1,10 +1,10 @@
-//! Gives nodes the orders that they have still to be given: what is in the database and was not acknowledged.
+//! Gives nodes the orders that they have still to be given: what is in the database and was not acknowledged. A node gets
+//! one after the other, beside all other nodes: one that takes none keeps back no others.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
 use tracing::{debug, info, warn};
 
 use super::database::{self, Host, Order, OrderKind};
@@ -19,20 +19,74 @@ const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 const END_PAUSE: Duration = Duration::from_millis(300);
 /// How soon a node that lacks a boot cache is asked again to fetch it: it may be fetching.
 const STANDING_PAUSE: Duration = Duration::from_secs(10);
-/// Nodes that are given orders at once.
-pub(super) const AT_ONCE: usize = 64;
-
 /// Gives orders whenever there may be some, until the controller ends.
 pub(super) async fn run(shared: Arc<Shared>) {
-    let mut asked = Asked::new();
+    let (errands, mut asked) = (Arc::new(Errands::default()), Asked::new());
     loop {
         tokio::select! {
             () = shared.cancel.cancelled() => return,
             () = shared.orders.notified() => {}
         }
-        if let Err(error) = dispatch(&shared, &mut asked).await {
+        if let Err(error) = dispatch(&shared, &errands, &mut asked).await {
             warn!("orders could not be given: {error}");
         }
+    }
+}
+
+/// What is being done with a node, by its number.
+type Errand = (i64, What);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum What {
+    Orders,
+    Fetches,
+}
+
+/// The errands under way; whether there was to be another one meanwhile.
+#[derive(Debug, Default)]
+struct Errands {
+    under_way: Mutex<HashMap<Errand, bool>>,
+}
+
+impl Errands {
+    fn under_way(&self) -> MutexGuard<'_, HashMap<Errand, bool>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_under_way(&self, errand: Errand) -> bool {
+        self.under_way().contains_key(&errand)
+    }
+
+    /// Notes that it begins; false if it is under way, and to be looked at again.
+    fn begin(&self, errand: Errand) -> bool {
+        let mut under_way = self.under_way();
+        let again = under_way.contains_key(&errand);
+        under_way.insert(errand, again);
+        !again
+    }
+
+    /// Notes that it has ended; whether there was to be another one.
+    fn end(&self, errand: Errand) -> bool {
+        self.under_way().remove(&errand).unwrap_or(false)
+    }
+
+    /// Has `work` done as `errand`, unless that is under way; then it is looked again once that has ended.
+    fn spawn(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        errand: Errand,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) {
+        if !self.begin(errand) {
+            return;
+        }
+        let (owner, errands) = (Arc::clone(shared), Arc::clone(self));
+        shared.tasks.spawn(async move {
+            work.await;
+            if errands.end(errand) {
+                owner.orders.notify_one();
+            }
+        });
     }
 }
 
@@ -47,7 +101,12 @@ fn due(asked: &mut Asked, missing: Vec<(i64, ImageName)>, now: Instant) -> Vec<(
     due
 }
 
-async fn dispatch(shared: &Arc<Shared>, asked: &mut Asked) -> Result<(), DatabaseError> {
+/// Begins with what there is to be ordered.
+async fn dispatch(
+    shared: &Arc<Shared>,
+    errands: &Arc<Errands>,
+    asked: &mut Asked,
+) -> Result<(), DatabaseError> {
     let (orders, hosts, standing) = shared
         .database
         .run::<_, DatabaseError, _>(|tx| {
@@ -56,25 +115,50 @@ async fn dispatch(shared: &Arc<Shared>, asked: &mut Asked) -> Result<(), Databas
             Ok((database::orders(tx)?, database::all_hosts(tx)?, missing))
         })
         .await?;
-    let host = |id| hosts.iter().find(|host| host.id == id);
-    let orders = orders.into_iter().filter_map(|order| Some((host(order.host_id)?.clone(), order)));
-    futures_util::stream::iter(orders)
-        .for_each_concurrent(AT_ONCE, |(host, order)| async move {
-            if let Err(error) = give(shared, &host, order).await {
-                warn!("an order for node '{}' is lost: {error}", host.name);
-            }
-        })
-        .await;
-    let fetches = due(asked, standing, Instant::now());
-    let fetches = fetches.into_iter().filter_map(|(host_id, image)| Some((host(host_id)?, image)));
-    futures_util::stream::iter(fetches)
-        .for_each_concurrent(AT_ONCE, |(host, image)| async move {
-            if let Err(error) = fetch(shared, host, &image, true).await {
-                warn!("node '{}' does not get the boot cache of '{image}': {error}", host.name);
-            }
-        })
-        .await;
+    let mut orders_of: BTreeMap<i64, Vec<Order>> = BTreeMap::new();
+    for order in orders {
+        orders_of.entry(order.host_id).or_default().push(order);
+    }
+    let is_free = |host_id: &i64| !errands.is_under_way((*host_id, What::Fetches));
+    let missing = standing.into_iter().filter(|(host_id, _)| is_free(host_id)).collect();
+    let mut fetches_of: BTreeMap<i64, Vec<ImageName>> = BTreeMap::new();
+    for (host_id, image) in due(asked, missing, Instant::now()) {
+        fetches_of.entry(host_id).or_default().push(image);
+    }
+    for host in hosts {
+        if let Some(orders) = orders_of.remove(&host.id) {
+            let work = give_all(Arc::clone(shared), host.clone(), orders);
+            errands.spawn(shared, (host.id, What::Orders), work);
+        }
+        if let Some(images) = fetches_of.remove(&host.id) {
+            errands.spawn(shared, (host.id, What::Fetches), fetch_all(Arc::clone(shared), host, images));
+        }
+    }
     Ok(())
+}
+
+/// Gives a node its orders, one after the other.
+async fn give_all(shared: Arc<Shared>, host: Host, orders: Vec<Order>) {
+    for order in orders {
+        if shared.cancel.is_cancelled() {
+            return;
+        }
+        if let Err(error) = give(&shared, &host, order).await {
+            warn!("an order for node '{}' is lost: {error}", host.name);
+        }
+    }
+}
+
+/// Has a node fetch boot caches, one after the other.
+async fn fetch_all(shared: Arc<Shared>, host: Host, images: Vec<ImageName>) {
+    for image in images {
+        if shared.cancel.is_cancelled() {
+            return;
+        }
+        if let Err(error) = fetch(&shared, &host, &image, true).await {
+            warn!("node '{}' does not get the boot cache of '{image}': {error}", host.name);
+        }
+    }
 }
 
 /// The setting that keeps the boot caches of all images on all nodes.
@@ -168,6 +252,18 @@ pub(super) async fn fetch(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_node_has_one_errand_of_a_kind_at_a_time_and_what_comes_meanwhile_is_looked_at_after_it() {
+        let errands = Errands::default();
+        let (orders, fetches, other) = ((1, What::Orders), (1, What::Fetches), (2, What::Orders));
+        assert!(errands.begin(orders) && errands.begin(fetches) && errands.begin(other));
+        assert!(!errands.begin(orders) && !errands.begin(orders));
+        assert!(errands.end(orders), "what came meanwhile is forgotten");
+        assert!(!errands.end(fetches) && !errands.end(other));
+        assert!(errands.begin(orders) && !errands.end(orders));
+        assert!(!errands.is_under_way(orders));
+    }
 
     #[test]
     fn a_node_is_asked_again_for_what_it_still_lacks_after_a_while() {

@@ -1,4 +1,5 @@
-//! The controller's connections to agents: one each, opened when needed, one request at a time.
+//! The controller's connections to agents, opened when needed, one request at a time on each: an agent has one for each kind
+//! of request, so that an order that hangs keeps back neither the heartbeat nor other orders.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use crate::name::HostName;
 use crate::peer::transport::Security;
 use crate::wire::cluster::{Body, Fault, shortened};
+use crate::wire::frame::FrameType;
 use crate::wire::link::{CallError, Link};
 
 type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
@@ -16,8 +18,8 @@ type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
 #[derive(Debug)]
 pub(super) struct Nodes {
     security: Security,
-    /// By address and name: what is connected to has shown a certificate of that name.
-    links: Mutex<HashMap<(SocketAddr, HostName), Slot>>,
+    /// By address and name – what is connected to has shown a certificate of that name – and what is asked on it.
+    links: Mutex<HashMap<(SocketAddr, HostName), HashMap<FrameType, Slot>>>,
 }
 
 impl Nodes {
@@ -35,7 +37,7 @@ impl Nodes {
     ) -> Result<B::Answer, CallError> {
         let slot = {
             let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(links.entry((address, name.clone())).or_default())
+            Arc::clone(links.entry((address, name.clone())).or_default().entry(B::TYPE).or_default())
         };
         let work = async {
             let mut slot = slot.lock().await;
@@ -70,9 +72,8 @@ impl Nodes {
 
     /// Forgets the connections to all but these.
     pub(super) fn keep(&self, nodes: &HashSet<(SocketAddr, HostName)>) {
-        self.links
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|node, slot| nodes.contains(node) || Arc::strong_count(slot) > 1);
+        self.links.lock().unwrap_or_else(PoisonError::into_inner).retain(|node, slots| {
+            nodes.contains(node) || slots.values().any(|slot| Arc::strong_count(slot) > 1)
+        });
     }
 }

@@ -14,6 +14,8 @@ use crate::wire::cluster::{AskNode, EndPart, NodeState};
 
 /// How long a node may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(1500);
+/// What the clock is set forward by less than this takes from nobody what matters.
+const LEAP_MIN_MS: u64 = 500;
 /// Nodes that are asked at once.
 const AT_ONCE: usize = 256;
 
@@ -62,20 +64,37 @@ impl Notices {
 pub(super) async fn run(shared: Arc<Shared>) {
     let mut ticks = tokio::time::interval(shared.options.poll);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut clock = Clock { at: Instant::now(), ms: now_ms() };
     loop {
         tokio::select! {
             () = shared.cancel.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        match round(&shared).await {
+        match round(&shared, &mut clock).await {
             Ok(()) => drop(shared.asked.send_replace(true)),
             Err(error) => warn!("a heartbeat round was lost: {error}"),
         }
     }
 }
 
+/// The host's clock as a round saw it, beside one that is never set.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    at: Instant,
+    ms: u64,
+}
+
+impl Clock {
+    /// By how much the clock was set forward since, in milliseconds, if it was.
+    fn leap(self, now: Self) -> Option<u64> {
+        let passed = now.at.saturating_duration_since(self.at).as_millis();
+        let leap = now.ms.saturating_sub(self.ms.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX)));
+        (leap >= LEAP_MIN_MS).then_some(leap)
+    }
+}
+
 /// One round.
-async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
+async fn round(shared: &Arc<Shared>, clock: &mut Clock) -> Result<(), DatabaseError> {
     let read = |tx: &database::Tx<'_>| Ok((database::all_hosts(tx)?, database::accepted_parts(tx)?));
     let (hosts, accepted) = shared.database.run::<_, DatabaseError, _>(read).await?;
     shared.nodes.keep(&hosts.iter().map(|host| (host.address, host.name.clone())).collect());
@@ -91,13 +110,22 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
     let silence = shared.options.silence;
     let others: Vec<String> = heard.iter().filter_map(|node| node.other.clone()).collect();
     let owner = Arc::clone(shared);
+    let now = Clock { at: Instant::now(), ms: now_ms() };
+    let leap = clock.leap(now);
     let write = move |tx: &database::Tx<'_>| {
         owner.told.leave_out(&mut heard);
         // Nobody can have answered while there was no controller.
         let judged = (owner.started.elapsed() >= silence).then_some(silence);
-        database::write_round(tx, &heard, now_ms(), judged)
+        if let Some(leap) = leap {
+            database::set_clocks_forward(tx, leap)?;
+        }
+        database::write_round(tx, &heard, now.ms, judged)
     };
     let outcome = shared.database.run(write).await?;
+    *clock = now;
+    if let Some(leap) = leap {
+        info!("the clock was set forward by {leap} ms: nobody has less time for that");
+    }
     for node in &outcome.lost {
         warn!("node '{node}' is offline: it has not answered for {:?}", shared.options.silence);
     }
@@ -110,21 +138,28 @@ async fn round(shared: &Arc<Shared>) -> Result<(), DatabaseError> {
     for notice in shared.notices.renew(strangers.chain(others).collect()) {
         warn!("{notice}");
     }
-    for (host_id, task) in outcome.orphans {
-        let Some(host) = hosts.iter().find(|host| host.id == host_id) else { continue };
-        info!("node '{}' still has a part of task {task}, which has ended: it is told to end it", host.name);
-        let order = EndPart { cluster: shared.cluster.clone(), task };
-        if let Err(error) = shared.nodes.call(host.place(), &order, ANSWER_TIMEOUT).await {
-            warn!("node '{}' did not end its part of task {task}: {error}", host.name);
-        }
-    }
     shared.orders.notify_one();
+    let orphans = outcome.orphans.into_iter();
+    let orphans = orphans.filter_map(|(id, task)| Some((hosts.iter().find(|host| host.id == id)?, task)));
+    futures_util::stream::iter(orphans)
+        .for_each_concurrent(AT_ONCE, |(host, task)| end_orphan(shared, host, task))
+        .await;
     Ok(())
 }
 
+/// Has a node end its part of a task that there is no longer.
+async fn end_orphan(shared: &Shared, host: &Host, task: i64) {
+    info!("node '{}' still has a part of task {task}, which has ended: it is told to end it", host.name);
+    let order = EndPart { cluster: shared.cluster.clone(), task };
+    if let Err(error) = shared.nodes.call(host.place(), &order, ANSWER_TIMEOUT).await {
+        warn!("node '{}' did not end its part of task {task}: {error}", host.name);
+    }
+}
+
 async fn ask(shared: &Shared, host: Host, accepted: Vec<i64>) -> Heard {
-    let answer = shared.nodes.call(host.place(), &AskNode {}, ANSWER_TIMEOUT).await;
+    // Of before it was asked: what the node tells by itself meanwhile is newer than its answer may be.
     let at = Instant::now();
+    let answer = shared.nodes.call(host.place(), &AskNode {}, ANSWER_TIMEOUT).await;
     let silent = Heard { host_id: host.id, at, accepted: Vec::new(), other: None, peer: None, state: None };
     match answer {
         Ok(state) if state.node != host.name => {
@@ -167,6 +202,16 @@ pub(super) fn resolved(mut peer: SocketAddr, agent: SocketAddr) -> Option<Socket
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_forward_is_seen_and_one_that_runs_is_not() {
+        let began = Clock { at: Instant::now(), ms: 1_000_000 };
+        let later = |seconds: u64, ms: u64| Clock { at: began.at + Duration::from_secs(seconds), ms };
+        assert_eq!(began.leap(later(2, 1_002_000)), None);
+        assert_eq!(began.leap(later(2, 1_002_100)), None);
+        assert_eq!(began.leap(later(2, 4_602_000)), Some(3_600_000));
+        assert_eq!(began.leap(later(2, 400_000)), None, "what has still to come is set back by itself");
+    }
 
     #[test]
     fn what_stays_wrong_is_told_once_and_again_when_it_comes_back() {

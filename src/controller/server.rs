@@ -19,10 +19,15 @@ use crate::wire::cluster::{
 use crate::wire::frame::FrameType;
 use crate::wire::io::WireError;
 use crate::wire::link::{self, Answer, Arrived};
+use crate::wire::reception::{Reception, Visitor};
 use crate::wire::warnings::Warnings;
 
 /// Connections at once: more than nodes and users of a large cluster need.
 const CONNECTIONS_MAX: usize = 4096;
+/// Connections at once of which it is not known yet whose they are.
+const STRANGERS_MAX: usize = 1024;
+/// How long a request may take: longer than anybody waits for it, since images are brought to many nodes on after that.
+const ANSWER_MAX: Duration = Duration::from_secs(120);
 /// How long a node that registers may take to be reached.
 const REACH_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -41,56 +46,41 @@ pub(super) async fn unix(shared: Arc<Shared>, listener: UnixListener) {
                 shared.tasks.spawn(async move {
                     let shared = owner;
                     let local = SocketAddr::from(([127, 0, 0, 1], 0));
-                    converse(&shared, Box::new(stream), &Caller::trusted(), local, &warnings).await;
+                    let mut stream: Box<dyn Transport> = Box::new(stream);
+                    converse(&shared, &mut stream, &Caller::trusted(), local, &warnings).await;
                     drop(place);
                 });
             }
             (Ok(_), Err(_)) => {
                 warnings.tell(format_args!("more than {CONNECTIONS_MAX} connections: one is closed"))
             }
-            (Err(error), _) => pause("a connection", &error).await,
+            (Err(error), _) => {
+                warn!("cannot accept a connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
         }
     }
 }
 
 /// Serves agents and users over TCP.
 pub(super) async fn tcp(shared: Arc<Shared>, listener: TcpListener) {
-    let (places, warnings) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Warnings::default()));
-    loop {
-        let accepted = tokio::select! {
-            () = shared.cancel.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let accepted = (accepted, Arc::clone(&places).try_acquire_owned());
-        match accepted {
-            (Ok((stream, from)), Ok(place)) => {
-                let (owner, warnings) = (Arc::clone(&shared), Arc::clone(&warnings));
-                shared.tasks.spawn(async move {
-                    let shared = owner;
-                    match shared.options.security.accept_from(stream).await {
-                        Ok((stream, caller)) => converse(&shared, stream, &caller, from, &warnings).await,
-                        Err(error) => {
-                            warnings.tell(format_args!("a connection from {from} is refused: {error}"))
-                        }
-                    }
-                    drop(place);
-                });
-            }
-            (Ok((_, from)), Err(_)) => warnings
-                .tell(format_args!("more than {CONNECTIONS_MAX} connections: that from {from} is closed")),
-            (Err(error), _) => pause("a connection", &error).await,
+    let reception = Reception::new(shared.options.security.clone(), STRANGERS_MAX, CONNECTIONS_MAX);
+    let (warned, owner) = (Arc::clone(&reception), Arc::clone(&shared));
+    let converse = move |visitor: Visitor| {
+        let (shared, reception) = (Arc::clone(&owner), Arc::clone(&warned));
+        async move {
+            let mut visitor = visitor;
+            let Visitor { stream, caller, from, .. } = &mut visitor;
+            converse(&shared, stream, caller, *from, &reception.warnings).await;
         }
-    }
-}
-
-async fn pause(what: &str, error: &std::io::Error) {
-    warn!("cannot accept {what}: {error}");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    // What each may ask for is looked at with each request.
+    reception.run(listener, (shared.cancel.clone(), shared.tasks.clone()), |_| Ok(()), converse).await;
 }
 
 async fn converse(
     shared: &Arc<Shared>,
-    mut stream: Box<dyn Transport>,
+    stream: &mut Box<dyn Transport>,
     caller: &Caller,
     from: SocketAddr,
     warnings: &Warnings,
@@ -98,7 +88,7 @@ async fn converse(
     let nonsense =
         |fault: &Fault| warnings.tell(format_args!("a request from {from} makes no sense: {fault}"));
     let handler = |request| handle(shared, caller, from, request);
-    match link::answer(&mut stream, &shared.cancel, nonsense, handler).await {
+    match link::answer(stream, &shared.cancel, ANSWER_MAX, nonsense, handler).await {
         Ok(()) => {}
         Err(WireError::Io(error)) => debug!("the connection from {from} ended: {error}"),
         Err(error) => warnings.tell(format_args!("the connection from {from} is closed: {error}")),

@@ -223,7 +223,7 @@ impl Libvirt {
             // Kept by the thread until its call ends, however long this waits.
             let turn = places.acquire_owned().await;
             let (send, receive) = tokio::sync::oneshot::channel();
-            std::thread::spawn(move || {
+            let thread = std::thread::Builder::new().name("libvirt".to_owned()).spawn(move || {
                 let _turn = turn;
                 let is_wanted = || !send.is_closed();
                 let result = match Connect::open(Some(&uri)) {
@@ -234,11 +234,13 @@ impl Libvirt {
                 // Whoever asked may have given up.
                 let _ = send.send(result);
             });
-            receive.await
+            // The host may have as many as it is allowed to, for now.
+            thread.map_err(|error| LibvirtError::Interrupted(format!("no thread for it: {error}")))?;
+            let failed = |_| LibvirtError::Refused("its client library failed".to_owned());
+            receive.await.map_err(failed)?
         };
         match tokio::time::timeout(self.deadline, called).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(LibvirtError::Refused("its client library failed".to_owned())),
+            Ok(result) => result,
             Err(_) => Err(LibvirtError::TimedOut { uri: self.uri.clone(), after: self.deadline }),
         }
     }

@@ -2,6 +2,8 @@
 
 use super::{LibvirtError, LibvirtGuest};
 use crate::control::Owner;
+use crate::name::HostName;
+use crate::qemu::ShutDown;
 
 /// A libvirt daemon that this program cannot talk to.
 #[derive(Debug, Clone)]
@@ -25,7 +27,12 @@ impl Libvirt {
     }
 
     /// Not built.
-    pub async fn shut_down(&self, _uuid: &str) -> Result<bool, LibvirtError> {
+    pub async fn shut_down(&self, _uuid: &str) -> Result<ShutDown, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
+    pub async fn would_lose(&self, _uuid: &str, _name: &HostName) -> Result<Option<String>, LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
 

@@ -15,8 +15,10 @@ use crate::digest::Digest;
 use crate::name::HostName;
 use crate::tls::{Identity, Role, has_name, has_role};
 
-/// How long a TCP connection, and then its TLS handshake, may take.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a TCP connection may take where there is somebody else to turn to.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// And where there is not: the kernel asks again for a connection after one second and after three.
+const PATIENT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A connection, encrypted or not.
@@ -61,12 +63,12 @@ impl Security {
         if self.identity.is_some() || self.plain || loopback { Ok(()) } else { Err(PlainRefused(address)) }
     }
 
-    /// Connects to the node at `address`.
+    /// Connects to the peer at `address`, one of several as a rule.
     ///
     /// # Errors
     /// Those of TCP and TLS, [`io::ErrorKind::TimedOut`], [`PlainRefused`] as [`io::ErrorKind::PermissionDenied`].
     pub async fn connect(&self, address: SocketAddr) -> io::Result<Box<dyn Transport>> {
-        self.connect_to(address, Role::Node).await
+        self.connect_within(CONNECT_TIMEOUT, address, Role::Node, None).await
     }
 
     /// Connects to the member of the cluster at `address` that has `role`.
@@ -74,7 +76,31 @@ impl Security {
     /// # Errors
     /// As those of [`Security::connect`].
     pub async fn connect_to(&self, address: SocketAddr, role: Role) -> io::Result<Box<dyn Transport>> {
-        self.connect_to_any(address, role, None).await
+        self.connect_within(PATIENT_CONNECT_TIMEOUT, address, role, None).await
+    }
+
+    /// Connects to a member that has several addresses, at whichever answers first of those that are asked in turn.
+    ///
+    /// # Errors
+    /// As those of [`Security::connect`], of the last address.
+    pub async fn connect_to_any(
+        &self,
+        addresses: &[SocketAddr],
+        role: Role,
+    ) -> io::Result<Box<dyn Transport>> {
+        if let [only] = addresses {
+            return self.connect_to(*only, role).await;
+        }
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "it has no address");
+        for limit in [CONNECT_TIMEOUT, PATIENT_CONNECT_TIMEOUT] {
+            for address in addresses {
+                match self.connect_within(limit, *address, role, None).await {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) => last = error,
+                }
+            }
+        }
+        Err(last)
     }
 
     /// Connects to the node called `name` at `address`. Over plain TCP whoever is there passes for it.
@@ -86,17 +112,18 @@ impl Security {
         address: SocketAddr,
         name: &HostName,
     ) -> io::Result<Box<dyn Transport>> {
-        self.connect_to_any(address, Role::Node, Some(name)).await
+        self.connect_within(PATIENT_CONNECT_TIMEOUT, address, Role::Node, Some(name)).await
     }
 
-    async fn connect_to_any(
+    async fn connect_within(
         &self,
+        limit: Duration,
         address: SocketAddr,
         role: Role,
         name: Option<&HostName>,
     ) -> io::Result<Box<dyn Transport>> {
         self.check(address).map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
-        let stream = within(CONNECT_TIMEOUT, TcpStream::connect(address)).await?;
+        let stream = within(limit, TcpStream::connect(address)).await?;
         prepare(&stream)?;
         let Some(identity) = &self.identity else { return Ok(Box::new(stream)) };
         let stream = within(HANDSHAKE_TIMEOUT, identity.connect(stream, role)).await.map_err(no_tls)?;
@@ -222,6 +249,20 @@ mod tests {
         assert!(said.contains("beyond loopback") && said.contains("--tls-dir"), "{said}");
         let told = Security { plain: true, ..Security::default() };
         assert!(told.check("10.0.0.1:1".parse().unwrap()).is_ok());
+    }
+
+    #[tokio::test]
+    async fn of_several_addresses_one_that_answers_is_found() {
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let somebody = listener.local_addr().unwrap();
+        let security = Security::default();
+        for addresses in [&[somebody][..], &[nobody, somebody], &[somebody, nobody]] {
+            security.connect_to_any(addresses, Role::Controller).await.map(drop).unwrap();
+        }
+        for addresses in [&[nobody, nobody][..], &[]] {
+            security.connect_to_any(addresses, Role::Controller).await.map(drop).unwrap_err();
+        }
     }
 
     #[tokio::test]

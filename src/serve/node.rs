@@ -241,6 +241,7 @@ impl Node {
                 open: self.images.is_open(root),
                 present: if complete { allocated } else { 0 },
                 allocated,
+                pulled: entry.is_pulled(),
                 transfer: self.arrivals.get(root).map(|engine| report::transfer(&engine)),
             });
         }

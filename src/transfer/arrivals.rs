@@ -43,7 +43,7 @@ pub struct Plan {
     pub sources: Vec<SocketAddr>,
     /// Fetch everything, not only what boots and what is read.
     pub fill: bool,
-    /// Bytes a second that the fill may take; 0: as many as there are.
+    /// Bytes a second that the fill may take; 0: as many as it was told before, and as there are before that.
     pub fill_rate: u64,
 }
 
@@ -141,7 +141,9 @@ impl Arrivals {
             let named = tokio::task::spawn_blocking(move || store.add_name(&name, root)).await;
             named.map_err(io::Error::other).map_err(io_error)??;
             plan.sources.iter().for_each(|source| engine.add_source(*source));
-            engine.set_fill_rate(plan.fill_rate);
+            if plan.fill_rate > 0 {
+                engine.set_fill_rate(plan.fill_rate);
+            }
             if plan.fill {
                 engine.fill();
             }
@@ -162,7 +164,7 @@ impl Arrivals {
         let taken = pull::take(&self.store, target, found, &plan.sources, self.options_of(plan)).await?;
         if let Pulled::Coming(engine, hold) = taken {
             let io_error = |source| PullError::Io { name: target.name.clone(), source };
-            self.remember(engine.holding().root(), plan).await.map_err(io_error)?;
+            engine.set_fill_rate(self.remember(engine.holding().root(), plan).await.map_err(io_error)?);
             self.keep(engine, hold);
         }
         Ok(())
@@ -185,7 +187,8 @@ impl Arrivals {
     }
 
     /// Writes down how image `root` is fetched, for the daemon that goes on with it: what was written before, and `plan`.
-    async fn remember(&self, root: Digest, plan: &Plan) -> io::Result<()> {
+    /// Gives the rate of the fill.
+    async fn remember(&self, root: Digest, plan: &Plan) -> io::Result<u64> {
         let (store, mut plan) = (self.store.clone(), plan.clone());
         let work = move || {
             if let Some(before) = plan_of(&store, root) {
@@ -194,10 +197,14 @@ impl Arrivals {
                 plan.sources.extend(known);
                 plan.sources.truncate(SOURCES_MAX);
                 plan.fill |= before.fill;
+                if plan.fill_rate == 0 {
+                    plan.fill_rate = before.fill_rate;
+                }
             } else if store.image(root).is_ok_and(|entry| entry.is_complete()) {
-                return Ok(());
+                return Ok(plan.fill_rate);
             }
-            write_atomic(&store.image_dir(root).join(SOURCES), &serde_json::to_vec(&plan)?)
+            write_atomic(&store.image_dir(root).join(SOURCES), &serde_json::to_vec(&plan)?)?;
+            Ok(plan.fill_rate)
         };
         tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
     }

@@ -19,6 +19,8 @@ use crate::peer::transport::Transport;
 const IDLE_MAX: Duration = Duration::from_secs(120);
 /// How long a reply may take to be taken.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a request that is being carried out is still waited for when its side is to end.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
 
 /// Why a call was not answered, or was refused.
 #[derive(Debug, thiserror::Error)]
@@ -132,9 +134,13 @@ fn encoded<T: Serialize>(reply: &Reply<T>) -> Answer {
 
 /// Answers the requests of one connection with `handler` until the other side leaves, is silent for two minutes, breaks
 /// the protocol, or `cancel`. Requests that are not understood go to `nonsense` too.
+///
+/// What `handler` does is dropped after `limit`, since whoever asked has given up by then: it would keep a connection's
+/// place for as long as something behind it hangs.
 pub async fn answer<H, F>(
     stream: &mut Box<dyn Transport>,
     cancel: &CancellationToken,
+    limit: Duration,
     nonsense: impl Fn(&Fault),
     handler: H,
 ) -> Result<(), WireError>
@@ -153,7 +159,10 @@ where
         let Some((frame_type, payload)) = frame? else { return Ok(()) };
         let (id, checked) = check(frame_type, payload, &mut spoken);
         let answer = match checked {
-            Ok(arrived) => handler(arrived).await,
+            Ok(arrived) => tokio::select! {
+                answer = tokio::time::timeout(limit, handler(arrived)) => answer.unwrap_or_else(|_| Err(late(limit))),
+                () = ending(cancel) => return Ok(()),
+            },
             Err(fault) => Err(fault),
         };
         if let Err(fault) = &answer
@@ -173,6 +182,16 @@ where
             .await
             .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     }
+}
+
+fn late(limit: Duration) -> Fault {
+    Fault::new(FaultCode::Failed, format!("it was not done within {limit:?}"))
+}
+
+/// Returns some time after `cancel`.
+async fn ending(cancel: &CancellationToken) {
+    cancel.cancelled().await;
+    tokio::time::sleep(LAST_ANSWER).await;
 }
 
 /// The id of a request, and the request if its version is right.
@@ -203,18 +222,25 @@ mod tests {
 
     async fn serve(mut stream: Box<dyn Transport>) -> Result<(), WireError> {
         let nonsense = |fault: &Fault| assert_ne!(fault.code, FaultCode::NotFound);
-        answer(&mut stream, &CancellationToken::new(), nonsense, async |request: Arrived| {
-            match request.frame_type {
+        answer(
+            &mut stream,
+            &CancellationToken::new(),
+            LIMIT,
+            nonsense,
+            async |request: Arrived| match request.frame_type {
                 FrameType::END => {
                     let end: End = request.body()?;
+                    if end.task == 8 {
+                        std::future::pending::<()>().await;
+                    }
                     if end.task == 7 {
                         return Err(Fault::new(FaultCode::NotFound, "there is no task 7"));
                     }
                     request.reply::<End>(Done {})
                 }
                 _ => Err(request.unknown()),
-            }
-        })
+            },
+        )
         .await
     }
 
@@ -234,6 +260,35 @@ mod tests {
         let error = link.call(&EndPart { cluster: "c".into(), task: 1 }, LIMIT).await.unwrap_err();
         assert!(matches!(error, CallError::Refused(Fault { code: FaultCode::UnknownType, .. })), "{error}");
         assert_eq!(link.call(&End { task: 2 }, LIMIT).await.unwrap(), Done {});
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_hangs_is_given_up_and_the_connection_goes_on() {
+        let (mut link, _server) = pair();
+        let error = link.call(&End { task: 8 }, 2 * LIMIT).await.unwrap_err();
+        assert!(matches!(&error, CallError::Refused(Fault { code: FaultCode::Failed, .. })), "{error}");
+        assert_eq!(link.call(&End { task: 1 }, LIMIT).await.unwrap(), Done {});
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_hangs_keeps_nobody_from_ending() {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let (cancel, (told, begun)) = (CancellationToken::new(), tokio::sync::oneshot::channel());
+        let (stop, told) = (cancel.clone(), std::sync::Mutex::new(Some(told)));
+        let serving = tokio::spawn(async move {
+            let mut stream: Box<dyn Transport> = Box::new(far);
+            let hangs = async |_: Arrived| {
+                told.lock().unwrap().take().unwrap().send(()).unwrap();
+                std::future::pending().await
+            };
+            answer(&mut stream, &stop, Duration::from_secs(600), |_| {}, hangs).await
+        });
+        let mut link = Link::new(Box::new(near));
+        let asking = tokio::spawn(async move { link.call(&End { task: 1 }, Duration::from_secs(900)).await });
+        begun.await.unwrap();
+        cancel.cancel();
+        tokio::time::timeout(2 * LAST_ANSWER, serving).await.expect("it hangs").unwrap().unwrap();
+        assert!(matches!(asking.await.unwrap(), Err(CallError::Wire(_))));
     }
 
     async fn raw(bytes: &[u8]) -> Vec<u8> {

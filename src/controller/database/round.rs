@@ -8,11 +8,14 @@ use super::{Result, hosts, images, instances, number, tasks};
 use crate::name::{HostName, ImageName};
 use crate::wire::cluster::{NodeState, lines};
 
+/// Where the times stand from which a limit counts.
+const CLOCKS: [(&str, &str); 2] = [("host", "last_seen"), ("instance", "began")];
+
 /// What was heard of a node in a round: its answer, or nothing.
 #[derive(Debug)]
 pub(crate) struct Heard {
     pub(crate) host_id: i64,
-    /// When it was heard.
+    /// When it was asked.
     pub(crate) at: Instant,
     /// The tasks of which it had accepted its part before it was asked: only those can it have forgotten.
     pub(crate) accepted: Vec<i64>,
@@ -57,9 +60,17 @@ pub(crate) fn write(
     Ok(outcome)
 }
 
+/// The host's clock was set forward: from what was written down until then, no more time has passed than before.
+pub(crate) fn set_clocks_forward(tx: &Transaction<'_>, leap_ms: u64) -> Result<()> {
+    for (table, column) in CLOCKS {
+        tx.execute(&format!("UPDATE {table} SET {column} = {column} + ?1"), [number(leap_ms)])?;
+    }
+    Ok(())
+}
+
 /// What was written down at a time that has still to come, since the host's clock was set back, counts from now on.
 fn set_clocks_back(tx: &Transaction<'_>, now: u64) -> Result<()> {
-    for (table, column) in [("host", "last_seen"), ("instance", "began")] {
+    for (table, column) in CLOCKS {
         let sql = format!("UPDATE {table} SET {column} = ?1 WHERE {column} > ?1");
         tx.prepare_cached(&sql)?.execute([number(now)])?;
     }
@@ -163,6 +174,43 @@ mod tests {
     use super::*;
     use crate::controller::database::{Database, tasks};
     use crate::wire::cluster::{InstanceState, InstanceStatus};
+
+    #[tokio::test]
+    async fn a_clock_that_is_set_forward_takes_no_time_from_anybody() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            tx.execute_batch(
+                "INSERT INTO host (host_id, status, type, name, address, kinds, cpus, memory, last_seen)
+                 VALUES (1, 'online', 'compute', 'n1', '127.0.0.1:1', 'vm', 1, 1, 1000);
+                 INSERT INTO task (task_status, name, request, plan, created)
+                 VALUES ('starting', 'lab', 'r1', '{}', 1000);
+                 INSERT INTO instance (inst_type, inst_status, host_id, task_id, name, image, addresses, began, time_limit)
+                 VALUES ('vm', 'booting', 1, 1, 'lab-1-g-1', 'box', '', 1000, 60000)",
+            )?;
+            let status =
+                || tx.query_row("SELECT inst_status FROM instance", [], |row| row.get::<_, String>(0));
+            let silent = || Heard {
+                host_id: 1,
+                at: Instant::now(),
+                accepted: Vec::new(),
+                other: None,
+                peer: None,
+                state: None,
+            };
+            let (hour, silence) = (3_600_000, Some(Duration::from_secs(8)));
+            set_clocks_forward(tx, hour)?;
+            assert!(write(tx, &[silent()], 3000 + hour, silence)?.lost.is_empty());
+            assert_eq!(status()?, "booting");
+            // What had passed before counts.
+            assert_eq!(write(tx, &[silent()], 9000 + hour, silence)?.lost.len(), 1);
+            tx.execute("UPDATE instance SET inst_status = 'booting'", [])?;
+            write(tx, &[], 61_001 + hour, None)?;
+            assert_eq!(status()?, "failed");
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
 
     #[tokio::test]
     async fn what_a_node_says_is_kept_as_plain_lines() {

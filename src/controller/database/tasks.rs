@@ -223,7 +223,9 @@ pub(crate) fn gone(tx: &Transaction<'_>, task: i64, host_id: i64) -> Result<()> 
         [task],
     )?;
     if tx.execute(&format!("DELETE FROM task WHERE {ended}"), [task])? > 0 {
-        let old = "DELETE FROM request WHERE task_id <= (SELECT max(task_id) FROM request) - ?1";
+        // By their rank: numbers may have been passed over.
+        let old = "DELETE FROM request WHERE task_id <=
+                   (SELECT task_id FROM request ORDER BY task_id DESC LIMIT 1 OFFSET ?1)";
         tx.execute(old, [REQUESTS_KEPT])?;
     }
     Ok(())
@@ -324,4 +326,41 @@ fn per_node(
         nodes.entry(node).or_default().insert(status, unsigned(row.get(2)?));
     }
     Ok(nodes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::database::Database;
+
+    #[tokio::test]
+    async fn numbers_that_are_passed_over_have_no_request_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("db")).unwrap();
+        let work = |tx: &Transaction<'_>| -> Result<()> {
+            let ends = |request: &str| -> Result<i64> {
+                let sql = "INSERT INTO task (task_status, name, request, plan, created)
+                           VALUES ('ending', 'lab', ?1, '{}', 1) RETURNING task_id";
+                let task = tx.query_row(sql, [request], |row| row.get(0))?;
+                gone(tx, task, 1)?;
+                Ok(task)
+            };
+            assert_eq!(ends("r1")?, 1);
+            pass_over(tx, 500_000)?;
+            assert_eq!(ends("r2")?, 500_001);
+            assert_eq!((of_request(tx, "r1")?, of_request(tx, "r2")?), (Some(1), Some(500_001)));
+            // So many as are kept, then one more.
+            tx.execute_batch(&format!(
+                "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {REQUESTS_KEPT} - 2)
+                 INSERT INTO request SELECT 'x' || i, 1 + i FROM n"
+            ))?;
+            let kept = || tx.query_row("SELECT count(*) FROM request", [], |row| row.get::<_, i64>(0));
+            assert_eq!(kept()?, REQUESTS_KEPT);
+            ends("r3")?;
+            assert_eq!((kept()?, of_request(tx, "r1")?), (REQUESTS_KEPT, None));
+            assert_eq!(of_request(tx, "r2")?, Some(500_001));
+            Ok(())
+        };
+        database.run(work).await.unwrap();
+    }
 }

@@ -252,3 +252,98 @@ async fn two_controllers_never_share_a_folder_and_a_node_serves_one_cluster() {
     other.stop().await;
     controller.stop().await;
 }
+
+/// A node whose agent answers the heartbeat, and is silent on every order: it says when it got one.
+async fn hanging_node(
+    name: HostName,
+    listener: tokio::net::TcpListener,
+    got: tokio::sync::mpsc::UnboundedSender<()>,
+) {
+    use crate::agent::DataPlane;
+    use crate::wire::cluster::{AskNode, NodeState};
+    use crate::wire::frame::FrameType;
+    use crate::wire::link::{self, Arrived};
+    while let Ok((stream, _)) = listener.accept().await {
+        let (name, got) = (name.clone(), got.clone());
+        let data_plane = MemoryDataPlane::with_image("debian".parse().unwrap(), ImageKind::Vm, 1 << 30);
+        tokio::spawn(async move {
+            let mut stream: Box<dyn crate::peer::transport::Transport> = Box::new(stream);
+            let handler = async |request: Arrived| {
+                if request.frame_type != FrameType::NODE_STATUS {
+                    let _ = got.send(());
+                    std::future::pending::<()>().await;
+                }
+                request.reply::<AskNode>(NodeState {
+                    node: name.clone(),
+                    cluster: None,
+                    memory_free: 1 << 40,
+                    load: std::collections::BTreeMap::new(),
+                    peer: None,
+                    // It would not be ordered to run what it lacks.
+                    images: Some(data_plane.images().await.unwrap()),
+                    tasks: Vec::new(),
+                    instances: Vec::new(),
+                    troubles: Vec::new(),
+                    last_task: None,
+                })
+            };
+            let limit = Duration::from_secs(3600);
+            let _ = link::answer(&mut stream, &CancellationToken::new(), limit, |_| {}, handler).await;
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_hangs_in_an_order_keeps_its_heartbeat_and_no_other_s_orders() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (got, mut gets) = tokio::sync::mpsc::unbounded_channel();
+    let hanging = tokio::spawn(hanging_node("hangs".parse().unwrap(), listener, got));
+    let name: HostName = "hangs".parse().unwrap();
+    let (patience, hour) = (Duration::from_secs(30), Duration::from_secs(3600));
+
+    // On the connections alone: the question is answered while the order is under way.
+    let nodes_of = Arc::new(nodes::Nodes::new(Security::default()));
+    let ordering = tokio::spawn({
+        let (nodes_of, name) = (Arc::clone(&nodes_of), name.clone());
+        async move {
+            let end = EndPart { cluster: "c".to_owned(), task: 1 };
+            nodes_of.call((address, &name), &end, hour).await
+        }
+    });
+    tokio::time::timeout(patience, gets.recv()).await.expect("it gets the order").unwrap();
+    let asked = nodes_of.call((address, &name), &crate::wire::cluster::AskNode {}, hour);
+    tokio::time::timeout(patience, asked).await.expect("it waits for the order").unwrap();
+    assert!(!ordering.is_finished());
+    ordering.abort();
+
+    // In a cluster: another node's instances come up all the same.
+    let dir = tempfile::tempdir().unwrap();
+    let (controller, _members) = cluster(dir.path(), &["n1"]).await;
+    let target = Target::Tcp(controller.addresses()[0]);
+    let mut client = Client::connect(&target, &Security::default()).await.unwrap();
+    let register = crate::wire::cluster::RegisterCompute {
+        node: name.clone(),
+        ip: None,
+        port: address.port(),
+        kinds: vec![InstanceType::Vm],
+        cpus: 1,
+        memory_bytes: 1 << 40,
+        addresses: Vec::new(),
+    };
+    client.call(&register).await.unwrap();
+    let on = |node: &str| {
+        let mut plan = plan(1, "started");
+        plan.nodes = vec![node.parse().unwrap()];
+        plan
+    };
+    controller.deploy("r1", on("hangs")).await.unwrap();
+    tokio::time::timeout(patience, gets.recv()).await.expect("it gets the order").unwrap();
+    let task = controller.deploy("r2", on("n1")).await.unwrap();
+    eventually("the other's runs", async || count(&controller, InstanceStatus::Running).await == 1).await;
+    controller.end(task).await.unwrap();
+    eventually("the other's has gone", async || tasks(&controller).await.len() == 1).await;
+    assert!(nodes(&controller).await.iter().all(|node| node.online));
+    controller.stop().await;
+    hanging.abort();
+}
