@@ -227,6 +227,12 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// What it is doing; `None` if there is none of that name.
     fn info<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<Option<Info>, HypervisorError>>;
 
+    /// Why an instance that has ended did not end in order, as far as that is known; `None` when it did.
+    fn fault<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Option<String>> {
+        let _ = name;
+        Box::pin(std::future::ready(None))
+    }
+
     /// What the instance has written and will write, from its first byte to its end; `None` when all that it writes is
     /// in the file for its serial line.
     fn log<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Result<Option<Log>, HypervisorError>>;

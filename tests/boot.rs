@@ -112,6 +112,7 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
         process.said()
     };
     assert!(said.contains("never: it had not booted after 3 s (waiting for serial:NO SUCH LINE)"), "{said}");
+    assert!(said.contains("its console"), "what it said is told, since its log goes: {said}");
     assert!(!store.path().join("vms/never").exists() && !store.path().join("overlays/never").exists());
     assert!(process_of("qemu-system", "guest=never,").is_none());
 
@@ -160,7 +161,21 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     let mut said = String::new();
     serial.read_to_string(&mut said).unwrap();
     assert!(said.contains("ACPI-POWEROFF") && !said.contains("error"), "{said}");
+
+    // One that stands still can write nothing down any more, and one whose disk has moved would go on without what it wrote
+    // there: neither is ended without a word.
+    virsh(&["suspend", "vm-2"]);
+    let said = store.refused(["stop", "vm-2"]);
+    assert!(said.contains("VM 'vm-2' is paused") && said.contains("--force"), "{said}");
+    virsh(&["resume", "vm-2"]);
+    let snapshot = format!("vda,file={}", store.path().join("snapshot.qcow2").display());
+    virsh(&["snapshot-create-as", "vm-2", "s", "--disk-only", "--no-metadata", "--diskspec", &snapshot]);
+    let said = store.refused(["stop", "vm-2"]);
+    assert!(said.contains("the disk of VM 'vm-2' is another one now"), "{said}");
+    assert_eq!(virsh(&["domstate", "vm-2"]).trim(), "running");
     store.run(["stop", "vm-2", "--force"]);
+    let said = store.run(["stop", "vm-2"]);
+    assert!(said.is_empty(), "it is stopped already: {said}");
     assert!(process_of(store.path().to_str().unwrap(), "guest=vm-").is_none());
     let left = store.run(["--json", "overlay", "list"]);
     assert!(left.contains("vm-2") && !left.contains("vm-1"), "{left}");
@@ -284,7 +299,12 @@ fn somebody_who_is_not_root_records_and_boots_without_any_setting() {
         std::thread::sleep(Duration::from_millis(20));
     }
     run(&one(&["--reuse"]));
+    // Its power button is pressed, as libvirt's guests have theirs.
+    let mut serial = std::fs::File::open(store.join("vms/tiny-vm-1/serial.log")).unwrap();
     run(&["stop", "tiny-vm-1", "tiny-vm-2", "--remove"]);
+    let mut said = String::new();
+    serial.read_to_string(&mut said).unwrap();
+    assert!(said.contains("ACPI-POWEROFF"), "{said}");
     let left: Value = serde_json::from_str(&run(&["--json", "overlay", "list"])).unwrap();
     assert_eq!(left, serde_json::json!([]));
     kill(&daemon);

@@ -223,6 +223,7 @@ async fn a_container_is_up_when_its_log_says_so() {
         order("brief", "echo the service is ready", 60),
         order("mute", "echo; echo no configuration >&2; sleep 1000", 10),
         order("dead", "echo no memory", 60),
+        order("wrong", "echo the service is ready; sleep 2; echo a test has failed; exit 3", 60),
     ];
     let part =
         Part { networks: Vec::new(), images: vec![needed], common: Vec::new(), instances, report: None };
@@ -238,6 +239,7 @@ async fn a_container_is_up_when_its_log_says_so() {
             "it was not up after 10 s: the last that it wrote is: no configuration",
         ),
         ("slow", InstanceStatus::Running, ""),
+        ("wrong", InstanceStatus::Failed, "it ended with exit code 3: a test has failed"),
     ];
     let deadline = Instant::now() + Duration::from_secs(120);
     let found = loop {

@@ -1,8 +1,9 @@
 //! The node's data plane: a running `bootcache serve`, over its control socket.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bootcache_nbd::BoxFuture;
@@ -41,13 +42,15 @@ pub struct Serve {
     owner: Arc<OnceCell<Option<Owner>>>,
     /// Bootcache itself, which looks after devices.
     program: Option<PathBuf>,
+    /// Why what comes cannot be kept, as the daemon last said.
+    troubles: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl Serve {
     /// The daemon that runs on `store` and serves peers on `peer`; VMs' sockets are for the user as whom `libvirt` runs
     /// QEMU.
     pub fn new(store: Store, peer: Option<SocketAddr>, libvirt: Option<Libvirt>) -> Self {
-        Self { store, peer, libvirt, owner: Arc::default(), program: None }
+        Self { store, peer, libvirt, owner: Arc::default(), program: None, troubles: Arc::default() }
     }
 
     /// Has disks be devices of the host where plans want that. `program` is bootcache: a process of it looks after each,
@@ -169,11 +172,20 @@ impl DataPlane for Serve {
     fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, ServiceError>> {
         Box::pin(async {
             match self.call(&Request::Status).await {
-                Ok(Reply::Status(status)) => Ok(status.images.into_iter().map(here).collect()),
+                Ok(Reply::Status(status)) => {
+                    let trouble = |image: &ImageStatus| image.transfer.as_ref()?.trouble.clone();
+                    let troubles: BTreeSet<String> = status.images.iter().filter_map(trouble).collect();
+                    *self.troubles.lock().unwrap_or_else(PoisonError::into_inner) = troubles;
+                    Ok(status.images.into_iter().map(here).collect())
+                }
                 Ok(_) => Err(ControlError::Unexpected.into()),
                 Err(error) => Err(error.into()),
             }
         })
+    }
+
+    fn troubles(&self) -> Vec<String> {
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
     fn peer(&self) -> Option<SocketAddr> {

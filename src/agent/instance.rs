@@ -250,13 +250,17 @@ impl Job {
     /// Watches the instance until it has ended. Its disk stays, but is no device of the host any longer.
     async fn watch(&self) {
         self.with_device(self.ended(watch_pause)).await;
-        info!("{}: has ended", self.order.name);
+        let fault = match self.hypervisor() {
+            Ok(hypervisor) => hypervisor.fault(&self.order.name).await,
+            Err(_) => None,
+        };
+        info!("{}: {}", self.order.name, fault.as_deref().unwrap_or("has ended"));
         if self.has_device()
             && let Err(error) = self.shared.services.data_plane.detach(&self.order.name).await
         {
             warn!("{}: its device stays until its task ends: {error}", self.order.name);
         }
-        self.come_to(Step::Stopped).await;
+        self.come_to(fault.map_or(Step::Stopped, Step::Failed)).await;
     }
 
     /// Whether its disk is a device of the host.

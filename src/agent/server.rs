@@ -97,7 +97,10 @@ pub(super) async fn state(shared: &Shared) -> NodeState {
     let images =
         images.unwrap_or_else(|_| Err(ServiceError::Away("the data plane does not answer".to_owned())));
     let (images, peer) = match images {
-        Ok(images) => (Some(images), shared.services.data_plane.peer()),
+        Ok(images) => {
+            troubles.extend(shared.services.data_plane.troubles());
+            (Some(images), shared.services.data_plane.peer())
+        }
         Err(trouble) => {
             troubles.push(trouble.to_string());
             (None, None)

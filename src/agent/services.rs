@@ -81,6 +81,11 @@ pub trait DataPlane: Send + Sync + 'static {
     /// What is here.
     fn images(&self) -> BoxFuture<'_, Result<Vec<ImageHere>, ServiceError>>;
 
+    /// Why images that are on their way cannot be kept here, as of the last [`DataPlane::images`].
+    fn troubles(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Where peers are served; see [`crate::wire::cluster::RegisterImage::peer`].
     fn peer(&self) -> Option<SocketAddr>;
 

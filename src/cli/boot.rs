@@ -154,8 +154,12 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         None => Accelerator::detect().await,
     };
     let mut client = super::daemon::daemon(store.dir()).await?;
-    let kept =
-        if args.reuse { reuse::kept(&store, &mut client, &names, entry.root).await? } else { HashMap::new() };
+    let kept = if args.reuse {
+        reuse::kept(&store, &mut client, &names, entry.root).await?
+    } else {
+        reuse::none_kept(&mut client, &names).await?;
+        HashMap::new()
+    };
     let plan = Plan {
         store: store.clone(),
         image: args.image.clone(),
@@ -234,7 +238,10 @@ async fn boot_all(plan: &Plan, names: Vec<HostName>, keep: bool) -> anyhow::Resu
                 Ok(_) => Outcome::started(name),
                 Err(error) => {
                     // What keeps one from starting keeps the others too.
-                    names = Vec::new().into_iter();
+                    let rest: Vec<HostName> = std::mem::replace(&mut names, Vec::new().into_iter()).collect();
+                    if let [first, ..] = &rest[..] {
+                        bar.suspend(|| eprintln!("not started: {first} and what follows, {} VMs", rest.len()));
+                    }
                     Outcome::failed(name, &error)
                 }
             },

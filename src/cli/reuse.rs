@@ -64,6 +64,18 @@ pub(super) async fn kept(
     Ok(locks)
 }
 
+/// Refuses names of which one is taken by an overlay that is there, before anything is started.
+pub(super) async fn none_kept(client: &mut Client, names: &[HostName]) -> anyhow::Result<()> {
+    match list(client).await?.iter().find(|overlay| names.contains(&overlay.name)) {
+        Some(overlay) => bail!(
+            "the name '{0}' is taken: choose another, or go on with what is there with --reuse (`bootcache overlay \
+             remove {0}` deletes it)",
+            overlay.name
+        ),
+        None => Ok(()),
+    }
+}
+
 async fn list(client: &mut Client) -> anyhow::Result<Vec<OverlayInfo>> {
     match client.call(&Request::OverlayList).await? {
         Reply::Overlays(overlays) => Ok(overlays),

@@ -36,6 +36,9 @@ pub use images::LoadError;
 pub const DEFAULT_SOCKET: &str = "unix:///var/run/docker.sock";
 /// Longest wait for a call. Starting one of fifty containers at once has taken 12 s on two cores.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// How long a container's last words are waited for, and how many bytes of them are read.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+const LAST_WORDS_MAX: usize = 64 << 10;
 /// How often a name that is taken is looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// The label of what belongs to a node.
@@ -275,6 +278,39 @@ impl Docker {
         Ok(Some(info))
     }
 
+    /// The exit code of a container that has ended, if it is none of success, and its last words.
+    async fn fault(&self, name: &HostName) -> Option<String> {
+        let state = self.inspect(name).await.ok()??.state?;
+        if state.running == Some(true) {
+            return None;
+        }
+        if state.oom_killed == Some(true) {
+            return Some("it was ended for want of memory: give it more with `memory`".to_owned());
+        }
+        let code = state.exit_code.filter(|code| *code != 0)?;
+        let said = match state.error.filter(|error| !error.is_empty()) {
+            Some(error) => error,
+            None => self.last_words(name).await,
+        };
+        let said: String = said.trim().chars().filter(|letter| !letter.is_control()).take(200).collect();
+        Some(format!("it ended with exit code {code}: {said}").trim_end_matches([':', ' ']).to_owned())
+    }
+
+    /// The last line that a container has written.
+    async fn last_words(&self, name: &HostName) -> String {
+        let tail = "1".to_owned();
+        let options = LogsOptions { stdout: true, stderr: true, tail, ..LogsOptions::default() };
+        let Ok(client) = self.client().await else { return String::new() };
+        let mut pieces = client.logs(name.as_str(), Some(options));
+        let mut said = Vec::new();
+        while let Ok(Some(Ok(piece))) = tokio::time::timeout(LAST_WORDS, pieces.next()).await
+            && said.len() < LAST_WORDS_MAX
+        {
+            said.extend_from_slice(&piece.into_bytes());
+        }
+        String::from_utf8_lossy(&said).into_owned()
+    }
+
     async fn list(&self) -> Result<Vec<HostName>, HypervisorError> {
         let filters = HashMap::from([("label".to_owned(), vec![format!("{LABEL}={}", self.node)])]);
         let options =
@@ -342,6 +378,10 @@ impl Hypervisor for Docker {
             });
             Ok(Some(pieces.boxed()))
         })
+    }
+
+    fn fault<'a>(&'a self, name: &'a HostName) -> BoxFuture<'a, Option<String>> {
+        Box::pin(self.fault(name))
     }
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<HostName>, HypervisorError>> {

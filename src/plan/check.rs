@@ -10,6 +10,8 @@ use crate::name::HostName;
 
 /// Most virtual processors of an instance.
 const CPUS_MAX: u32 = 256;
+/// Longest argument or variable of a process, its end counted (`MAX_ARG_STRLEN` of `execve(2)`).
+const ARGUMENT_MAX: usize = 128 << 10;
 /// Least and most memory of an instance, in MiB.
 const MEMORY_MIB: std::ops::RangeInclusive<u32> = 4..=(4 << 20);
 /// The least memory that Docker gives a container, in MiB.
@@ -113,6 +115,11 @@ pub fn check(plan: &Plan) -> Vec<Mistake> {
             let of_ipv6 = |network: &Network| network.subnet.network().is_ipv6();
             if group.kind == InstanceType::Container && plan.networks.get(&nic.network).is_some_and(of_ipv6) {
                 let message = "its addresses are IPv6: containers need a network with IPv4 addresses";
+                place.key("networks").index(number).wrong(message);
+            }
+            let again = group.networks[..number].iter().any(|other| other.network == nic.network);
+            if group.kind == InstanceType::Container && again {
+                let message = "Docker gives a container one interface on each network: name it once";
                 place.key("networks").index(number).wrong(message);
             }
             let taken = taken.entry(&nic.network).or_default();
@@ -288,15 +295,22 @@ fn only_for_one_kind(group: &Group, place: &mut Place<'_>) {
             let sound = |name: &String| {
                 !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("BOOTCACHE_")
             };
-            if group.env.keys().any(|name| !sound(name))
-                || group.env.values().any(|value| value.contains('\0'))
-            {
+            if group.env.keys().any(|name| !sound(name)) {
                 place
                     .key("env")
                     .wrong("a variable's name is not empty, has no '=', and does not begin with BOOTCACHE_");
             }
+            if group.env.values().any(|value| value.contains('\0')) {
+                place.key("env").wrong("a variable's value has no zero bytes");
+            }
+            if group.env.iter().any(|(name, value)| name.len() + value.len() + 2 > ARGUMENT_MAX) {
+                place.key("env").wrong("a variable is too long: Linux takes 128 KiB, its name counted");
+            }
             if group.command.iter().any(|word| word.contains('\0')) {
                 place.key("command").wrong("a command has no zero bytes");
+            }
+            if group.command.iter().any(|word| word.len() + 1 > ARGUMENT_MAX) {
+                place.key("command").wrong("a word of it is too long: Linux takes 128 KiB");
             }
         }
     }
@@ -445,7 +459,7 @@ mod tests {
     #[test]
     fn every_mistake_is_told_with_its_place() {
         type Change = fn(&mut Plan);
-        let cases: [(&str, Change); 27] = [
+        let cases: [(&str, Change); 29] = [
             ("groups: a plan has 1 to 256 groups", |p| p.groups.clear()),
             ("groups: a plan has at most 10000 instances", |p| p.groups[0].count = Some(1_000_000_000)),
             ("groups[0].count: 0 instances", |p| p.groups[0].count = Some(0)),
@@ -504,6 +518,13 @@ mod tests {
                 network(p).gateway = None;
                 network(p).subnet = "fd00::/64".parse().unwrap();
                 p.groups[1].networks[0].address = None;
+            }),
+            ("groups[1].networks[1]: Docker gives a container one", |p| {
+                let again = GroupNic { address: None, ..p.groups[1].networks[0].clone() };
+                p.groups[1].networks.push(again);
+            }),
+            ("groups[1].env: a variable is too long", |p| {
+                p.groups[1].env.insert("A".to_owned(), "x".repeat(128 << 10));
             }),
             ("groups[1].nodes: 'n1' is not among", |p| p.nodes = vec!["n2".parse().unwrap()]),
         ];

@@ -166,14 +166,16 @@ fn anywhere(
     rooms: &mut [Room],
     placed: &mut Vec<Placed>,
 ) -> Result<(), String> {
-    let mut reason = "no node is online".to_owned();
+    let (mut reason, mut told) = ("no node is online".to_owned(), false);
     let mut able = Vec::new();
     let named = |name: &HostName| wanted.is_none_or(|wanted| wanted.contains(name));
     for (number, node) in nodes.iter().enumerate().filter(|(_, node)| named(&node.name)) {
         match can_run(node, group) {
             Ok(()) => able.push(number),
-            // The most telling reason: of a node that is there but cannot.
-            Err(why) if node.online => reason = why,
+            // The most telling reason: of a node that is there but cannot, rather one that runs such things at all.
+            Err(why) if node.online && (node.kinds.contains(&group.kind) || !told) => {
+                (reason, told) = (why, node.kinds.contains(&group.kind));
+            }
             Err(_) => {}
         }
     }
@@ -193,8 +195,12 @@ fn anywhere(
             .filter(|node| rooms[*node].free_mib >= need)
             .min_by(|a, b| cost(&nodes[*a], &rooms[*a]).total_cmp(&cost(&nodes[*b], &rooms[*b])));
         let Some(node) = best else {
+            let counted = match group.kind {
+                InstanceType::Vm => "",
+                InstanceType::Container => " (containers count with an eighth of their memory)",
+            };
             return Err(format!(
-                "no node has {need} MiB of memory free for another instance of '{}'",
+                "no node has {need} MiB of memory free for another instance of '{}'{counted}",
                 group.name
             ));
         };
@@ -269,6 +275,10 @@ mod tests {
         assert!(
             refused(&plan("memory = \"9G\""), &nodes).contains("9216 MiB of memory are more than node 'a'")
         );
+        let mut golden = node("golden", 1000, 0.0);
+        golden.kinds = Vec::new();
+        let nodes_and_golden = [nodes[0].clone(), golden];
+        assert!(refused(&plan("memory = \"9G\""), &nodes_and_golden).contains("than node 'a'"));
         assert!(refused(&plan("count = 3\nmemory = 400"), &nodes).contains("no node has 400 MiB"));
         assert!(refused(&plan("nodes = { a = 3 }\nmemory = 400"), &nodes).contains("no memory free"));
         nodes[0].kinds = vec![InstanceType::Container];
