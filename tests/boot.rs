@@ -168,8 +168,12 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     let said = store.refused(["stop", "vm-2"]);
     assert!(said.contains("VM 'vm-2' is paused") && said.contains("--force"), "{said}");
     virsh(&["resume", "vm-2"]);
-    let snapshot = format!("vda,file={}", store.path().join("snapshot.qcow2").display());
-    virsh(&["snapshot-create-as", "vm-2", "s", "--disk-only", "--no-metadata", "--diskspec", &snapshot]);
+    let snapshot = store.path().join("snapshot.qcow2");
+    support::run(Command::new("qemu-img").args(["create", "-qf", "qcow2"]).arg(&snapshot).arg("256M"));
+    std::os::unix::fs::chown(&snapshot, Some(uid), None).unwrap();
+    let disk = format!("vda,file={}", snapshot.display());
+    let take = ["snapshot-create-as", "vm-2", "s", "--disk-only", "--no-metadata", "--reuse-external"];
+    virsh(&[&take[..], &["--diskspec", &disk]].concat());
     let said = store.refused(["stop", "vm-2"]);
     assert!(said.contains("the disk of VM 'vm-2' is another one now"), "{said}");
     assert_eq!(virsh(&["domstate", "vm-2"]).trim(), "running");
