@@ -30,6 +30,8 @@ use super::request::Terms;
 const TARGET: Duration = Duration::from_millis(3);
 /// The same as a share of what it takes there, where that is more: a far link has moods of its own.
 const TARGET_SHARE: f64 = 0.125;
+/// The same, in seconds, at most for what answers differ by of themselves.
+const NOISE_MAX: f64 = 0.02;
 /// Of how many answers the quickest counts.
 const RECENT: usize = 4;
 /// Blocks under way, at least and at most.
@@ -64,23 +66,39 @@ struct Window {
     /// What the last answers took: the quickest of them tells of a queue, the others of the link's moods too.
     recent: [f64; RECENT],
     answers: usize,
+    /// What answers take longer than the quickest of a few, on average, with as little as possible under way; in seconds.
+    noise: f64,
 }
 
 impl Window {
     const fn new() -> Self {
-        Self { blocks: 16.0, quickest: f64::INFINITY, recent: [f64::INFINITY; RECENT], answers: 0 }
+        Self {
+            blocks: 16.0,
+            quickest: f64::INFINITY,
+            recent: [f64::INFINITY; RECENT],
+            answers: 0,
+            noise: 0.0,
+        }
     }
 
     /// An answer with `blocks` took `took`.
     fn note(&mut self, blocks: u64, took: Duration) {
         self.recent[self.answers % RECENT] = took.as_secs_f64();
         self.answers += 1;
-        let took = self.recent.iter().copied().fold(f64::INFINITY, f64::min);
-        // With as little under way as there can be, the time is the link's own, which may have become slower.
-        self.quickest = if self.blocks <= UNDER_WAY_MIN { took } else { self.quickest.min(took) };
+        let recent = &self.recent[..self.answers.min(RECENT)];
+        let took = recent.iter().copied().fold(f64::INFINITY, f64::min);
+        if self.blocks <= UNDER_WAY_MIN {
+            // With as little under way as there can be, the time is the link's own, which may have become slower, and so
+            // is what answers differ by.
+            self.quickest = took;
+            let differ = recent.iter().sum::<f64>() / recent.len() as f64 - took;
+            self.noise += (differ - self.noise) / RECENT as f64;
+        }
+        self.quickest = self.quickest.min(took);
         // By how much of the target it may be longer: the nearer, the smaller the step, or the window swings, and a
         // guest's miss behind its peaks waits twice as long.
-        let target = TARGET.as_secs_f64().max(self.quickest * TARGET_SHARE);
+        let noise = (2.0 * self.noise).min(NOISE_MAX);
+        let target = TARGET.as_secs_f64().max(self.quickest * TARGET_SHARE).max(noise);
         let off = (1.0 - (took - self.quickest) / target).clamp(-1.0, 1.0);
         // Per round trip by a quarter of itself at most, and down by half.
         self.blocks += if off > 0.0 { blocks as f64 / 4.0 * off } else { blocks as f64 / 2.0 * off };
@@ -151,10 +169,10 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
     let mut stretch = stretch_of(&pages);
     while let Some(page) = pages.get(at).copied() {
         at += 1;
+        // There may be very many pages of which nothing is asked.
+        tokio::task::coop::consume_budget().await;
         if !is_offered(shared, page) {
             everything_came = false;
-            // There may be very many such pages.
-            tokio::task::coop::consume_budget().await;
             continue;
         }
         if !shared.holding.tree.knows_page(page) {
@@ -357,7 +375,7 @@ mod tests {
     fn a_far_link_whose_answers_come_now_sooner_now_later_is_used() {
         let mut draw = Draw::new(1);
         let mut noise = |most: f64| draw.below(1000) as f64 / 1000.0 * most;
-        for (trip, jitter) in [(0.05, 0.005), (0.02, 0.016), (0.1, 0.01), (0.01, 0.008)] {
+        for (trip, jitter) in [(0.05, 0.005), (0.02, 0.032), (0.1, 0.01), (0.01, 0.016)] {
             let mut window = Window::new();
             for _ in 0..4000 {
                 // 12 MB/s.
@@ -366,7 +384,7 @@ mod tests {
                 window.note(blocks, Duration::from_secs_f64(took));
             }
             let carried = trip * 12e6 / 4096.0;
-            assert!(window.blocks > carried / 2.0, "{trip} s, {jitter}: {} of {carried}", window.blocks);
+            assert!(window.blocks > carried / 3.0, "{trip} s, {jitter}: {} of {carried}", window.blocks);
             assert!(window.blocks < carried * 3.0, "{trip} s, {jitter}: {} of {carried}", window.blocks);
         }
     }
