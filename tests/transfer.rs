@@ -398,6 +398,25 @@ async fn a_source_that_cannot_read_its_disk_is_not_asked_first_each_time() {
     engine.stop().await;
 }
 
+/// Once, the fill made its order anew before it had come to the end, and asked for the same without a pause.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_from_a_source_that_cannot_read_its_disk_pauses() {
+    let sample = Sample::new(32 << 20, 103);
+    let broken = Node::origin_without_boot(&sample, None).await;
+    let disk = broken.store().resolve(&sample.name).expect("it is there").disk_path();
+    let node = Node::empty(None).await;
+    let engine = node.pull(&[broken.address], |options| options.fill = false).await;
+    until(|| engine.progress().sources.iter().all(|source| source.up)).await;
+    std::fs::File::options().write(true).open(disk).expect("a disk").set_len(0).expect("it is cut");
+    engine.fill();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    // A request for eight blocks at least, and a pass a second.
+    let of_a_pass = (32 << 20) / (8 * 4096);
+    let refused = broken.server.counters().refused.load(Ordering::Relaxed);
+    assert!((1..5 * of_a_pass).contains(&refused), "it was asked {refused} times");
+    engine.stop().await;
+}
+
 /// Only whole pages are told of: the second node has nearly nothing of this one but the block.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_block_that_another_guest_has_read_comes_from_its_node_when_the_origin_is_gone() {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use bootcache::attach;
-use bootcache::control::{Client, Owner, Reply, Request, VmInfo};
+use bootcache::control::{Client, ControlError, Owner, Reply, Request, VmInfo};
 use bootcache::digest::Digest;
 use bootcache::hypervisor::domain::{Domain, DomainDisk, Interface, RECONNECT_SECONDS, install_emulator};
 use bootcache::hypervisor::libvirt::Libvirt;
@@ -221,9 +222,14 @@ impl Guest {
 
 /// The last lines of a guest's console, to follow an error; nothing when it is empty.
 fn console(serial: &Path) -> String {
-    let bytes = std::fs::read(serial).unwrap_or_default();
-    // It may hold anything, terminal codes too, and be long.
-    let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(64 << 10)..]);
+    let mut bytes = vec![0; 64 << 10];
+    let read = std::fs::File::open(serial).and_then(|file| {
+        let from = file.metadata()?.len().saturating_sub(bytes.len() as u64);
+        file.read_at(&mut bytes, from)
+    });
+    bytes.truncate(read.unwrap_or(0));
+    // It may hold anything, terminal codes too.
+    let text = String::from_utf8_lossy(&bytes);
     let clean = |line: &str| line.chars().filter(|letter| !letter.is_control()).take(200).collect::<String>();
     let mut lines: Vec<String> =
         text.lines().rev().map(clean).filter(|line| !line.trim().is_empty()).take(LINES_SHOWN).collect();
@@ -329,10 +335,16 @@ pub(super) async fn shut_down(store: &Store, name: &HostName, patience: Duration
     };
     match asked {
         ShutDown::Off => {}
-        ShutDown::Paused => bail!(
-            "VM '{name}' is paused, and can write nothing before it ends: let it go on (`virsh resume {name}`), or \
-             end it as it is with `bootcache stop --force {name}`"
-        ),
+        ShutDown::Paused => {
+            let resume = match &record.runner {
+                Runner::Libvirt { .. } => format!("let it go on (`virsh resume {name}`), or "),
+                Runner::Qemu { .. } => String::new(),
+            };
+            bail!(
+                "VM '{name}' is paused, and can write nothing before it ends: {resume}end it as it is with \
+                 `bootcache stop --force {name}`"
+            )
+        }
         ShutDown::Asked => {
             let deadline = Instant::now() + patience;
             while runs(store, name).await? {
@@ -374,7 +386,8 @@ pub(super) async fn check_unused(client: &mut Client, name: &HostName) -> anyhow
     for _ in 0..50 {
         match client.call(&Request::OverlayShow { name: name.clone() }).await {
             Ok(Reply::Overlay(info)) if info.connections > 0 => {}
-            _ => return Ok(()),
+            Ok(_) | Err(ControlError::Refused(_)) => return Ok(()),
+            Err(error) => return Err(error.into()),
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

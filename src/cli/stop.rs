@@ -1,19 +1,23 @@
 //! `bootcache stop VM…`: ends VMs that `bootcache boot` started.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::bail;
 use bootcache::attach;
-use bootcache::control::{Client, Request};
+use bootcache::control::{Client, ControlError, Request};
 use bootcache::name::HostName;
 use bootcache::serve::CONTROL_SOCKET;
 use bootcache::store::Store;
 use futures_util::StreamExt;
 use futures_util::future::Either;
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream;
 
 use super::guest;
+
+/// VMs that are ended at once. The daemon has places for more connections than that, and for other commands.
+const AT_ONCE: usize = 32;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -34,8 +38,9 @@ pub(crate) struct Args {
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
     super::block_on(async {
         let store = Store::open(&globals.store_dir())?;
+        let names: BTreeSet<HostName> = args.names.iter().cloned().collect();
         let (present, gone): (Vec<_>, Vec<_>) =
-            args.names.iter().cloned().partition(|name| store.vm_dir(name).exists());
+            names.into_iter().partition(|name| store.vm_dir(name).exists());
         // A guest that shuts down writes to its disk.
         let is_overlay = |name: &HostName| store.overlay_dir(name).exists();
         if !present.is_empty() || gone.iter().any(is_overlay) {
@@ -44,8 +49,9 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         let (store, args) = (&store, &args);
         let stopped = present.into_iter().map(async |name| (stop(store, &name, args).await, name));
         let gone = gone.into_iter().map(async |name| (stopped_before(store, &name, args).await, name));
-        let all: FuturesUnordered<_> = stopped.map(Either::Left).chain(gone.map(Either::Right)).collect();
-        let failed = all
+        let all = stopped.map(Either::Left).chain(gone.map(Either::Right));
+        let failed = stream::iter(all)
+            .buffer_unordered(AT_ONCE)
             .map(|(result, name)| match result {
                 Ok(()) if globals.json => {
                     println!("{}", serde_json::json!({ "name": name, "overlay_removed": args.remove }));
@@ -53,7 +59,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
                 }
                 Ok(()) => false,
                 Err(error) => {
-                    eprintln!("bootcache: {error:#}");
+                    eprintln!("bootcache: {name}: {error:#}");
                     true
                 }
             })
@@ -73,8 +79,11 @@ async fn stop(store: &Store, name: &HostName, args: &Args) -> anyhow::Result<()>
     }
     attach::forget(store.dir(), name.as_str()).await?;
     guest::check_unused(&mut client, name).await?;
-    // One that did not come as far as its socket has none to close.
-    let _ = client.call(&Request::VmClose { name: name.clone() }).await;
+    match client.call(&Request::VmClose { name: name.clone() }).await {
+        // One that did not come as far as its socket has none to close.
+        Ok(_) | Err(ControlError::Refused(_)) => {}
+        Err(error) => return Err(error.into()),
+    }
     std::fs::remove_dir_all(store.vm_dir(name))?;
     if args.remove {
         client.call(&Request::OverlayRemove { name: name.clone() }).await?;

@@ -2,6 +2,7 @@
 //! one after the other, beside all other nodes: one that takes none keeps back no others.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,15 +20,16 @@ const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 const END_PAUSE: Duration = Duration::from_millis(300);
 /// How soon a node that lacks a boot cache is asked again to fetch it: it may be fetching.
 const STANDING_PAUSE: Duration = Duration::from_secs(10);
+
 /// Gives orders whenever there may be some, until the controller ends.
 pub(super) async fn run(shared: Arc<Shared>) {
-    let (errands, mut asked) = (Arc::new(Errands::default()), Asked::new());
+    let (errands, mut asked, mut ends) = (Arc::new(Errands::default()), Asked::new(), Ends::new());
     loop {
         tokio::select! {
             () = shared.cancel.cancelled() => return,
             () = shared.orders.notified() => {}
         }
-        if let Err(error) = dispatch(&shared, &errands, &mut asked).await {
+        if let Err(error) = dispatch(&shared, &errands, &mut asked, &mut ends).await {
             warn!("orders could not be given: {error}");
         }
     }
@@ -46,6 +48,8 @@ enum What {
 #[derive(Debug, Default)]
 struct Errands {
     under_way: Mutex<HashMap<Errand, bool>>,
+    /// Somebody will have orders looked for again in a moment.
+    timer: AtomicBool,
 }
 
 impl Errands {
@@ -80,18 +84,64 @@ impl Errands {
         if !self.begin(errand) {
             return;
         }
+        let under_way = UnderWay { shared: Arc::clone(shared), errands: Arc::clone(self), errand };
+        shared.tasks.spawn(async move {
+            let _under_way = under_way;
+            work.await;
+        });
+    }
+
+    /// Has orders looked for again in a moment: a part is being ended.
+    fn again_soon(self: &Arc<Self>, shared: &Arc<Shared>) {
+        if self.timer.swap(true, Ordering::AcqRel) {
+            return;
+        }
         let (owner, errands) = (Arc::clone(shared), Arc::clone(self));
         shared.tasks.spawn(async move {
-            work.await;
-            if errands.end(errand) {
-                owner.orders.notify_one();
+            tokio::select! {
+                () = owner.cancel.cancelled() => {}
+                () = tokio::time::sleep(END_PAUSE) => {
+                    errands.timer.store(false, Ordering::Release);
+                    owner.orders.notify_one();
+                }
             }
         });
     }
 }
 
+/// An errand, which ends with this however it does.
+struct UnderWay {
+    shared: Arc<Shared>,
+    errands: Arc<Errands>,
+    errand: Errand,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        if self.errands.end(self.errand) {
+            self.shared.orders.notify_one();
+        }
+    }
+}
+
 /// Nodes that were asked to fetch boot caches, and when.
 type Asked = HashMap<(i64, ImageName), Instant>;
+
+/// Parts that were to be ended, by task and node, and when that was last asked for.
+type Ends = HashMap<(i64, i64), Instant>;
+
+/// Leaves out those ends of which was asked a moment ago. Whether there were some.
+fn leave_out_recent(ends: &mut Ends, orders: &mut Vec<Order>, now: Instant) -> bool {
+    ends.retain(|_, at| now.duration_since(*at) < END_PAUSE);
+    let before = orders.len();
+    orders.retain(|order| {
+        !matches!(order.kind, OrderKind::End) || !ends.contains_key(&(order.task, order.host_id))
+    });
+    for order in orders.iter().filter(|order| matches!(order.kind, OrderKind::End)) {
+        ends.insert((order.task, order.host_id), now);
+    }
+    orders.len() < before
+}
 
 /// Those of `missing` that are to be asked for now; they count as asked then.
 fn due(asked: &mut Asked, missing: Vec<(i64, ImageName)>, now: Instant) -> Vec<(i64, ImageName)> {
@@ -106,8 +156,9 @@ async fn dispatch(
     shared: &Arc<Shared>,
     errands: &Arc<Errands>,
     asked: &mut Asked,
+    ends: &mut Ends,
 ) -> Result<(), DatabaseError> {
-    let (orders, hosts, standing) = shared
+    let (mut orders, hosts, standing) = shared
         .database
         .run::<_, DatabaseError, _>(|tx| {
             let standing = database::setting(tx, STANDING, || "off".to_owned())? == "on";
@@ -115,6 +166,9 @@ async fn dispatch(
             Ok((database::orders(tx)?, database::all_hosts(tx)?, missing))
         })
         .await?;
+    if leave_out_recent(ends, &mut orders, Instant::now()) {
+        errands.again_soon(shared);
+    }
     let mut orders_of: BTreeMap<i64, Vec<Order>> = BTreeMap::new();
     for order in orders {
         orders_of.entry(order.host_id).or_default().push(order);
@@ -127,7 +181,7 @@ async fn dispatch(
     }
     for host in hosts {
         if let Some(orders) = orders_of.remove(&host.id) {
-            let work = give_all(Arc::clone(shared), host.clone(), orders);
+            let work = give_all(Arc::clone(shared), Arc::clone(errands), host.clone(), orders);
             errands.spawn(shared, (host.id, What::Orders), work);
         }
         if let Some(images) = fetches_of.remove(&host.id) {
@@ -138,12 +192,12 @@ async fn dispatch(
 }
 
 /// Gives a node its orders, one after the other.
-async fn give_all(shared: Arc<Shared>, host: Host, orders: Vec<Order>) {
+async fn give_all(shared: Arc<Shared>, errands: Arc<Errands>, host: Host, orders: Vec<Order>) {
     for order in orders {
         if shared.cancel.is_cancelled() {
             return;
         }
-        if let Err(error) = give(&shared, &host, order).await {
+        if let Err(error) = give(&shared, &errands, &host, order).await {
             warn!("an order for node '{}' is lost: {error}", host.name);
         }
     }
@@ -165,7 +219,12 @@ async fn fetch_all(shared: Arc<Shared>, host: Host, images: Vec<ImageName>) {
 pub(super) const STANDING: &str = "standing prefetch";
 
 /// Gives one order and writes down what came of it.
-async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), DatabaseError> {
+async fn give(
+    shared: &Arc<Shared>,
+    errands: &Arc<Errands>,
+    host: &Host,
+    order: Order,
+) -> Result<(), DatabaseError> {
     let (task, host_id, cluster) = (order.task, order.host_id, shared.cluster.clone());
     match order.kind {
         OrderKind::Run(mut part) => {
@@ -211,7 +270,7 @@ async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), Dat
                     shared.database.run(move |tx| database::gone(tx, task, host_id)).await
                 }
                 Ok(_) => {
-                    again_soon(shared);
+                    errands.again_soon(shared);
                     Ok(())
                 }
                 Err(error) => {
@@ -221,17 +280,6 @@ async fn give(shared: &Arc<Shared>, host: &Host, order: Order) -> Result<(), Dat
             }
         }
     }
-}
-
-/// Looks again in a moment: a part is being ended.
-fn again_soon(shared: &Arc<Shared>) {
-    let owner = Arc::clone(shared);
-    shared.tasks.spawn(async move {
-        tokio::select! {
-            () = owner.cancel.cancelled() => {}
-            () = tokio::time::sleep(END_PAUSE) => owner.orders.notify_one(),
-        }
-    });
 }
 
 /// Has a node fetch an image.
@@ -252,6 +300,20 @@ pub(super) async fn fetch(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_part_is_asked_for_again_after_a_pause_and_not_with_every_look() {
+        let end = |task, host_id| Order { task, host_id, kind: OrderKind::End };
+        let (mut ends, now) = (Ends::new(), Instant::now());
+        let at = |millis| now + Duration::from_millis(millis);
+        let mut first = vec![end(1, 1), end(1, 2)];
+        assert!(!leave_out_recent(&mut ends, &mut first, at(0)) && first.len() == 2);
+        let mut soon = vec![end(1, 1), end(1, 2), end(2, 1)];
+        assert!(leave_out_recent(&mut ends, &mut soon, at(100)));
+        assert_eq!(soon.iter().map(|order| order.task).collect::<Vec<_>>(), [2]);
+        let mut later = vec![end(1, 1)];
+        assert!(!leave_out_recent(&mut ends, &mut later, at(301)) && later.len() == 1);
+    }
 
     #[test]
     fn a_node_has_one_errand_of_a_kind_at_a_time_and_what_comes_meanwhile_is_looked_at_after_it() {

@@ -284,10 +284,10 @@ impl Docker {
         if state.running == Some(true) {
             return None;
         }
+        let code = state.exit_code.filter(|code| *code != 0)?;
         if state.oom_killed == Some(true) {
             return Some("it was ended for want of memory: give it more with `memory`".to_owned());
         }
-        let code = state.exit_code.filter(|code| *code != 0)?;
         let said = match state.error.filter(|error| !error.is_empty()) {
             Some(error) => error,
             None => self.last_words(name).await,

@@ -27,8 +27,11 @@ pub async fn shut_down(socket: &Path) -> io::Result<ShutDown> {
         line(&mut reader).await?; // the greeting
         ask(&mut reader, &mut writer, "qmp_capabilities").await?;
         let status = ask(&mut reader, &mut writer, "query-status").await?;
-        if status["status"] != "running" {
-            return Ok(ShutDown::Paused);
+        match status["status"].as_str() {
+            Some("running") => {}
+            // It can never go on.
+            Some("shutdown" | "guest-panicked" | "internal-error") => return Ok(ShutDown::Off),
+            _ => return Ok(ShutDown::Paused),
         }
         ask(&mut reader, &mut writer, "system_powerdown").await?;
         Ok(ShutDown::Asked)

@@ -147,7 +147,8 @@ pub async fn run(
     ready(&format!("ready: {}", places.join(" ")));
     {
         let (node, cancel) = (Arc::clone(&node), cancel.clone());
-        tasks.spawn(async move { node.arrivals().resume(&cancel).await });
+        let resume = async move { cancel.run_until_cancelled(node.arrivals().resume(&cancel)).await };
+        tasks.spawn(resume);
     }
 
     cancel.cancelled().await;

@@ -47,6 +47,21 @@ pub struct Plan {
     pub fill_rate: u64,
 }
 
+impl Plan {
+    /// This, said of an image of which was said before how it is fetched: all sources, and everything if either wants that.
+    fn after(mut self, before: Self) -> Self {
+        let known = before.sources.into_iter().filter(|source| !self.sources.contains(source));
+        let known: Vec<SocketAddr> = known.collect();
+        self.sources.extend(known);
+        self.sources.truncate(SOURCES_MAX);
+        self.fill |= before.fill;
+        if self.fill_rate == 0 {
+            self.fill_rate = before.fill_rate;
+        }
+        self
+    }
+}
+
 struct Arrival {
     engine: Arc<Engine>,
     /// Keeps the image from being removed until all of it is here.
@@ -161,9 +176,16 @@ impl Arrivals {
 
     /// Starts the transfer of `found`, which has none, unless all of it is here. For who holds its [`Begin::Root`].
     async fn take(&self, target: &Target, found: Found, plan: &Plan) -> Result<(), PullError> {
+        let io_error = |source| PullError::Io { name: target.name.clone(), source };
+        // The last daemon may have been told more of it.
+        let (store, root) = (self.store.clone(), found.root());
+        let before = tokio::task::spawn_blocking(move || plan_of(&store, root)).await;
+        let plan = &match before.map_err(io::Error::other).map_err(io_error)? {
+            Some(before) => plan.clone().after(before),
+            None => plan.clone(),
+        };
         let taken = pull::take(&self.store, target, found, &plan.sources, self.options_of(plan)).await?;
         if let Pulled::Coming(engine, hold) = taken {
-            let io_error = |source| PullError::Io { name: target.name.clone(), source };
             engine.set_fill_rate(self.remember(engine.holding().root(), plan).await.map_err(io_error)?);
             self.keep(engine, hold);
         }
@@ -192,14 +214,7 @@ impl Arrivals {
         let (store, mut plan) = (self.store.clone(), plan.clone());
         let work = move || {
             if let Some(before) = plan_of(&store, root) {
-                let known: Vec<SocketAddr> =
-                    before.sources.into_iter().filter(|source| !plan.sources.contains(source)).collect();
-                plan.sources.extend(known);
-                plan.sources.truncate(SOURCES_MAX);
-                plan.fill |= before.fill;
-                if plan.fill_rate == 0 {
-                    plan.fill_rate = before.fill_rate;
-                }
+                plan = plan.after(before);
             } else if store.image(root).is_ok_and(|entry| entry.is_complete()) {
                 return Ok(plan.fill_rate);
             }
@@ -275,8 +290,15 @@ impl Arrivals {
     }
 
     async fn take_up(&self, root: Digest) {
+        /// Those who wait for it are told however that ends.
+        struct UnderWay<'a>(&'a Arrivals, Digest);
+        impl Drop for UnderWay<'_> {
+            fn drop(&mut self) {
+                self.0.unfinished.send_modify(|unfinished| _ = unfinished.under_way.remove(&self.1));
+            }
+        }
+        let _under_way = UnderWay(self, root);
         self.go_on(root).await;
-        self.unfinished.send_modify(|unfinished| _ = unfinished.under_way.remove(&root));
     }
 
     /// Goes on with image `root`, if it was on its way and has a name.

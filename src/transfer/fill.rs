@@ -1,11 +1,12 @@
 //! The fill: everything that neither the stream nor a guest has brought, in the background.
 //!
 //! Yields to both: it starts when the stream is over, pauses while a guest waits, and is slow while a guest boots from
-//! what is already here, since what it does to bytes takes processor time too (see [`Booting`]). Beyond that it keeps so
+//! what is already here, since what it does to bytes takes processor time too (see [`super::guests`]). Beyond that it keeps so
 //! much under way that an answer takes about [`TARGET`] longer than an empty link needs: a guest's miss never queues
 //! behind more than that. Zero blocks are never asked for. What nobody has, be it that a guest waits for it, does not keep
 //! it from the rest.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -43,6 +44,8 @@ const REQUESTS_MAX: usize = 16;
 const PAGES_AHEAD: u64 = 8;
 /// Pause while others fetch, or a guest waits.
 const YIELD: Duration = Duration::from_millis(5);
+/// How long one request waits for guests of other images.
+const OTHERS_WAIT: Duration = Duration::from_millis(100);
 /// Pages that are fetched in one order at least: 4 MiB.
 const STRETCH_MIN: usize = 8;
 /// Places of which the one is begun at that fewest others have.
@@ -163,9 +166,11 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
     let mut running = JoinSet::new();
     let mut under_way = 0_u64;
     let mut everything_came = true;
+    // What was asked for and did not come is left to the next pass, which comes after a pause.
+    let mut failed = HashSet::new();
     let mut pages = order(shared, draw);
     let mut at = 0;
-    // Pages until there is another order: meanwhile others have come to have some, and what few have goes first.
+    // Pages until there is another order: meanwhile others have come to have some.
     let mut stretch = stretch_of(&pages);
     while let Some(page) = pages.get(at).copied() {
         at += 1;
@@ -190,9 +195,11 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
             while !running.is_empty()
                 && (running.len() >= REQUESTS_MAX || (under_way + part.count) as f64 > window.blocks)
             {
-                if let Some(Ok((count, took))) = running.join_next().await {
+                if let Some(Ok((page, count, took))) = running.join_next().await {
                     under_way -= count;
-                    everything_came &= window.note_if_came(count, took);
+                    if !window.note_if_came(count, took) {
+                        failed.insert(page);
+                    }
                 }
             }
             make_way(shared).await;
@@ -209,7 +216,7 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
                     let began = Instant::now();
                     fetch(&shared, &flight.extents, Kind::Fill).await;
                     let came = flight.extents.iter().all(|extent| shared.cache.has(*extent));
-                    (blocks, came.then(|| began.elapsed()))
+                    (page, blocks, came.then(|| began.elapsed()))
                 }
             };
             running.spawn(shared.work.track_future(work));
@@ -219,15 +226,18 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
         stretch -= usize::from(took);
         if stretch == 0 {
             pages = order(shared, draw);
+            pages.retain(|page| !failed.contains(page));
             (at, stretch) = (0, stretch_of(&pages));
         }
     }
     while let Some(ended) = running.join_next().await {
-        if let Ok((count, took)) = ended {
-            everything_came &= window.note_if_came(count, took);
+        if let Ok((page, count, took)) = ended
+            && !window.note_if_came(count, took)
+        {
+            failed.insert(page);
         }
     }
-    everything_came
+    everything_came && failed.is_empty()
 }
 
 /// How many of the `pages` that are missing are fetched in one order.
@@ -245,9 +255,11 @@ fn is_offered(shared: &Shared, page: u64) -> bool {
     offered_with(None) || frame_of_rest().is_some_and(|frame| offered_with(Some(frame)))
 }
 
-/// Waits while a guest does, of this image or of another, unless nobody gives what it waits for.
+/// Waits while a guest does, of this image or of another, unless nobody gives what it waits for. For guests of other images,
+/// which may have other sources and always wait, not for long.
 async fn make_way(shared: &Shared) {
-    while guest_waits(shared) || shared.options.guests.wait() {
+    let began = Instant::now();
+    while guest_waits(shared) || shared.options.guests.wait() && began.elapsed() < OTHERS_WAIT {
         tokio::time::sleep(YIELD).await;
     }
 }

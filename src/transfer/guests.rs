@@ -31,9 +31,11 @@ struct Seen {
 }
 
 impl Guests {
-    /// The guests of `image` count too, as long as it arrives.
+    /// The guests of `image` count too, as long as there is its transfer.
     pub(super) fn add(&self, image: &Arc<Shared>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).images.push(Arc::downgrade(image));
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.images.retain(|image| image.strong_count() > 0);
+        seen.images.push(Arc::downgrade(image));
     }
 
     /// Whether one waits for what somebody may give.

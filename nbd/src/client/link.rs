@@ -69,18 +69,24 @@ impl std::fmt::Debug for Link {
 struct Asked<'a> {
     link: &'a Link,
     cookie: u64,
+    /// All of it was sent.
+    sent: bool,
 }
 
 impl<'a> Asked<'a> {
     fn count(link: &'a Link, cookie: u64) -> Self {
         link.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { link, cookie }
+        Self { link, cookie, sent: false }
     }
 }
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
         self.link.in_flight.fetch_sub(1, Ordering::Relaxed);
+        if !self.sent {
+            self.link.table().remove(&self.cookie);
+            return;
+        }
         // The server may answer still: the cookie has to be known until then.
         if let Some(waiting) = self.link.table().get_mut(&self.cookie) {
             waiting.answer = Answer::default();
@@ -212,11 +218,9 @@ impl Link {
             self.table().remove(&cookie);
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let _asked = Asked::count(self, cookie);
-        if let Err(error) = self.write(cookie, call).await {
-            self.table().remove(&cookie);
-            return Err(error);
-        }
+        let mut asked = Asked::count(self, cookie);
+        self.write(cookie, call).await?;
+        asked.sent = true;
         answer.await.unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
     }
 

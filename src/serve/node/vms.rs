@@ -8,14 +8,12 @@ use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::turns::Turn;
 use super::{Node, NodeError, at, lock};
 use crate::control::Owner;
 use crate::control::VmInfo;
 use crate::name::HostName;
 use crate::serve::vm_socket::VmSocket;
-
-/// Sockets that are opened at once after a restart: for most, little of the store is read.
-const REOPENED_AT_ONCE: usize = 8;
 
 impl Node {
     /// Opens the sockets of the VMs that had one when the last daemon ended, however it ended; of no further ones after
@@ -29,19 +27,22 @@ impl Node {
         }
         let names = futures_util::stream::iter(names).take_while(|_| ready(!until.is_cancelled()));
         let reopen = async |name| {
-            if let Err(error) = self.reopen_vm(&name).await {
+            if let Some(Err(error)) = until.run_until_cancelled(self.reopen_vm(&name)).await {
                 warn!("the socket of VM '{name}' is not open again: {error}");
             }
         };
-        names.for_each_concurrent(REOPENED_AT_ONCE, reopen).await;
+        // All at once: most of them may wait for one image, and the others are not to wait for those.
+        names.for_each_concurrent(None, reopen).await;
         Ok(())
     }
 
     async fn reopen_vm(&self, name: &HostName) -> Result<(), NodeError> {
         let dir = self.store.vm_dir(name);
-        let Some(owner) = VmSocket::recorded(&dir).map_err(at(&dir))? else { return Ok(()) };
         loop {
-            match self.open_vm(name, owner).await {
+            // It may have been closed while its image was waited for.
+            let turn = self.turns.turn(name).await;
+            let Some(owner) = VmSocket::recorded(&dir).map_err(at(&dir))? else { return Ok(()) };
+            match self.open_in(turn, owner).await {
                 // Its guest waits too.
                 Err(NodeError::Resuming(_)) => {}
                 opened => return opened.map(drop),
@@ -50,7 +51,11 @@ impl Node {
     }
 
     pub(super) async fn open_vm(&self, name: &HostName, owner: Option<Owner>) -> Result<VmInfo, NodeError> {
-        let turn = self.turns.turn(name).await;
+        self.open_in(self.turns.turn(name).await, owner).await
+    }
+
+    async fn open_in(&self, turn: Turn, owner: Option<Owner>) -> Result<VmInfo, NodeError> {
+        let name = turn.name();
         if let Some(socket) = lock(&self.open).vms.get(name) {
             return Ok(socket.info(name));
         }

@@ -59,6 +59,7 @@ async fn a_request_that_was_given_up_before_its_first_byte_left_no_trace() {
     let mut given_up = Box::pin(link.call(&second));
     assert!(poll!(&mut given_up).is_pending());
     drop(given_up);
+    assert_eq!(link.table().len(), 1, "of what was never sent no answer is waited for");
 
     let server = tokio::spawn(async move {
         for offset in [0, 2] {
