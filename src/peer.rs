@@ -13,6 +13,7 @@ pub mod fault;
 pub mod holding;
 mod local_user;
 pub mod message;
+mod pace;
 pub mod server;
 pub mod tracker;
 pub mod transport;

@@ -6,13 +6,11 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -22,13 +20,12 @@ use crate::wire::frame::{self, BULK_PAYLOAD_MAX, CONTROL_PAYLOAD_MAX, FrameType}
 use crate::wire::io::{WireError, ended, read_frame, write_message};
 
 use super::message::{Answer, Ask, Have, Hello, NODE_NAME_MAX, PROTOCOL_VERSION, Reply, Request};
+use super::pace::{Meter, Paced};
 use super::transport::{Security, Transport};
 
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// Requests that wait for the socket; more make the caller wait.
 const QUEUE: usize = 64;
-/// A connection that brings fewer bytes a second brings nothing: a source could hold a guest up with single bytes.
-const RATE_MIN: f64 = 8192.0;
 
 /// Why a connection was not made.
 #[derive(Debug, thiserror::Error)]
@@ -103,61 +100,6 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-/// When a connection last brought something: a whole reply, or since then bytes at [`RATE_MIN`] or more.
-#[derive(Debug)]
-struct Meter(Mutex<Pace>);
-
-#[derive(Debug)]
-struct Pace {
-    last: Instant,
-    /// Bytes since then.
-    bytes: u64,
-}
-
-impl Meter {
-    fn new() -> Self {
-        Self(Mutex::new(Pace { last: Instant::now(), bytes: 0 }))
-    }
-
-    fn note_bytes(&self, bytes: usize) {
-        let mut pace = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pace.bytes += bytes as u64;
-        if pace.bytes as f64 >= pace.last.elapsed().as_secs_f64() * RATE_MIN {
-            *pace = Pace { last: Instant::now(), bytes: 0 };
-        }
-    }
-
-    fn note_reply(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Pace { last: Instant::now(), bytes: 0 };
-    }
-
-    fn last(&self) -> Instant {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).last
-    }
-}
-
-/// A reader whose bytes are noted as they come.
-struct Metered<R> {
-    reader: R,
-    meter: Arc<Meter>,
-}
-
-impl<R: AsyncRead + Unpin> AsyncRead for Metered<R> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let polled = Pin::new(&mut self.reader).poll_read(cx, buffer);
-        let came = buffer.filled().len() - before;
-        if came > 0 {
-            self.meter.note_bytes(came);
-        }
-        polled
-    }
-}
-
 impl Connection {
     /// Connects to the node at `address`, as `hello`, and greets it.
     ///
@@ -185,14 +127,13 @@ impl Connection {
     }
 
     fn start(stream: Box<dyn Transport>, address: SocketAddr, node: String, key: u64) -> Self {
-        let (reader, writer) = tokio::io::split(stream);
+        let meter = Arc::new(Meter::new());
+        let (reader, writer) = tokio::io::split(Paced::new(stream, Arc::clone(&meter)));
         let (requests, queue) = mpsc::channel(QUEUE);
         let closed = CancellationToken::new();
         let pending = Arc::new(Mutex::new(HashMap::new()));
-        let meter = Arc::new(Meter::new());
-        let reader = Metered { reader, meter: Arc::clone(&meter) };
         tokio::spawn(write_requests(writer, queue, closed.clone()));
-        tokio::spawn(read_replies(reader, Arc::clone(&pending), closed.clone()));
+        tokio::spawn(read_replies(reader, Arc::clone(&meter), Arc::clone(&pending), closed.clone()));
         let close = closed.clone().drop_guard();
         let next = AtomicU32::new(1);
         let shared = Shared { address, node, key, requests, pending, next, meter, closed, _close: close };
@@ -323,7 +264,7 @@ impl Drop for Cancel<'_> {
 }
 
 async fn write_requests(
-    mut writer: WriteHalf<Box<dyn Transport>>,
+    mut writer: WriteHalf<Paced>,
     mut queue: mpsc::Receiver<Vec<u8>>,
     closed: CancellationToken,
 ) {
@@ -346,7 +287,8 @@ async fn write_requests(
 }
 
 async fn read_replies(
-    mut reader: Metered<ReadHalf<Box<dyn Transport>>>,
+    mut reader: ReadHalf<Paced>,
+    meter: Arc<Meter>,
     pending: Arc<Mutex<HashMap<u32, Pending>>>,
     closed: CancellationToken,
 ) {
@@ -355,7 +297,7 @@ async fn read_replies(
             if frame_type != FrameType::PEER_REPLY {
                 continue;
             }
-            reader.meter.note_reply();
+            meter.note_reply();
             let (reply, bulk) = frame::decode_bulk::<Reply>(&payload)?;
             let bulk_at = payload.len() - bulk.len();
             let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -378,37 +320,4 @@ async fn read_replies(
     }
     closed.cancel();
     pending.lock().unwrap_or_else(PoisonError::into_inner).clear();
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_slow_link_is_not_silent_and_one_that_drips_is() {
-        for (bytes, pause_ms, is_silent) in
-            [(1448, 30, false), (400, 20, false), (1024, 250, true), (1, 1, true)]
-        {
-            let meter = Meter::new();
-            for _ in 0..4000 / pause_ms {
-                tokio::time::advance(Duration::from_millis(pause_ms)).await;
-                meter.note_bytes(bytes);
-            }
-            assert_eq!(
-                meter.last().elapsed() > Duration::from_secs(2),
-                is_silent,
-                "{bytes} bytes each {pause_ms} ms"
-            );
-            meter.note_reply();
-            assert_eq!(meter.last().elapsed(), Duration::ZERO);
-        }
-        // What did not come for a while and then does is no silence.
-        let meter = Meter::new();
-        tokio::time::advance(Duration::from_millis(1500)).await;
-        for _ in 0..50 {
-            tokio::time::advance(Duration::from_millis(10)).await;
-            meter.note_bytes(500);
-        }
-        assert!(meter.last().elapsed() < Duration::from_millis(100), "{:?}", meter.last().elapsed());
-    }
 }

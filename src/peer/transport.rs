@@ -3,12 +3,14 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use rustix::net::sockopt;
 use rustls::pki_types::CertificateDer;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::{client, server};
 
 use super::local_user;
 use crate::digest::Digest;
@@ -19,12 +21,45 @@ use crate::tls::{Identity, Role, has_name, has_role};
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// And where there is not: the kernel asks again for a connection after one second and after three.
 const PATIENT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes of a TLS record at most, with its header and what encryption adds (RFC 8446 section 5.2).
+const TLS_RECORD_MAX: usize = 5 + (1 << 14) + 256;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A connection, encrypted or not.
-pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Says that a read that waits need not be woken before `bytes` are there, or the connection ends. One that cannot
+    /// do that wakes for whatever comes.
+    fn wake_for(&self, _bytes: usize) {}
+}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
+impl Transport for TcpStream {
+    fn wake_for(&self, bytes: usize) {
+        let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+        // SAFETY: the descriptor is open for the whole call, which reads one int (SO_RCVLOWAT, socket(7)).
+        let _ = unsafe {
+            libc::setsockopt(
+                self.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVLOWAT,
+                (&raw const bytes).cast(),
+                size_of_val(&bytes) as libc::socklen_t,
+            )
+        };
+    }
+}
+
+impl Transport for client::TlsStream<TcpStream> {
+    /// Part of a record that has come is kept within and not there to be woken for.
+    fn wake_for(&self, bytes: usize) {
+        self.get_ref().0.wake_for(bytes.saturating_sub(TLS_RECORD_MAX).max(1));
+    }
+}
+
+impl Transport for server::TlsStream<TcpStream> {}
+
+impl Transport for UnixStream {}
+
+impl Transport for DuplexStream {}
 
 /// What protects connections between nodes.
 #[derive(Clone, Default)]

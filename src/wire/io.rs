@@ -2,10 +2,14 @@
 
 use std::io;
 
+use bytes::BufMut as _;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::frame::{self, FrameError, FrameType, HEADER_BYTES, Header};
+
+/// Bytes of a payload that memory is reserved for at once, and that a read asks for.
+const PIECE: usize = 64 << 10;
 
 /// Why a frame could not be moved.
 #[derive(Debug, thiserror::Error)]
@@ -37,10 +41,16 @@ pub async fn read_frame<R: AsyncRead + Unpin>(
     }
     let header = Header::parse(bytes, limit)?;
     let mut payload = Vec::new();
-    // Grows with what arrives, so that a header alone reserves no memory.
-    let got = (&mut *reader).take(header.length as u64).read_to_end(&mut payload).await?;
-    if got < header.length {
-        return Err(ended().into());
+    while payload.len() < header.length {
+        // Grows with what arrives, so that a header alone reserves little memory.
+        let mut piece = (header.length - payload.len()).min(PIECE);
+        payload.reserve(piece);
+        while piece > 0 {
+            match reader.read_buf(&mut (&mut payload).limit(piece)).await.map_err(plainly)? {
+                0 => return Err(ended().into()),
+                got => piece -= got,
+            }
+        }
     }
     Ok(Some((header.frame_type, payload)))
 }

@@ -323,6 +323,8 @@ mod tests {
         }
     }
 
+    impl Transport for Unread {}
+
     /// Over TLS, short replies to it waited for ever, and it kept its place.
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_reads_nothing_is_dropped_though_its_replies_fit_a_buffer() {
@@ -380,6 +382,8 @@ mod tests {
             Poll::Pending
         }
     }
+
+    impl Transport for Dripping {}
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_hardly_reads_is_dropped_before_it_has_a_whole_reply() {
