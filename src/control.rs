@@ -194,7 +194,8 @@ pub struct TransferStatus {
     pub origin_bytes: u64,
     /// Where the time of reads went, over all VMs.
     pub waits: WaitStatus,
-    /// Milliseconds that the recorded boot has to wait at least at that goodput; none before frames have come.
+    /// Milliseconds that the recorded boot has to wait at least at that goodput if it begins with the stream; none before
+    /// frames have come.
     pub waiting_min_ms: Option<u64>,
     /// Bytes a second of the boot stream, from the first request to the last frame.
     pub goodput: Option<u64>,

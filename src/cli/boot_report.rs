@@ -12,7 +12,7 @@ use serde::Serialize;
 pub(super) struct BootReport {
     /// Where the time of its reads went.
     waits: WaitStatus,
-    /// What it would have waited at least, at the goodput that the boot stream had.
+    /// What the recorded boot, begun with the stream, waits at least at the goodput that this had.
     waiting_min_ms: Option<u64>,
     /// How the image came, for all its VMs together.
     transfer: TransferStatus,
@@ -62,7 +62,7 @@ impl BootReport {
 /// One line on where the time of reads went.
 pub(super) fn waited(waits: &WaitStatus, waiting_min_ms: Option<u64>) -> String {
     let seconds = |ms: u64| ms as f64 / 1000.0;
-    let bound = waiting_min_ms.map_or_else(String::new, |ms| format!(" (at least {:.2} s)", seconds(ms)));
+    let bound = waiting_min_ms.map_or_else(String::new, |ms| format!(" ({:.2} s at least, had it begun with the stream)", seconds(ms)));
     format!(
         "{:.2} s{bound}: {} reads for the boot stream {:.2} s, {} for a fetch {:.2} s, {} unforeseen; own disk {:.2} s",
         seconds(waits.blocked_ms),
