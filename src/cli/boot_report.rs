@@ -62,7 +62,9 @@ impl BootReport {
 /// One line on where the time of reads went.
 pub(super) fn waited(waits: &WaitStatus, waiting_min_ms: Option<u64>) -> String {
     let seconds = |ms: u64| ms as f64 / 1000.0;
-    let bound = waiting_min_ms.map_or_else(String::new, |ms| format!(" ({:.2} s at least, had it begun with the stream)", seconds(ms)));
+    let bound = waiting_min_ms.map_or_else(String::new, |ms| {
+        format!(" ({:.2} s at least, had it begun with the stream)", seconds(ms))
+    });
     format!(
         "{:.2} s{bound}: {} reads for the boot stream {:.2} s, {} for a fetch {:.2} s, {} unforeseen; own disk {:.2} s",
         seconds(waits.blocked_ms),
