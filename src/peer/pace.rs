@@ -16,8 +16,8 @@ use super::transport::Transport;
 
 /// A connection that brings fewer bytes a second brings nothing: a source could hold a guest up with single bytes.
 const RATE_MIN: f64 = 8192.0;
-/// What comes within this time is waited for in one piece.
-const GATHER: Duration = Duration::from_millis(2);
+/// What comes within this time is waited for in one piece; in ms.
+const GATHER_MS: u64 = 2;
 /// And no more than this, in bytes, should the link become slow meanwhile.
 const GATHER_MAX: usize = 32 << 10;
 /// Over how long the rate is taken.
@@ -57,7 +57,7 @@ impl Meter {
 }
 
 /// A connection whose bytes are noted as they come. The buffer of a read says how much is of use only as a whole: a read
-/// that waits is woken when all of it is there, or what comes in [`GATHER`].
+/// that waits is woken when all of it is there, or what comes in [`GATHER_MS`].
 pub(super) struct Paced {
     stream: Box<dyn Transport>,
     meter: Arc<Meter>,
@@ -117,27 +117,29 @@ impl AsyncWrite for Paced {
 #[derive(Debug)]
 struct Rate {
     since: Instant,
-    bytes: usize,
-    a_second: f64,
+    bytes: u64,
+    a_second: u64,
 }
 
 impl Rate {
     fn new() -> Self {
-        Self { since: Instant::now(), bytes: 0, a_second: 0.0 }
+        Self { since: Instant::now(), bytes: 0, a_second: 0 }
     }
 
     fn note(&mut self, bytes: usize) {
-        self.bytes += bytes;
+        self.bytes += bytes as u64;
         let passed = self.since.elapsed();
         if passed >= WINDOW {
-            self.a_second = self.bytes as f64 / passed.as_secs_f64();
+            let micros = u64::try_from(passed.as_micros()).unwrap_or(u64::MAX);
+            self.a_second = self.bytes.saturating_mul(1_000_000) / micros.max(1);
             (self.since, self.bytes) = (Instant::now(), 0);
         }
     }
 
     /// How many bytes are waited for in one piece.
     fn gathers(&self) -> usize {
-        ((self.a_second * GATHER.as_secs_f64()) as usize).min(GATHER_MAX)
+        let bytes = self.a_second.saturating_mul(GATHER_MS) / 1000;
+        usize::try_from(bytes).unwrap_or(usize::MAX).min(GATHER_MAX)
     }
 }
 
@@ -221,14 +223,14 @@ mod tests {
         let reads = async {
             for _ in 0..20 {
                 for length in lengths {
-                    near.rate.a_second = 1e9;
+                    near.rate.a_second = 1_000_000_000;
                     let mut bytes = vec![0; length];
                     near.read_exact(&mut bytes).await.unwrap();
                     assert!(bytes.iter().all(|byte| *byte == 7));
                 }
             }
             let mut rest = vec![0; 10_000];
-            near.rate.a_second = 1e9;
+            near.rate.a_second = 1_000_000_000;
             near.read_exact(&mut rest).await.unwrap_err().kind()
         };
         let end = tokio::time::timeout(Duration::from_secs(30), reads).await.expect("nothing hangs");

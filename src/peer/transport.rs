@@ -35,6 +35,7 @@ pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {
 impl Transport for TcpStream {
     fn wake_for(&self, bytes: usize) {
         let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+        let length = libc::socklen_t::try_from(size_of_val(&bytes)).expect("an int is short");
         // SAFETY: the descriptor is open for the whole call, which reads one int (SO_RCVLOWAT, socket(7)).
         let _ = unsafe {
             libc::setsockopt(
@@ -42,7 +43,7 @@ impl Transport for TcpStream {
                 libc::SOL_SOCKET,
                 libc::SO_RCVLOWAT,
                 (&raw const bytes).cast(),
-                size_of_val(&bytes) as libc::socklen_t,
+                length,
             )
         };
     }
