@@ -95,6 +95,12 @@ fn reports(listener: &TcpListener, count: usize) -> Vec<String> {
     names
 }
 
+/// How many emulators libvirt keeps the capabilities of.
+fn emulators_looked_at(host: &Host) -> usize {
+    let list = "ls /var/cache/libvirt/qemu/capabilities 2>/dev/null || true";
+    support::run(&mut host.command(["sh", "-c", list])).lines().count()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_hosts() {
     if !support::require(&NEEDS) || !support::require_root() {
@@ -126,10 +132,14 @@ async fn a_vm_is_told_its_facts_and_is_on_one_network_with_containers_of_both_ho
     let vms = Domains::new(Libvirt::new(hosts[0].libvirt()), &nodes[0], folder.path())
         .with_accelerator(Accelerator::Tcg);
     vms.check().await.unwrap();
+    vms.prepare().await.unwrap();
+    let looked_at = emulators_looked_at(&hosts[0]);
+    assert!(looked_at > 0, "libvirt keeps what it saw");
     let serial = folder.path().join("serial.log");
     let vm = launch("vm-1", Root::Disk(disk), 11, &serial);
     vms.launch(&vm).await.unwrap();
     vms.launch(&vm).await.unwrap();
+    assert_eq!(emulators_looked_at(&hosts[0]), looked_at, "it had been prepared for this one");
 
     for (index, engine) in engines.iter().enumerate() {
         engine.ensure_network(&spec(index)).await.unwrap();

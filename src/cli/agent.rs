@@ -99,8 +99,12 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         // One that is away now is not left out: its instances may run, and it may come back.
         let mut hypervisors: Vec<Arc<dyn Hypervisor>> = Vec::new();
         let libvirt = (!args.no_vms).then(|| Libvirt::new(&args.connect));
-        hypervisors
-            .extend(libvirt.clone().map(|libvirt| Arc::new(Domains::new(libvirt, &name, store.dir())) as _));
+        let domains = libvirt.clone().map(|libvirt| Arc::new(Domains::new(libvirt, &name, store.dir())));
+        if let Some(domains) = domains.clone() {
+            // What is wrong with libvirt, the first VM says.
+            tokio::spawn(async move { domains.prepare().await });
+        }
+        hypervisors.extend(domains.map(|domains| domains as _));
         let docker =
             (!args.no_containers).then(|| Arc::new(Docker::new(args.docker.to_string_lossy(), name.clone())));
         hypervisors.extend(docker.clone().map(|docker| docker as _));

@@ -4,6 +4,7 @@
 //! knows its own again, from a template too. A domain of that name with another UUID is somebody else's and is never
 //! touched.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -64,14 +65,28 @@ impl Domains {
         Domain::uuid(&self.owner, name)
     }
 
+    /// Has libvirt look at the emulator of the node's guests, which takes a second the first time: the first guest does not
+    /// wait for it then. Without this, nothing is different later.
+    pub async fn prepare(&self) -> Result<(), HypervisorError> {
+        let emulator = self.emulator().await?;
+        self.libvirt.look_at(emulator.to_string_lossy().into_owned()).await?;
+        self.accelerator.get_or_init(Accelerator::detect).await;
+        Ok(())
+    }
+
+    /// The file that libvirt starts for each of the node's guests.
+    async fn emulator(&self) -> Result<PathBuf, HypervisorError> {
+        let folder = self.folder.clone();
+        let written = tokio::task::spawn_blocking(move || install_emulator(&folder)).await;
+        let written = written.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+        written.map_err(|error| HypervisorError::Refused(format!("the guests' emulator: {error}")))
+    }
+
     async fn xml(&self, launch: &Launch) -> Result<String, HypervisorError> {
         let refused = |reason: String| HypervisorError::Refused(format!("{}: {reason}", launch.name));
         let Root::Disk(disk) = &launch.root else {
             return Err(refused("a VM starts from a disk, not from an image".to_owned()));
         };
-        let folder = self.folder.clone();
-        let emulator = tokio::task::spawn_blocking(move || install_emulator(&folder)).await;
-        let emulator = emulator.map_err(|error| refused(error.to_string()))?;
         let names = taps(&self.owner, &launch.name);
         let interfaces = launch.nics.iter().zip(names).map(|(nic, tap)| Interface {
             bridge: Some(nic.bridge.clone()),
@@ -87,7 +102,7 @@ impl Domains {
             memory_mib: launch.memory_mib,
             cpus: launch.cpus,
             accelerator: *self.accelerator.get_or_init(Accelerator::detect).await,
-            emulator: emulator.map_err(|error| refused(error.to_string()))?,
+            emulator: self.emulator().await?,
             disk: disk.clone(),
             interfaces: interfaces.collect(),
             serial: launch.serial.clone(),

@@ -187,6 +187,15 @@ impl Libvirt {
         self.call(|connect| Ok(owner(&connect.capabilities().map_err(refused)?))).await
     }
 
+    /// Has the daemon look at an emulator, as it would before the first guest: it keeps what it sees.
+    pub async fn look_at(&self, emulator: String) -> Result<(), LibvirtError> {
+        self.call(move |connect| {
+            connect.domain_capabilities(Some(&emulator), None, None, None, 0).map_err(refused)?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Guests are known by their UUID and never by their name, which may be that of somebody else's.
     async fn with_domain<T, F>(&self, uuid: &str, work: F) -> Result<Option<T>, LibvirtError>
     where
