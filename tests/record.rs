@@ -236,6 +236,21 @@ fn any_command_can_be_recorded_by_either_way() {
 }
 
 #[test]
+fn a_disk_that_does_not_boot_is_not_taken_for_one_that_is_idle_without_a_word() {
+    if !support::require(&["qemu-system-x86_64", "qemu-img"]) || !support::require_root() {
+        return;
+    }
+    let store = Store::new();
+    let raw = store.beside("raw");
+    std::fs::write(&raw, support::noise(5, 4 << 20)).unwrap();
+    store.run(["image", "add", "--format", "raw", "noise", raw.to_str().unwrap()]);
+    let mut recorder = Process::start(&mut store.command(["record", "noise", "--until", "idle:2"]));
+    assert!(recorder.wait(Duration::from_secs(60)).success(), "{}", recorder.said());
+    let said = recorder.said();
+    assert!(said.contains("recorded 1 boot") && said.contains("did it boot at all?"), "{said}");
+}
+
+#[test]
 fn ctrl_c_leaves_nothing_behind() {
     let Some(store) = store() else { return };
     let pid = store.beside("pid");

@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 use super::Globals;
 
 const INTERRUPTED: u8 = 130;
+/// Kernels are larger: whoever read less has not started one.
+const BOOTED_MIN: u64 = 1 << 20;
 
 /// The guest writes to a throw-away overlay: the image itself is only read.
 #[derive(Debug, clap::Args)]
@@ -94,8 +96,16 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let recorded = runtime.block_on(interruptible(&store, &entry, &options));
     match recorded {
-        Ok(recorded) if globals.json => print_json(&name, &options, &recorded)?,
-        Ok(recorded) => print_summary(&name, &options, &recorded),
+        Ok(recorded) => {
+            if globals.json {
+                print_json(&name, &options, &recorded)?;
+            } else {
+                print_summary(&name, &options, &recorded);
+            }
+            if let Some(doubt) = doubt(&options, summary(&recorded).unique) {
+                super::say(&doubt);
+            }
+        }
         Err(error) if matches!(error.downcast_ref(), Some(RecordError::Interrupted)) => {
             eprintln!("bootcache: {error}");
             return Ok(ExitCode::from(INTERRUPTED));
@@ -209,6 +219,18 @@ fn show(line: &ProgressBar, runs: u32, progress: Progress) {
         Progress::Switching => "the tracer does not see everything: recording at an NBD export".to_owned(),
     });
     line.tick();
+}
+
+/// What a guest that was over when it read nothing more may have been instead, when it read `unique` bytes.
+fn doubt(options: &Options, unique: u64) -> Option<String> {
+    let is_guest = matches!(options.subject, Subject::Guest { .. });
+    (is_guest && matches!(options.until, Until::Idle(_)) && unique < BOOTED_MIN).then(|| {
+        format!(
+            "the guest read only {} and then nothing more: did it boot at all? Look with `bootcache boot`; \
+             --until serial:REGEX or tcp:PORT tells a boot from a guest that hangs",
+            HumanBytes(unique)
+        )
+    })
 }
 
 fn summary(recorded: &Recorded) -> Summary {
