@@ -6,7 +6,7 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::process::Process;
 use support::store::Store;
@@ -177,6 +177,15 @@ fn a_node_that_would_serve_in_the_clear_says_what_to_give() {
     let said = Store::new().refused(["serve", "--peer-listen", "0.0.0.0:7681"]);
     one_line(&said, "--peer-listen: 0.0.0.0:7681 is beyond loopback");
     assert!(said.contains("--tls-dir") && said.contains("--plain"), "{said}");
+}
+
+#[test]
+fn a_node_that_would_fetch_in_the_clear_says_so_and_does_not_try_again_and_again() {
+    let began = Instant::now();
+    let said = Store::new().refused(["pull", "golden", "--from", "192.0.2.1:7602"]);
+    one_line(&said, "192.0.2.1:7602 is beyond loopback");
+    assert!(said.contains("--tls-dir") && said.contains("--plain"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(8), "what cannot come true is not waited for");
 }
 
 #[test]

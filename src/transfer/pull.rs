@@ -280,6 +280,11 @@ async fn describe_any(
     sources: &[SocketAddr],
     options: &Options,
 ) -> Result<Found, PullError> {
+    let may_not = sources.iter().filter_map(|source| options.security.check(*source).err());
+    let may_not: Vec<String> = may_not.map(|refused| refused.to_string()).collect();
+    if may_not.len() == sources.len() {
+        return Err(PullError::NoSource { name: target.name.clone(), reasons: may_not.join("; ") });
+    }
     let until = Instant::now() + DESCRIBE_TIMEOUT;
     loop {
         // All but at once: one that is dead or slow keeps nobody waiting, and in the rule the first answers.
