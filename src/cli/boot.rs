@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bootcache::control::{Reply, Request};
+use bootcache::control::{Owner, Reply, Request};
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
 use bootcache::qemu::until::ParseUntilError;
@@ -142,17 +142,13 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         bail!("the image was recorded until its command ended: say --until CONDITION or --no-wait");
     }
     let libvirt = (!args.qemu).then(|| (Libvirt::new(&args.connect), args.connect.clone()));
-    let owner = match &libvirt {
-        Some((libvirt, _)) => libvirt.qemu_owner().await?.filter(|owner| {
-            let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-            (owner.uid, owner.gid) != (uid, gid)
-        }),
-        None => None,
-    };
-    let accelerator = match args.accel {
-        Some(accelerator) => accelerator,
-        None => Accelerator::detect().await,
-    };
+    let (owner, accelerator) = tokio::join!(other_owner(libvirt.as_ref()), async {
+        match args.accel {
+            Some(accelerator) => accelerator,
+            None => Accelerator::detect().await,
+        }
+    });
+    let owner = owner?;
     let mut client = super::daemon::daemon(store.dir()).await?;
     let kept = if args.reuse {
         reuse::kept(&store, &mut client, &names, entry.root).await?
@@ -184,6 +180,13 @@ async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> 
         println!("{}", serde_json::to_string(&outcomes)?);
     }
     Ok(code)
+}
+
+/// The user that libvirt runs QEMU as, when that is another than this process's.
+async fn other_owner(libvirt: Option<&(Libvirt, String)>) -> anyhow::Result<Option<Owner>> {
+    let Some((libvirt, _)) = libvirt else { return Ok(None) };
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    Ok(libvirt.qemu_owner().await?.filter(|owner| (owner.uid, owner.gid) != (uid, gid)))
 }
 
 /// The names of the VMs to start.
