@@ -22,7 +22,7 @@ pub const FIRST_MAC: &str = "52:54:00:12:34:56";
 /// What the guest's disk is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disk {
-    /// A qcow2 file.
+    /// A qcow2 file that is thrown away: what the guest flushes is not written out.
     Qcow2(PathBuf),
     /// An export on a Unix socket; the guest waits for up to `reconnect_s` seconds when the server goes away.
     Nbd { socket: PathBuf, export: String, reconnect_s: u32 },
@@ -140,9 +140,10 @@ impl Machine {
         let mut drive = OsString::from("if=none,id=disk0,discard=unmap,");
         match &self.disk {
             Disk::Qcow2(path) => {
-                // libaio reads past the page cache only.
-                let cache = if self.aio == Aio::Native { "none" } else { "writeback" };
-                drive.push(format!("format=qcow2,cache={cache},aio={},file=", self.aio.as_str()));
+                // libaio reads past the page cache only. A guest that waits for its flushes would seem to think meanwhile.
+                let direct = if self.aio == Aio::Native { "on" } else { "off" };
+                let cache = format!("cache.direct={direct},cache.no-flush=on");
+                drive.push(format!("format=qcow2,{cache},aio={},file=", self.aio.as_str()));
                 drive.push(escaped(path.as_os_str()));
             }
             Disk::Nbd { socket, export, reconnect_s } => {
