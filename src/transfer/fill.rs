@@ -1,8 +1,8 @@
 //! The fill: everything that neither the stream nor a guest has brought, in the background.
 //!
-//! Yields to both: it starts when the stream is over, pauses while a guest waits, and is slow while a guest boots from
-//! what is already here, since what it does to bytes takes processor time too (see [`super::guests`]). Beyond that it keeps so
-//! much under way that an answer takes about [`TARGET`] longer than an empty link needs: a guest's miss never queues
+//! Yields to both: it starts when the stream is over, and pauses while a guest waits, or boots from what is already here,
+//! since what it does to bytes takes processor time too (see [`super::guests`]). Beyond that it keeps so much under way
+//! that an answer takes about [`TARGET`] longer than an empty link needs: a guest's miss never queues
 //! behind more than that. Zero blocks are never asked for. What nobody has, be it that a guest waits for it, does not keep
 //! it from the rest.
 
@@ -35,6 +35,11 @@ const TARGET_SHARE: f64 = 0.125;
 const NOISE_MAX: f64 = 0.02;
 /// Of how many answers the quickest counts.
 const RECENT: usize = 4;
+/// By which share of itself the window grows per round trip, at least and at most; between them by the round trip's own
+/// share of this many seconds.
+const GROW_MIN: f64 = 1.0 / 32.0;
+const GROW_MAX: f64 = 0.25;
+const GROW_FAR: f64 = 0.03;
 /// Blocks under way, at least and at most.
 const UNDER_WAY_MIN: f64 = 8.0;
 const UNDER_WAY_MAX: f64 = 4096.0;
@@ -53,13 +58,21 @@ const STARTS: usize = 3;
 /// Pause before what nobody had is looked for again.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// Bytes a second that it takes while a guest of this node boots. Measured with an emulated guest and both ends on two
-/// processors, the fill at a link's full 100 Mbit/s made a boot of 4.2 s longer by 0.4 s, though no read waited for it.
-const RATE_BOOTING: u64 = 1 << 20;
-/// How often it looks whether the rate is another now.
-const RATE_LOOKED: Duration = Duration::from_millis(100);
-/// For how long it is slow at most, over all boots: an image has to become complete on a node whose guests always boot.
-const SLOW_MAX: Duration = Duration::from_secs(60);
+/// How often it looks whether it may go on, or at another rate.
+const LOOK: Duration = Duration::from_millis(100);
+/// For how long it pauses for boots, all together: an image has to become complete on a node whose guests always boot.
+const BOOTS_MAX: Duration = Duration::from_secs(60);
+
+/// A request that has ended.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    page: u64,
+    blocks: u64,
+    /// Whether there was no place for another beside it.
+    is_full: bool,
+    /// None when its blocks did not come.
+    took: Option<Duration>,
+}
 
 /// How many blocks may be under way, from how long answers take: as many as keep an answer no more than a little longer
 /// than on an idle link, whatever the link's own time (as LEDBAT does, RFC 6817 section 2.4.2).
@@ -86,8 +99,14 @@ impl Window {
         }
     }
 
-    /// An answer with `blocks` took `took`.
-    fn note(&mut self, blocks: u64, took: Duration) {
+    /// An answer with `blocks` took `took`; with it there was as much under way as there may be, or not. If not, as after
+    /// a pause for a guest, it was quick for want of others and says nothing of a window that was not used (as RFC 7661
+    /// has it of TCP's).
+    fn note(&mut self, blocks: u64, took: Duration, is_full: bool) {
+        if !is_full {
+            self.quickest = self.quickest.min(took.as_secs_f64());
+            return;
+        }
         self.recent[self.answers % RECENT] = took.as_secs_f64();
         self.answers += 1;
         let recent = &self.recent[..self.answers.min(RECENT)];
@@ -105,19 +124,21 @@ impl Window {
         let noise = (2.0 * self.noise).min(NOISE_MAX);
         let target = TARGET.as_secs_f64().max(self.quickest * TARGET_SHARE).max(noise);
         let off = (1.0 - (took - self.quickest) / target).clamp(-1.0, 1.0);
-        // Per round trip by a quarter of itself at most, and down by half.
-        self.blocks += if off > 0.0 { blocks as f64 / 4.0 * off } else { blocks as f64 / 2.0 * off };
+        // Per round trip up by a share of itself, the larger the farther the link is, and down by half: a near one has
+        // thousands of round trips for what it gains, and one step too many is behind what a guest's miss waits.
+        let grow = (self.quickest / GROW_FAR).clamp(GROW_MIN, GROW_MAX);
+        self.blocks += blocks as f64 * off * if off > 0.0 { grow } else { 0.5 };
         self.blocks = self.blocks.clamp(UNDER_WAY_MIN, UNDER_WAY_MAX);
     }
 
     /// As [`Self::note`], unless the blocks did not come, which says nothing of the link. Whether they came.
-    fn note_if_came(&mut self, blocks: u64, took: Option<Duration>) -> bool {
-        took.map(|took| self.note(blocks, took)).is_some()
+    fn note_if_came(&mut self, asked: Asked) -> bool {
+        asked.took.map(|took| self.note(asked.blocks, took, asked.is_full)).is_some()
     }
 
     /// Blocks that one request should have: two or more are under way.
     fn request(&self) -> u64 {
-        [16_u64, 32, 64, 128].into_iter().rev().find(|size| (*size * 2) as f64 <= self.blocks).unwrap_or(8)
+        [8_u64, 16, 32, 64, 128].into_iter().rev().find(|size| (*size * 2) as f64 <= self.blocks).unwrap_or(4)
     }
 }
 
@@ -165,7 +186,7 @@ fn extent_of(shared: &Shared, page: u64) -> Extent {
 /// Brings what somebody has; whether nothing was left out that nobody gave.
 async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowance: &mut Allowance) -> bool {
     // Tasks of their own: what has come is kept at once, whatever is waited for here. They end with this.
-    let mut running = JoinSet::new();
+    let mut running: JoinSet<Asked> = JoinSet::new();
     let mut under_way = 0_u64;
     let mut everything_came = true;
     // What was asked for and did not come is left to the next pass, which comes after a pause.
@@ -197,10 +218,10 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
             while !running.is_empty()
                 && (running.len() >= REQUESTS_MAX || (under_way + part.count) as f64 > window.blocks)
             {
-                if let Some(Ok((page, count, took))) = running.join_next().await {
-                    under_way -= count;
-                    if !window.note_if_came(count, took) {
-                        failed.insert(page);
+                if let Some(Ok(asked)) = running.join_next().await {
+                    under_way -= asked.blocks;
+                    if !window.note_if_came(asked) {
+                        failed.insert(asked.page);
                     }
                 }
             }
@@ -212,13 +233,15 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
             took = true;
             let blocks: u64 = flight.extents.iter().map(|extent| extent.count).sum();
             under_way += blocks;
+            let is_full =
+                running.len() + 1 >= REQUESTS_MAX || (under_way + window.request()) as f64 > window.blocks;
             let work = {
                 let shared = Arc::clone(shared);
                 async move {
                     let began = Instant::now();
                     fetch(&shared, &flight.extents, Kind::Fill).await;
                     let came = flight.extents.iter().all(|extent| shared.cache.has(*extent));
-                    (page, blocks, came.then(|| began.elapsed()))
+                    Asked { page, blocks, is_full, took: came.then(|| began.elapsed()) }
                 }
             };
             running.spawn(shared.work.track_future(work));
@@ -233,10 +256,10 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
         }
     }
     while let Some(ended) = running.join_next().await {
-        if let Ok((page, count, took)) = ended
-            && !window.note_if_came(count, took)
+        if let Ok(asked) = ended
+            && !window.note_if_came(asked)
         {
-            failed.insert(page);
+            failed.insert(asked.page);
         }
     }
     everything_came && failed.is_empty()
@@ -312,32 +335,31 @@ async fn ask_parts(shared: &Arc<Shared>, page: u64, groups: Vec<u32>, pages: Vec
     shared.sources.changed().await;
 }
 
-/// Keeps the fill within the rate that it may take.
+/// Keeps the fill from guests that boot, and within the rate that it may take.
 #[derive(Debug)]
 struct Allowance {
     since: Instant,
     bytes: u64,
     rate: u64,
     looked: Instant,
-    /// For how long it was slow.
-    slow: Duration,
+    /// For how long guests have booted meanwhile.
+    boots: Duration,
 }
 
 impl Allowance {
     fn new() -> Self {
         let now = Instant::now();
-        Self { since: now, bytes: 0, rate: 0, looked: now, slow: Duration::ZERO }
+        Self { since: now, bytes: 0, rate: 0, looked: now, boots: Duration::ZERO }
     }
 
-    /// Waits until the bytes that came so far are within the rate, which may change at any time.
+    /// Waits until no guest boots, and until the bytes that came so far are within the rate, which may change at any time.
     async fn spend(&mut self, shared: &Shared) {
         loop {
-            let told = shared.fill_rate.load(Ordering::Relaxed);
-            let rate = match (self.is_slow(shared.options.guests.boot()), told) {
-                (true, 0) => RATE_BOOTING,
-                (true, told) => told.min(RATE_BOOTING),
-                (false, told) => told,
-            };
+            if self.makes_way(shared.options.guests.boot()) {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            let rate = shared.fill_rate.load(Ordering::Relaxed);
             let came = shared.counters.bytes.get(Kind::Fill);
             if rate != self.rate || self.since.elapsed() > Duration::from_secs(1) && self.ahead(came) <= 0.0 {
                 // What was not used is not saved up, and what another rate allowed is not made up for.
@@ -348,17 +370,17 @@ impl Allowance {
                 return;
             }
             let enough = Duration::from_secs_f64(ahead / rate as f64);
-            tokio::time::sleep(enough.clamp(Duration::from_millis(1), RATE_LOOKED)).await;
+            tokio::time::sleep(enough.clamp(Duration::from_millis(1), LOOK)).await;
         }
     }
 
-    /// Whether to be slow, while a guest boots or not; called again and again.
-    fn is_slow(&mut self, boots: bool) -> bool {
+    /// Whether to wait for a guest, one that boots or none; called again and again.
+    fn makes_way(&mut self, boots: bool) -> bool {
         let passed = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
         if boots {
-            self.slow += passed.min(AGAIN);
+            self.boots += passed.min(AGAIN);
         }
-        boots && self.slow < SLOW_MAX
+        boots && self.boots < BOOTS_MAX
     }
 
     /// By how much what `came` is more than the rate allows, in bytes.
@@ -378,11 +400,29 @@ mod tests {
         for _ in 0..2000 {
             let queued = window.blocks;
             let took = Duration::from_secs_f64(0.001 + queued * 4096.0 / 40e6);
-            window.note(window.request(), took);
+            window.note(window.request(), took, true);
         }
         let delay = window.blocks * 4096.0 / 40e6;
         assert!((0.002..0.006).contains(&delay), "{delay}");
         assert!(window.request() >= 16);
+    }
+
+    /// Once, the quick answers after each pause made the window of a fill that often makes way several times too large, and
+    /// the next miss waited behind that.
+    #[test]
+    fn the_window_does_not_grow_by_what_it_has_no_use_for() {
+        // A link of 12 MB/s, 1 ms away, that is empty again and again.
+        let mut window = Window::new();
+        for answer in 0..3000 {
+            // The first one after a pause is alone.
+            let is_full = answer % 6 > 0;
+            let blocks = window.request();
+            let before_it = if is_full { window.blocks } else { blocks as f64 };
+            let took = 0.001 + before_it * 4096.0 / 12e6;
+            window.note(blocks, Duration::from_secs_f64(took), is_full);
+        }
+        let delay = window.blocks * 4096.0 / 12e6;
+        assert!(delay < 0.006, "{delay}");
     }
 
     /// Once, one answer that came a few ms late was taken for a queue, and what is far away never came to have more than
@@ -397,7 +437,7 @@ mod tests {
                 // 12 MB/s.
                 let took = trip + noise(jitter) + (window.blocks * 4096.0 / 12e6 - trip).max(0.0);
                 let blocks = window.request();
-                window.note(blocks, Duration::from_secs_f64(took));
+                window.note(blocks, Duration::from_secs_f64(took), true);
             }
             let carried = trip * 12e6 / 4096.0;
             assert!(window.blocks > carried / 3.0, "{trip} s, {jitter}: {} of {carried}", window.blocks);
@@ -406,13 +446,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn guests_that_always_boot_slow_the_fill_for_a_minute_at_most() {
+    async fn guests_that_always_boot_hold_the_fill_up_for_a_minute_at_most() {
         let mut allowance = Allowance::new();
-        let mut slow = 0;
+        let mut paused = 0;
         for _ in 0..2000 {
             tokio::time::advance(Duration::from_millis(100)).await;
-            slow += u32::from(allowance.is_slow(true));
+            paused += u32::from(allowance.makes_way(true));
         }
-        assert!((400..700).contains(&slow), "{slow} tenths of a second");
+        assert!((400..700).contains(&paused), "{paused} tenths of a second");
     }
 }
