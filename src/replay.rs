@@ -1,5 +1,5 @@
-//! A recorded boot played against an NBD export: the same offsets and lengths, with the think times between them, slept
-//! through, or computed through as a real guest would.
+//! A recorded boot played against an NBD export, as a guest that needs no processor: the same offsets and lengths, with
+//! the think times between them.
 //!
 //! A closed loop: a read is sent when everything that had been answered before it in the recording has been answered
 //! now, and the guest has then thought for as long as it did. Reads that overlapped in the recording overlap again.
@@ -17,7 +17,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bootcache_nbd::client::Client;
-use rustix::time::{ClockId, clock_gettime};
 use tokio::runtime::Handle;
 
 use crate::boot_cache::recording::{Read, Recording};
@@ -33,21 +32,8 @@ const PIECE_MAX: u64 = 32 << 20;
 pub struct Options {
     /// Think times are divided by this, to stand for a faster processor.
     pub speed: f64,
-    /// How the guest spends the time between its reads.
-    pub think: Think,
     /// The image as a raw disk, to check every byte against.
     pub image: Option<Arc<File>>,
-}
-
-/// How a replayed guest spends the time that the recorded one thought.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Think {
-    /// Asleep, up to the recorded time after the last answer: a processor of its own that is never late.
-    #[default]
-    Asleep,
-    /// Computing for that much processor time of this thread: what serves it shares the machine with it, as with a real
-    /// guest's virtual processor, and makes it later.
-    Computing,
 }
 
 /// A replay that could not be finished.
@@ -111,7 +97,6 @@ pub fn replay(
     let started = Instant::now();
     let mut guest = Guest {
         speed: options.speed,
-        think: options.think,
         pending: Vec::new(),
         inbox,
         base: started,
@@ -140,7 +125,6 @@ pub fn replay(
 /// The recorded guest: what it waits for, and when it goes on.
 struct Guest {
     speed: f64,
-    think: Think,
     /// Reads without an answer, with the time at which they were answered in the recording.
     pending: Vec<(usize, u64)>,
     inbox: Receiver<Done>,
@@ -170,33 +154,15 @@ impl Guest {
         Ok(())
     }
 
-    fn think_until(&mut self, time_ns: u64) {
-        let long = scaled(time_ns.saturating_sub(self.base_ns), self.speed);
-        match self.think {
-            Think::Asleep => {
-                thread::sleep((self.base + long).saturating_duration_since(Instant::now()));
-            }
-            Think::Computing => {
-                let until = processor_time() + long;
-                while processor_time() < until {
-                    std::hint::spin_loop();
-                }
-                self.base = Instant::now();
-                self.base_ns = self.base_ns.max(time_ns);
-            }
-        }
+    fn think_until(&self, time_ns: u64) {
+        let due = self.base + scaled(time_ns.saturating_sub(self.base_ns), self.speed);
+        thread::sleep(due.saturating_duration_since(Instant::now()));
     }
 
     /// What was answered; nothing more comes to the checker.
     fn finish(self) -> Vec<report::Answered> {
         self.done
     }
-}
-
-/// That this thread has had.
-fn processor_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::try_from(time).expect("it does not run backwards")
 }
 
 fn scaled(time_ns: u64, speed: f64) -> Duration {

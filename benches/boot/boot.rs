@@ -114,14 +114,11 @@ fn one(lab: &Lab, node: usize, prepared: &Prepared, setting: &Setting, began: In
             let seconds = began.elapsed().as_secs_f64();
             One { seconds, ready_seconds, waiting_ms: None, wrong_bytes: 0, fetch_cpu }
         }
-        Play::Replay | Play::Compute => {
+        Play::Replay => {
             let (uri, server) = drive.for_replay(lab, node);
             let mut replay = Command::new(bootcache());
-            replay.args(["--json", "replay", "--speed", &setting.clock_speed().to_string()]);
-            if setting.play == Play::Compute {
-                replay.arg("--compute");
-            }
-            replay.arg("--verify").arg(&lab.raw).arg("--recording").arg(&lab.recording_path).arg(uri);
+            replay.args(["--json", "replay", "--speed", &setting.clock_speed().to_string(), "--verify"]);
+            replay.arg(&lab.raw).arg("--recording").arg(&lab.recording_path).arg(uri);
             let said = lab.run(node, &replay);
             let seconds = began.elapsed().as_secs_f64();
             let report: serde_json::Value = serde_json::from_str(&said).expect("replay prints JSON");

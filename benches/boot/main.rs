@@ -13,7 +13,7 @@
 //!   --nodes N          boot at once [1]
 //!   --rounds N         of each way [5]
 //!   --ways A,B         those of these names, or with one of these in their name; the local boot always
-//!   --play guest|replay|compute   real guests in QEMU, or their recorded reads, asleep or computing between them [guest]
+//!   --play guest|replay   real guests in QEMU, or their recorded reads [guest]
 //!   --speed FACTOR     divides the replayed guest's thinking, to stand for a faster processor [1]
 //!   --slow FACTOR      slow motion of a replay: links and thinking slower by this, times divided by it [1]
 //! --predict          one, three and sixteen replayed nodes, and what the simulator says of them beforehand
@@ -104,14 +104,7 @@ fn options() -> Options {
             "--nodes" => setting.nodes = value().parse().expect("--nodes is a number"),
             "--speed" => setting.speed = value().parse().expect("--speed is a factor"),
             "--slow" => setting.slow = value().parse().expect("--slow is a whole factor"),
-            "--play" => {
-                setting.play = match value().as_str() {
-                    "guest" => Play::Guest,
-                    "replay" => Play::Replay,
-                    "compute" => Play::Compute,
-                    other => panic!("--play {other}: guest, replay or compute"),
-                };
-            }
+            "--play" => setting.play = if value() == "replay" { Play::Replay } else { Play::Guest },
             "--rounds" => options.rounds = Some(value().parse().expect("--rounds is a number")),
             "--ways" => options.ways = value().split(',').map(str::to_owned).collect(),
             "--minutes" => options.minutes = Some(value().parse().expect("--minutes is a number")),

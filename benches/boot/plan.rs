@@ -99,8 +99,6 @@ pub(crate) fn all() -> Vec<Step> {
         // One node, every way: the thesis' tables 4-5 and 4-6.
         one("fast", 100, Play::Replay, 3, &[]),
         one("fast", 100, Play::Guest, 3, &[]),
-        // How true the replayer is, when the servers share the processors with it.
-        one("fast", 100, Play::Compute, 3, &[BOOTCACHE, RELAY_OFF]),
         // Many nodes at once, table 4-8, and what the simulator is held against.
         several(1, 100, 3, &at_once),
         several(3, 100, 3, &[BOOTCACHE, RELAY_OFF, "qemu-nbd", ways::SLOW_NODE]),

@@ -8,10 +8,8 @@ use serde::{Deserialize, Serialize};
 pub(crate) enum Play {
     /// A guest in QEMU.
     Guest,
-    /// The reads of its recorded boot, asleep between them.
+    /// The reads of its recorded boot.
     Replay,
-    /// The same, computing between them: the servers share the processors with it, as with a guest.
-    Compute,
 }
 
 /// One table's setting. All boots of one results file have the same.
@@ -40,7 +38,7 @@ impl Setting {
     pub(crate) fn clock_speed(&self) -> f64 {
         match self.play {
             Play::Guest => 1.0,
-            Play::Replay | Play::Compute => self.speed / f64::from(self.slow),
+            Play::Replay => self.speed / f64::from(self.slow),
         }
     }
 
@@ -55,8 +53,6 @@ impl Setting {
             (Play::Guest, nodes) => format!("{nodes} real guests at once"),
             (Play::Replay, 1) => "a replayed boot".to_owned(),
             (Play::Replay, nodes) => format!("{nodes} replayed boots at once"),
-            (Play::Compute, 1) => "a replayed boot that computes".to_owned(),
-            (Play::Compute, nodes) => format!("{nodes} replayed boots at once that compute"),
         };
         let speed = if (self.speed - 1.0).abs() < 1e-9 {
             String::new()
@@ -69,11 +65,7 @@ impl Setting {
 
     /// The name of its results file.
     pub(crate) fn key(&self) -> String {
-        let play = match self.play {
-            Play::Guest => "guest",
-            Play::Replay => "replay",
-            Play::Compute => "compute",
-        };
+        let play = if self.play == Play::Guest { "guest" } else { "replay" };
         let mut key = format!("{}-{play}-{}-{}", self.guest_name(), self.nodes, self.megabits);
         if (self.speed - 1.0).abs() > 1e-9 {
             key.push_str(&format!("-speed{}", self.speed));

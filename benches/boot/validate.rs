@@ -5,7 +5,7 @@
 
 use super::results::Results;
 use super::rows::Rows;
-use super::setting::{Play, Setting};
+use super::setting::Play;
 use super::ways::LOCAL;
 
 /// The goal: within this share of the real guest's, or this many seconds.
@@ -17,20 +17,19 @@ pub(crate) fn print(all: &[Results]) {
     for real in all {
         let Some(head) = &real.head else { continue };
         if head.setting.play == Play::Guest {
-            for play in [Play::Replay, Play::Compute] {
-                let wanted = Setting { play, ..head.setting.clone() };
-                let replayed =
-                    all.iter().find(|other| other.head.as_ref().is_some_and(|head| head.setting == wanted));
-                if let (Some(real), Some(replayed)) = (Rows::of(real), replayed.and_then(Rows::of)) {
-                    compare(&real, &replayed);
-                }
+            let mut wanted = head.setting.clone();
+            wanted.play = Play::Replay;
+            let replayed =
+                all.iter().find(|other| other.head.as_ref().is_some_and(|head| head.setting == wanted));
+            if let (Some(real), Some(replayed)) = (Rows::of(real), replayed.and_then(Rows::of)) {
+                compare(&real, &replayed);
             }
         }
     }
 }
 
 fn compare(real: &Rows, replayed: &Rows) {
-    println!("{}\nagainst {}", replayed.title, real.title);
+    println!("the replayer against {}", real.title);
     println!("{:<26} {:>22} {:>24}", "", "reads waited", "longer than local");
     println!("{:<26} {:>7} {:>7} {:>7} {:>8} {:>7}", "way", "real", "replay", "error", "real", "replay");
     for row in &real.rows {

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use bootcache::boot_cache::kept;
 use bootcache::boot_cache::recording::Recording;
 use bootcache::name::ImageName;
-use bootcache::replay::{Options, Report, Think, Uri, replay};
+use bootcache::replay::{Options, Report, Uri, replay};
 use bootcache::store::{ImageEntry, Store};
 use bootcache_nbd::client::{Client, Policy};
 
@@ -32,9 +32,6 @@ pub(crate) struct Args {
     /// Divide think times by this, to stand for a faster processor
     #[arg(long, default_value_t = 1.0, value_name = "FACTOR", value_parser = speed)]
     speed: f64,
-    /// Compute between the reads instead of sleeping, as a real guest's processor does beside those that serve it
-    #[arg(long)]
-    compute: bool,
     /// Check every byte against this raw disk [default: the image's own, if it is whole]
     #[arg(long, value_name = "FILE")]
     verify: Option<PathBuf>,
@@ -59,8 +56,7 @@ pub(crate) fn run(globals: &Globals, args: &Args) -> anyhow::Result<ExitCode> {
     let client = runtime
         .block_on(Client::connect(address, &uri.export, Policy::default()))
         .with_context(|| format!("cannot open export '{}'", uri.export))?;
-    let think = if args.compute { Think::Computing } else { Think::Asleep };
-    let options = Options { speed: args.speed, think, image };
+    let options = Options { speed: args.speed, image };
     let report = replay(runtime.handle(), &client, &recording, &options)?;
     if globals.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
