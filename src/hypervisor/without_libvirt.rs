@@ -65,4 +65,9 @@ impl Libvirt {
     pub async fn qemu_owner(&self) -> Result<Option<Owner>, LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
+
+    /// Not built.
+    pub async fn look_at(&self, _emulator: String) -> Result<(), LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
 }
