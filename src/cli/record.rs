@@ -97,12 +97,14 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<ExitCode> {
     let recorded = runtime.block_on(interruptible(&store, &entry, &options));
     match recorded {
         Ok(recorded) => {
+            let manifest = &recorded.saved.entry.manifest;
+            let summary = Summary::of(&recorded.recordings, manifest.size, Some(manifest.allocated));
             if globals.json {
-                print_json(&name, &options, &recorded)?;
+                print_json(&name, &options, &recorded, &summary)?;
             } else {
-                print_summary(&name, &options, &recorded);
+                print_summary(&name, &options, &recorded, &summary);
             }
-            if let Some(doubt) = doubt(&options, summary(&recorded).unique) {
+            if let Some(doubt) = doubt(&options, summary.unique) {
                 super::say(&doubt);
             }
         }
@@ -233,16 +235,10 @@ fn doubt(options: &Options, unique: u64) -> Option<String> {
     })
 }
 
-fn summary(recorded: &Recorded) -> Summary {
-    let manifest = &recorded.saved.entry.manifest;
-    Summary::of(&recorded.recordings, manifest.size, Some(manifest.allocated))
-}
-
-fn print_summary(name: &ImageName, options: &Options, recorded: &Recorded) {
+fn print_summary(name: &ImageName, options: &Options, recorded: &Recorded, summary: &Summary) {
     if let Some(reason) = &recorded.switched {
         eprintln!("bootcache: recorded via nbd, since {reason}");
     }
-    let summary = summary(recorded);
     let boots = if summary.boots == 1 { "1 boot".to_owned() } else { format!("{} boots", summary.boots) };
     let on = recorded.accelerator.map(|accelerator| format!(" on {accelerator}")).unwrap_or_default();
     let seconds = std::time::Duration::from_millis(summary.end_ms).as_secs_f64();
@@ -260,7 +256,12 @@ fn print_summary(name: &ImageName, options: &Options, recorded: &Recorded) {
     row("boot cache", format!("{} in {} frames", HumanBytes(written.file_length), written.frames));
 }
 
-fn print_json(name: &ImageName, options: &Options, recorded: &Recorded) -> anyhow::Result<()> {
+fn print_json(
+    name: &ImageName,
+    options: &Options,
+    recorded: &Recorded,
+    summary: &Summary,
+) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(&json!({
         "image": name.as_str(),
         "root": recorded.saved.entry.root,
@@ -268,7 +269,7 @@ fn print_json(name: &ImageName, options: &Options, recorded: &Recorded) -> anyho
         "via": recorded.via.to_string(),
         "switched": recorded.switched,
         "accelerator": recorded.accelerator.map(|accelerator| accelerator.to_string()),
-        "summary": summary(recorded),
+        "summary": summary,
         "recordings": recorded.saved.kept,
         "boot": recorded.saved.entry.manifest.boot,
         "frames": recorded.saved.written.frames,

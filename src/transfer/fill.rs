@@ -136,6 +136,11 @@ impl Window {
         asked.took.map(|took| self.note(asked.blocks, took, asked.is_full)).is_some()
     }
 
+    /// Whether a request of `blocks` has no place beside `requests` that ask for `under_way` blocks together.
+    fn is_full(&self, requests: usize, under_way: u64, blocks: u64) -> bool {
+        requests >= REQUESTS_MAX || (under_way + blocks) as f64 > self.blocks
+    }
+
     /// Blocks that one request should have: two or more are under way.
     fn request(&self) -> u64 {
         [8_u64, 16, 32, 64, 128].into_iter().rev().find(|size| (*size * 2) as f64 <= self.blocks).unwrap_or(4)
@@ -215,9 +220,7 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
             let size = window.request().min(BLOCKS_MAX);
             let part = Extent::new(next, size.min(end - next));
             next = part.end();
-            while !running.is_empty()
-                && (running.len() >= REQUESTS_MAX || (under_way + part.count) as f64 > window.blocks)
-            {
+            while !running.is_empty() && window.is_full(running.len(), under_way, part.count) {
                 if let Some(Ok(asked)) = running.join_next().await {
                     under_way -= asked.blocks;
                     if !window.note_if_came(asked) {
@@ -233,8 +236,7 @@ async fn pass(shared: &Arc<Shared>, draw: &mut Draw, window: &mut Window, allowa
             took = true;
             let blocks: u64 = flight.extents.iter().map(|extent| extent.count).sum();
             under_way += blocks;
-            let is_full =
-                running.len() + 1 >= REQUESTS_MAX || (under_way + window.request()) as f64 > window.blocks;
+            let is_full = window.is_full(running.len() + 1, under_way, window.request());
             let work = {
                 let shared = Arc::clone(shared);
                 async move {
