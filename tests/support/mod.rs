@@ -8,6 +8,7 @@
 
 pub mod cluster;
 pub mod container;
+pub mod control;
 pub mod guest;
 pub mod host;
 pub mod net;
