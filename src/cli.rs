@@ -40,6 +40,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use bootcache::store::Store;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -84,6 +85,23 @@ impl Globals {
             };
             data.join("bootcache")
         })
+    }
+
+    /// The same for commands that work on what is in the store: a mistyped path is no empty store.
+    pub(crate) fn existing_store_dir(&self) -> anyhow::Result<PathBuf> {
+        let dir = self.store_dir();
+        anyhow::ensure!(
+            Store::exists(&dir),
+            "there is no store in {}: --store or BOOTCACHE_STORE names another; `image add`, `pull`, `serve` and \
+             `agent` make one",
+            dir.display()
+        );
+        Ok(dir)
+    }
+
+    /// The store, where there is one.
+    pub(crate) fn existing_store(&self) -> anyhow::Result<Store> {
+        Ok(Store::open(&self.existing_store_dir()?)?)
     }
 }
 

@@ -185,6 +185,11 @@ impl Store {
         Ok(store)
     }
 
+    /// Whether somebody has made a store in `dir`.
+    pub fn exists(dir: &Path) -> bool {
+        dir.join("names").is_dir()
+    }
+
     /// Keeps other commands from starting a VM on the overlay of that name, which is there, until the result is dropped;
     /// none while another one has it.
     ///

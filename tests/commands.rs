@@ -348,10 +348,32 @@ fn a_log_that_cannot_be_written_ends_nobody_s_work() {
 }
 
 #[test]
+fn a_mistyped_store_is_no_empty_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("stroe");
+    let commands: [&[&str]; 8] = [
+        &["image", "list"],
+        &["image", "remove", "golden"],
+        &["overlay", "list"],
+        &["boot", "golden"],
+        &["stop", "vm"],
+        &["record", "golden"],
+        &["analyze", "golden"],
+        &["replay", "golden", "nbd://127.0.0.1"],
+    ];
+    for words in commands {
+        let output = Command::new(support::store::bootcache()).arg("--store").arg(&dir).args(words).output();
+        let said = String::from_utf8_lossy(&output.unwrap().stderr).into_owned();
+        assert!(said.contains(&format!("there is no store in {}", dir.display())), "{words:?}: {said}");
+        assert!(!dir.exists(), "{words:?}");
+    }
+}
+
+#[test]
 fn where_no_store_can_be_is_said_at_once() {
     let store = store();
     let long = store.beside(&"x".repeat(100));
-    for words in [&["image", "list"][..], &["serve"], &["overlay", "list"]] {
+    for words in [&["image", "add", "x", "x.raw"][..], &["serve"], &["pull", "x", "--from", "127.0.0.1:1"]] {
         let mut command = store.command(["--store"]);
         let output = command.arg(&long).args(words).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);

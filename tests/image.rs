@@ -412,6 +412,8 @@ fn an_import_that_is_killed_leaves_nothing_and_can_be_repeated() {
     fs::write(&raw, support::noise(7, 96 << 20)).unwrap();
     let qcow2 = store.beside("large.qcow2");
     qemu_img(["convert", "-c", "-f", "raw", "-O", "qcow2", raw.to_str().unwrap(), qcow2.to_str().unwrap()]);
+    // A kill may come before the store is there, and then nothing could be listed.
+    bootcache::store::Store::open(&store.path()).unwrap();
     let mut interrupted = 0;
     for (file, delay_ms) in [(&raw, 20), (&raw, 60), (&raw, 120), (&qcow2, 60), (&qcow2, 150), (&qcow2, 300)]
     {

@@ -14,7 +14,7 @@ use bootcache::boot_cache::{BootCache, kept};
 use bootcache::image::page::PAGE_BLOCKS;
 use bootcache::image::tree::Tree;
 use bootcache::name::ImageName;
-use bootcache::store::{ImageEntry, Store};
+use bootcache::store::ImageEntry;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use serde_json::json;
@@ -75,7 +75,7 @@ impl Subject {
     fn open(globals: &Globals, args: &Args) -> anyhow::Result<Self> {
         let image = match &args.image {
             Some(name) => {
-                let entry = Store::open(&globals.store_dir())?.resolve(name)?;
+                let entry = globals.existing_store()?.resolve(name)?;
                 super::image::refuse_container(name, &entry)?;
                 Some(entry)
             }

@@ -114,7 +114,7 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
 }
 
 async fn boot(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
-    let dir = globals.store_dir();
+    let dir = globals.existing_store_dir()?;
     let store = Store::open(&dir)?;
     let entry = store.resolve(&args.image)?;
     super::image::refuse_container(&args.image, &entry)?;

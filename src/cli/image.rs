@@ -129,7 +129,10 @@ pub(crate) fn refuse_container(name: &ImageName, entry: &ImageEntry) -> anyhow::
 }
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
-    let store = Store::open(&globals.store_dir())?;
+    let store = match args.command {
+        Command::Add { .. } => Store::open(&globals.store_dir())?,
+        _ => globals.existing_store()?,
+    };
     let json = globals.json;
     match args.command {
         Command::Add { name, file, format, allow_backing_files, kind } => {

@@ -53,7 +53,7 @@ enum Command {
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
     super::block_on(async {
-        let mut session = Session::open(&globals.store_dir()).await?;
+        let mut session = Session::open(&globals.existing_store_dir()?).await?;
         let result = carry_out(&mut session, args.command, globals.json).await;
         session.close().await?;
         result.map(|()| ExitCode::SUCCESS)

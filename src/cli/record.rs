@@ -85,7 +85,7 @@ enum AioArg {
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<ExitCode> {
-    let store = Store::open(&globals.store_dir())?;
+    let store = globals.existing_store()?;
     let entry = store.resolve(&args.image)?;
     super::image::refuse_container(&args.image, &entry)?;
     let name = args.image.clone();

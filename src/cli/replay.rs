@@ -10,7 +10,7 @@ use bootcache::boot_cache::kept;
 use bootcache::boot_cache::recording::Recording;
 use bootcache::name::ImageName;
 use bootcache::replay::{Options, Report, Uri, replay};
-use bootcache::store::{ImageEntry, Store};
+use bootcache::store::ImageEntry;
 use bootcache_nbd::client::{Client, Policy};
 
 use super::Globals;
@@ -46,7 +46,7 @@ pub(crate) fn run(globals: &Globals, args: &Args) -> anyhow::Result<ExitCode> {
     };
     let uri: Uri = uri.parse()?;
     let entry = match &image {
-        Some(name) => Some(Store::open(&globals.store_dir())?.resolve(name)?),
+        Some(name) => Some(globals.existing_store()?.resolve(name)?),
         None => None,
     };
     let recording = recording(args, entry.as_ref())?;

@@ -9,7 +9,6 @@ use bootcache::choose::policy::NAMES;
 use bootcache::choose::{Relay, Weights, by_name};
 use bootcache::name::ImageName;
 use bootcache::simulate::{Profile, Report, Scenario, payload, simulate};
-use bootcache::store::Store;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use serde_json::json;
@@ -121,7 +120,7 @@ fn profile(globals: &Globals, args: &Args) -> anyhow::Result<Profile> {
         let boot = std::time::Duration::from_secs_f64(args.boot_seconds);
         return Ok(Profile::synthetic(args.boot_set * 1_000_000, u64::try_from(boot.as_millis())?));
     };
-    let entry = Store::open(&globals.store_dir())?.resolve(name)?;
+    let entry = globals.existing_store()?.resolve(name)?;
     let boot_cache = BootCache::open(&entry.boot_path(), entry.root)
         .with_context(|| format!("'{name}' has no usable boot cache: run 'bootcache record {name}'"))?;
     Ok(Profile::of(boot_cache.heads()))

@@ -37,7 +37,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCode> {
     super::block_on(async {
-        let store = Store::open(&globals.store_dir())?;
+        let store = globals.existing_store()?;
         let names: BTreeSet<HostName> = args.names.iter().cloned().collect();
         let (present, gone): (Vec<_>, Vec<_>) =
             names.into_iter().partition(|name| store.vm_dir(name).exists());
