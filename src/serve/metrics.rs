@@ -1,7 +1,7 @@
 //! What this node has done, for Prometheus: one page, made anew for each scrape from the counters that `status` shows.
 //!
 //! Names end in their unit; counters begin anew with the daemon. Labels are image and overlay names, kinds and addresses:
-//! as many series as there are images on their way, open overlays and sources.
+//! as many series as there are images, open overlays and sources.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,13 +16,14 @@ use axum::routing::get;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::node::Node;
-use crate::control::{Reply, Request, Status, TransferStatus, WaitStatus};
+use crate::control::{OverlayInfo, Reply, Request, Status, TransferStatus, WaitStatus};
 use crate::peer::server::ServerCounters;
 use crate::transfer::Kind;
 
@@ -83,7 +84,9 @@ struct Families {
     origin: Family<Labels, Counter>,
     from_source: Family<Labels, Counter>,
     copied: Family<Labels, Counter>,
+    data: Family<Labels, Gauge>,
     present: Family<Labels, Gauge>,
+    overlay: Overlays,
     reads: Family<Labels, Counter>,
     waited: Seconds,
     blocked: Seconds,
@@ -93,14 +96,28 @@ struct Families {
     peers: Family<Labels, Gauge>,
 }
 
+/// What clients of overlays do, wherever the images below are.
+#[derive(Default)]
+struct Overlays {
+    data: Family<Labels, Gauge>,
+    clients: Family<Labels, Gauge>,
+    reads: Family<Labels, Counter>,
+    read: Family<Labels, Counter>,
+    written: Family<Labels, Counter>,
+}
+
 fn render(status: &Status, served: Option<&ServerCounters>) -> String {
     let families = Families::default();
     for image in &status.images {
+        let labels = vec![("image", image.name.to_string())];
+        families.data.get_or_create(&labels).set(image.allocated.cast_signed());
+        families.present.get_or_create(&labels).set(image.present.cast_signed());
         if let Some(transfer) = &image.transfer {
             families.transfer(image.name.as_str(), transfer);
         }
     }
     for overlay in &status.overlays {
+        families.overlay.note(overlay);
         if let Some(waits) = &overlay.waits {
             families.waits(&[("overlay", overlay.name.to_string())], waits);
         }
@@ -109,10 +126,32 @@ fn render(status: &Status, served: Option<&ServerCounters>) -> String {
         families.served(served);
     }
     let mut registry = Registry::with_prefix("bootcache");
+    registry.register("build", "What runs", Info::new([("version", status.version.clone())]));
+    let up = ConstGauge::new(status.uptime_seconds.cast_signed());
+    registry.register("uptime_seconds", "Time since the daemon was ready", up);
     families.register(&mut registry);
     let mut text = String::new();
     encode(&mut text, &registry).expect("a string takes every write");
     text
+}
+
+impl Overlays {
+    fn note(&self, overlay: &OverlayInfo) {
+        let labels = vec![("overlay", overlay.name.to_string())];
+        self.data.get_or_create(&labels).set(overlay.data.cast_signed());
+        self.clients.get_or_create(&labels).set(overlay.connections.into());
+        self.reads.get_or_create(&labels).inc_by(overlay.reads);
+        self.read.get_or_create(&labels).inc_by(overlay.read_bytes);
+        self.written.get_or_create(&labels).inc_by(overlay.written_bytes);
+    }
+
+    fn register(self, registry: &mut Registry) {
+        registry.register("data_bytes", "Bytes that an overlay holds itself", self.data);
+        registry.register("clients", "NBD clients that have it open", self.clients);
+        registry.register("read_requests", "Reads of its clients", self.reads);
+        registry.register("read_bytes", "Bytes that they asked for", self.read);
+        registry.register("written_bytes", "Bytes that its clients wrote", self.written);
+    }
 }
 
 impl Families {
@@ -198,8 +237,10 @@ impl Families {
         );
         registry.register("blocked_seconds", "Time in which at least one read waited", self.blocked);
         registry.register("waiting_reads", "Reads that wait now", self.waiting);
-        registry.register("present_bytes", "Bytes of an image that are here", self.present);
+        registry.register("data_bytes", "Bytes of an image, zeroes left out", self.data);
+        registry.register("present_bytes", "Of these, those that are here", self.present);
         registry.register("peer_connections", "Connections of other nodes", self.peers);
+        self.overlay.register(registry.sub_registry_with_prefix("overlay"));
     }
 }
 
@@ -213,6 +254,9 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::control::ImageStatus;
+    use crate::digest::Digest;
+    use crate::image::manifest::ImageKind;
 
     #[tokio::test]
     async fn a_client_that_sends_half_a_request_does_not_hold_up_the_end() {
@@ -245,16 +289,40 @@ mod tests {
             blocked_ms: 1500,
             ..WaitStatus::default()
         };
-        let families = Families::default();
-        families.waits(&[("overlay", "vm".to_owned())], &waits);
+        let image = ImageStatus {
+            name: "debian".parse().unwrap(),
+            root: Digest([1; 32]),
+            kind: ImageKind::Vm,
+            boot_bytes: 0,
+            boot: None,
+            complete: true,
+            size: 1 << 20,
+            open: true,
+            present: 4096,
+            allocated: 8192,
+            pulled: false,
+            transfer: None,
+        };
+        let mut overlay = OverlayInfo::new("vm".parse().unwrap(), Some(image.root));
+        (overlay.connections, overlay.written_bytes, overlay.waits) = (1, 512, Some(waits));
+        let status = Status {
+            pid: 1,
+            version: "0.1".to_owned(),
+            uptime_seconds: 5,
+            images: vec![image],
+            overlays: vec![overlay],
+            vms: Vec::new(),
+        };
         let served = ServerCounters::default();
         served.stream_bytes.store(99, Ordering::Relaxed);
-        families.served(&served);
-        let mut registry = Registry::with_prefix("bootcache");
-        families.register(&mut registry);
-        let mut text = String::new();
-        encode(&mut text, &registry).unwrap();
+        let text = render(&status, Some(&served));
         for line in [
+            r#"bootcache_build_info{version="0.1"} 1"#,
+            "bootcache_uptime_seconds 5",
+            r#"bootcache_present_bytes{image="debian"} 4096"#,
+            r#"bootcache_data_bytes{image="debian"} 8192"#,
+            r#"bootcache_overlay_clients{overlay="vm"} 1"#,
+            r#"bootcache_overlay_written_bytes_total{overlay="vm"} 512"#,
             r#"bootcache_reads_total{overlay="vm",outcome="hit"} 7"#,
             r#"bootcache_reads_total{overlay="vm",outcome="demand"} 3"#,
             r#"bootcache_reads_total{overlay="vm",outcome="miss"} 2"#,
