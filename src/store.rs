@@ -185,9 +185,9 @@ impl Store {
         Ok(store)
     }
 
-    /// Whether somebody has made a store in `dir`.
+    /// Whether somebody has made a store in `dir`, or may have where this process may not look: [`Self::open`] says why.
     pub fn exists(dir: &Path) -> bool {
-        dir.join("names").is_dir()
+        dir.join("names").try_exists().unwrap_or(true)
     }
 
     /// Keeps other commands from starting a VM on the overlay of that name, which is there, until the result is dropped;
