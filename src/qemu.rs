@@ -4,6 +4,7 @@
 //! waits for that. Nothing here knows of images or stores; libvirt's domains are `crate::hypervisor`'s.
 
 pub mod accelerator;
+mod boot_sector;
 pub mod qmp;
 pub mod until;
 

@@ -135,6 +135,12 @@ pub enum RecordError {
     /// The process ended before the condition was met.
     #[error("the process ended before the boot was over ({until}): {status}{said}")]
     Ended { until: String, status: ExitStatus, said: Said },
+    /// QEMU stopped the guest.
+    #[error(
+        "KVM cannot run this guest on this host (QEMU: KVM internal error), as may be where hosts are guests \
+         themselves: run it without (--accel tcg)"
+    )]
+    Kvm,
     /// The process cannot be started.
     #[error("{program} cannot be started: {source}")]
     Start { program: String, source: io::Error },

@@ -225,6 +225,10 @@ fn any_command_can_be_recorded_by_either_way() {
             vec!["--until", "serial:never", "--time-limit", "2", "--", "cat", "/dev/zero", "{disk}"],
             "within 2 s",
         ),
+        (
+            vec!["--", "sh", "-c", "echo 'KVM internal error. Suberror: 1' >&2; sleep 600", "x", "{disk}"],
+            "run it without (--accel tcg)",
+        ),
         (vec!["--", "touch", "{disk}"], "wrote to the image"),
         (vec!["--", "sh", "-c", "touch $1; exit 1", "x", "{disk}"], "wrote to the image"),
         (vec!["--", "sh", "-c", "dd if=$1 of=/dev/null; touch $1", "x", "{disk}"], "wrote to the image"),

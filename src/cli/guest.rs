@@ -16,7 +16,7 @@ use bootcache::hypervisor::domain::{Domain, DomainDisk, Interface, RECONNECT_SEC
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::{HostName, ImageName};
 use bootcache::qemu::until::{Condition, Until};
-use bootcache::qemu::{self, Accelerator, Aio, Machine, Serial, ShutDown, qmp};
+use bootcache::qemu::{self, Accelerator, Aio, Machine, Serial, ShutDown, accelerator, qmp};
 use bootcache::serve::CONTROL_SOCKET;
 use bootcache::store::Store;
 use bootcache::vm::{Runner, VmRecord, open_log, qemu_log_path, qmp_path, serial_path};
@@ -503,8 +503,19 @@ async fn start_qemu(
 /// Resolves when the guest has ended, with the reason.
 async fn died(child: &mut Option<tokio::process::Child>, plan: &Plan, name: &HostName, dir: &Path) -> String {
     if let Some(child) = child {
-        let status = child.wait().await;
-        let log = std::fs::read_to_string(qemu_log_path(dir)).unwrap_or_default();
+        let said = || std::fs::read(qemu_log_path(dir)).unwrap_or_default();
+        let status = loop {
+            match tokio::time::timeout(Duration::from_secs(1), child.wait()).await {
+                Ok(status) => break status,
+                Err(_) if accelerator::gave_up(&said()) => {
+                    return "KVM cannot run it on this host (QEMU: KVM internal error): --accel tcg runs it \
+                            without KVM"
+                        .to_owned();
+                }
+                Err(_) => {}
+            }
+        };
+        let log = String::from_utf8_lossy(&said()).into_owned();
         let last = log.lines().last().unwrap_or_default();
         return match status {
             Ok(status) if status.success() && last.is_empty() => "the guest went off".to_owned(),

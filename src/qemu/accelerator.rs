@@ -1,5 +1,5 @@
 //! KVM or TCG. That `/dev/kvm` opens says little (nested and emulated hosts abort later), so a guest of one sector is
-//! really run on it.
+//! really run on it, through the modes that a kernel goes through.
 
 use std::fmt;
 use std::fs::File;
@@ -9,8 +9,11 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
-use tokio::process::Command;
+use tokio::io::AsyncReadExt;
+use tokio::process::{ChildStderr, Command};
 use tracing::warn;
+
+use super::boot_sector;
 
 /// What runs a guest's code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,11 +45,10 @@ impl FromStr for Accelerator {
     }
 }
 
-/// A firmware that does not come as far as the boot sector in this time does not work.
+/// What QEMU prints when KVM cannot go on with a guest; the guest stands still from then on.
+const GAVE_UP: &str = "KVM internal error";
+/// A guest that does not come to the end of its boot sector in this time does not run.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// `mov dx, 0xf4; mov al, 0x10; out dx, al; hlt; jmp $-1`: tells QEMU's debug-exit device to end with status 33.
-const BOOT_SECTOR: [u8; 9] = [0xba, 0xf4, 0x00, 0xb0, 0x10, 0xee, 0xf4, 0xeb, 0xfd];
-const STATUS: i32 = (0x10 << 1) | 1;
 
 impl Accelerator {
     /// KVM if a guest runs on it, else TCG. Takes a second at most where KVM works.
@@ -79,8 +81,7 @@ impl Accelerator {
     fn guest(self) -> io::Result<Command> {
         // AHCI's part of the firmware reads no disk of a single sector.
         let mut sectors = vec![0_u8; 1 << 20];
-        sectors[..BOOT_SECTOR.len()].copy_from_slice(&BOOT_SECTOR);
-        sectors[510..512].copy_from_slice(&[0x55, 0xaa]);
+        sectors[..512].copy_from_slice(&boot_sector::bytes());
         let mut disk = File::from(rustix::fs::memfd_create("boot-sector", MemfdFlags::CLOEXEC)?);
         disk.write_all(&sectors)?;
         let mut command = Command::new(super::PROGRAM);
@@ -92,19 +93,40 @@ impl Accelerator {
             .args(["-drive", "if=ide,format=raw,file=/proc/self/fd/0"])
             .stdin(disk)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .kill_on_drop(true);
         Ok(command)
     }
 }
 
-/// Whether the guest comes as far as its boot sector within `deadline`.
+/// Whether QEMU, which `printed` this, has stopped its guest because KVM cannot go on with it.
+pub fn gave_up(printed: &[u8]) -> bool {
+    printed.windows(GAVE_UP.len()).any(|window| window == GAVE_UP.as_bytes())
+}
+
+/// Whether the guest comes to the end of its boot sector within `deadline`.
 async fn boots(mut guest: Command, deadline: Duration) -> io::Result<bool> {
     let mut guest = guest.spawn()?;
-    match tokio::time::timeout(deadline, guest.wait()).await {
-        Ok(status) => Ok(status?.code() == Some(STATUS)),
-        Err(_) => Ok(false),
+    let stderr = guest.stderr.take();
+    let status = tokio::select! {
+        status = guest.wait() => status?,
+        () = stuck(stderr) => return Ok(false),
+        () = tokio::time::sleep(deadline) => return Ok(false),
+    };
+    Ok(status.code() == Some(boot_sector::STATUS))
+}
+
+/// Resolves when QEMU says that KVM gave up.
+async fn stuck(stderr: Option<ChildStderr>) {
+    let Some(mut stderr) = stderr else { return std::future::pending().await };
+    let mut chunk = [0; 4096];
+    // QEMU writes a line at a time.
+    while let Ok(length @ 1..) = stderr.read(&mut chunk).await {
+        if gave_up(&chunk[..length]) {
+            return;
+        }
     }
+    std::future::pending().await
 }
 
 #[cfg(test)]
@@ -123,5 +145,19 @@ mod tests {
         guest.env("TMPDIR", "/nowhere");
         // The translator on a machine that runs other tests beside this one.
         assert!(boots(guest, Duration::from_secs(120)).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_kvm_gives_up_is_not_waited_for() {
+        // As QEMU does it: the guest stands still, the process goes on.
+        let mut guest = Command::new("sh");
+        guest.args([
+            "-c",
+            "echo 'KVM internal error. Suberror: 1' >&2; echo 'emulation failure' >&2; sleep 600",
+        ]);
+        guest.stderr(Stdio::piped()).kill_on_drop(true);
+        let start = std::time::Instant::now();
+        assert!(!boots(guest, Duration::from_secs(300)).await.unwrap());
+        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
     }
 }

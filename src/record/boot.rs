@@ -115,7 +115,7 @@ impl<'a> Plan<'a> {
             command.envs(preload::environment(&library, &self.entry.disk_path(), trace.path()));
         }
         let (mut child, serial) = Recorded::start(command)?;
-        let start = Instant::now();
+        let (start, stuck) = (Instant::now(), child.stuck());
         let end_ns = {
             let mut met = std::pin::pin!(condition.met(serial, || watcher.reads().unwrap_or(0)));
             let met = tokio::select! {
@@ -127,6 +127,7 @@ impl<'a> Plan<'a> {
                     Err(_) => self.ended(status.map_err(io("waiting for the process"))?, &child),
                 },
                 () = tokio::time::sleep(self.options.time_limit) => Err(self.too_late(&child)),
+                () = stuck.cancelled() => Err(RecordError::Kvm),
                 () = cancel.cancelled() => Err(RecordError::Interrupted),
             };
             met.map(|met| watcher.end_ns(met))

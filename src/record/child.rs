@@ -9,8 +9,10 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
 
 use super::{RecordError, Said};
+use crate::qemu::accelerator;
 
 /// Time to end by itself when asked to.
 const GRACE: Duration = Duration::from_secs(3);
@@ -25,6 +27,7 @@ pub(super) struct Recorded {
     child: Child,
     group: Option<Pid>,
     said: Arc<Mutex<Vec<u8>>>,
+    stuck: CancellationToken,
 }
 
 impl Recorded {
@@ -43,14 +46,20 @@ impl Recorded {
         let mut child = command.spawn().map_err(|source| start_error(&program, source))?;
         let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
         let said = Arc::<Mutex<Vec<u8>>>::default();
+        let stuck = CancellationToken::new();
         let (serial, forward) = tokio::io::duplex(PIPE);
         if let Some(stdout) = child.stdout.take() {
-            tokio::spawn(gather(stdout, Arc::clone(&said), Some(forward)));
+            tokio::spawn(gather(stdout, Arc::clone(&said), Kind::Serial(Some(forward))));
         }
         if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(gather(stderr, Arc::clone(&said), None));
+            tokio::spawn(gather(stderr, Arc::clone(&said), Kind::Messages(stuck.clone())));
         }
-        Ok((Self { child, group, said }, serial))
+        Ok((Self { child, group, said, stuck }, serial))
+    }
+
+    /// Cancelled when the guest stands still because KVM cannot go on with it.
+    pub(super) fn stuck(&self) -> CancellationToken {
+        self.stuck.clone()
     }
 
     /// Waits until it ends by itself.
@@ -89,12 +98,16 @@ impl Drop for Recorded {
     }
 }
 
-/// Reads `from` to its end, keeps the last of it, and passes it on for as long as someone wants it.
-async fn gather(
-    mut from: impl tokio::io::AsyncRead + Unpin,
-    said: Arc<Mutex<Vec<u8>>>,
-    mut forward: Option<DuplexStream>,
-) {
+/// What a process writes.
+enum Kind {
+    /// Its stdout, which is passed on for as long as someone wants it.
+    Serial(Option<DuplexStream>),
+    /// Its stderr, where QEMU says that KVM gave up.
+    Messages(CancellationToken),
+}
+
+/// Reads `from` to its end and keeps the last of it.
+async fn gather(mut from: impl tokio::io::AsyncRead + Unpin, said: Arc<Mutex<Vec<u8>>>, mut kind: Kind) {
     let mut chunk = [0; 4096];
     while let Ok(length @ 1..) = from.read(&mut chunk).await {
         {
@@ -103,10 +116,19 @@ async fn gather(
             let surplus = said.len().saturating_sub(TAIL);
             said.drain(..surplus);
         }
-        if let Some(stream) = &mut forward
-            && stream.write_all(&chunk[..length]).await.is_err()
-        {
-            forward = None;
+        match &mut kind {
+            Kind::Serial(forward) => {
+                if let Some(stream) = forward
+                    && stream.write_all(&chunk[..length]).await.is_err()
+                {
+                    *forward = None;
+                }
+            }
+            Kind::Messages(stuck) => {
+                if accelerator::gave_up(&chunk[..length]) {
+                    stuck.cancel();
+                }
+            }
         }
     }
 }
