@@ -53,8 +53,10 @@ const DEADLINE: Duration = Duration::from_secs(10);
 impl Accelerator {
     /// KVM if a guest runs on it, else TCG. Takes a second at most where KVM works.
     pub async fn detect() -> Self {
+        // Without the processor's help KVM runs kernels that were made for that alone, and takes seconds to fail.
+        let helped = std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|info| virtualizes(&info));
         let device = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-        if device.is_ok() && Self::Kvm.works().await { Self::Kvm } else { Self::Tcg }
+        if helped && device.is_ok() && Self::Kvm.works().await { Self::Kvm } else { Self::Tcg }
     }
 
     /// Whether a guest of one sector boots. One that cannot be tried counts as one that does not.
@@ -97,6 +99,12 @@ impl Accelerator {
             .kill_on_drop(true);
         Ok(command)
     }
+}
+
+/// Whether `cpuinfo`, as of `/proc/cpuinfo`, tells of a processor with Intel's or AMD's extensions for guests.
+fn virtualizes(cpuinfo: &str) -> bool {
+    let mut flags = cpuinfo.lines().filter(|line| line.starts_with("flags"));
+    flags.any(|line| line.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }
 
 /// Whether QEMU, which `printed` this, has stopped its guest because KVM cannot go on with it.
@@ -145,6 +153,14 @@ mod tests {
         guest.env("TMPDIR", "/nowhere");
         // The translator on a machine that runs other tests beside this one.
         assert!(boots(guest, Duration::from_secs(120)).await.unwrap());
+    }
+
+    #[test]
+    fn kvm_without_the_processors_help_is_not_tried() {
+        assert!(virtualizes("processor\t: 0\nflags\t\t: fpu vme vmx smx\nvmx flags\t: ept\n"));
+        assert!(virtualizes("flags\t\t: fpu svm\n\nprocessor\t: 1\nflags\t\t: fpu svm\n"));
+        assert!(!virtualizes("model name\t: svm\nflags\t\t: fpu vmxnet hypervisor\n"));
+        assert!(!virtualizes(""));
     }
 
     #[tokio::test]
