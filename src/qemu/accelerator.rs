@@ -169,7 +169,7 @@ mod tests {
         let mut guest = Command::new("sh");
         guest.args([
             "-c",
-            "echo 'KVM internal error. Suberror: 1' >&2; echo 'emulation failure' >&2; sleep 600",
+            "echo 'KVM internal error. Suberror: 1' >&2; echo 'emulation failure' >&2; exec sleep 600",
         ]);
         guest.stderr(Stdio::piped()).kill_on_drop(true);
         let start = std::time::Instant::now();
