@@ -1,9 +1,8 @@
 //! A boot sector that does what every 64-bit kernel does on its way up, and then ends QEMU.
 //!
-//! A hypervisor without help from the processor may run the firmware, which stays in real mode, by emulating it, and give up
-//! at the first instruction beyond (`kvm_pvm`: at `iret` in protected mode). So the sector goes through protected mode into
-//! long mode with paging (AMD64 Architecture Programmer's Manual, volume 2, section 14.6) and returns from an interrupt in
-//! both.
+//! A hypervisor without help from the processor may run the firmware by emulating it, and give up at an instruction that its
+//! emulator lacks (`kvm_pvm`: at `iret` in protected mode). So the sector goes through protected mode into long mode with
+//! paging (AMD64 Architecture Programmer's Manual, volume 2, section 14.6) and returns from an interrupt in both.
 
 use std::arch::global_asm;
 
