@@ -31,6 +31,7 @@
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+mod at_once;
 mod boot;
 mod drive;
 mod golden;
@@ -175,16 +176,19 @@ fn main() {
     }
 }
 
-/// The tables, how true the replayer is, what the simulator says, and the command lines.
+/// The tables, what many nodes take beside one, how true the replayer is, what the simulator says, and the command lines.
 fn show(all: &[Results], markdown: bool, options: &Options) {
     for results in plan::in_order(all) {
         print::table(results, markdown);
     }
-    validate::print(all);
-    for rate in [100, 1000] {
-        predict::print(&options.results, &plan::several_at_once(1, rate));
-    }
-    print::commands(all);
+    print::as_it_is(markdown, || {
+        at_once::print(&plan::in_order(all));
+        validate::print(all);
+        for rate in [100, 1000] {
+            predict::print(&options.results, &plan::several_at_once(1, rate));
+        }
+        print::commands(all);
+    });
 }
 
 /// The smallest part: one replayed boot.

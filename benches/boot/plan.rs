@@ -122,7 +122,7 @@ pub(crate) fn all() -> Vec<Step> {
         one("fast", 1000, Play::Guest, 2, &MAIN),
         quick_processor("fast", 100, 2, &MAIN),
         // Ten alternating pairs of real guests, local against present blocks.
-        guests(1, 10, &["bootcache, has image"]),
+        guests(1, 10, &[ways::HAS_IMAGE]),
         // More rounds.
         one("fast", 100, Play::Replay, 5, &[]),
         one("fast", 1000, Play::Replay, 5, &[]),
@@ -143,7 +143,7 @@ pub(crate) fn all() -> Vec<Step> {
 
 /// One of each kind.
 const MAIN: [&str; 10] = [
-    "bootcache, has image",
+    ways::HAS_IMAGE,
     BOOTCACHE,
     "bootcache, booted once",
     "qemu-nbd",

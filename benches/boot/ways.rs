@@ -45,6 +45,8 @@ const fn lone(name: &'static str, moves: Moves, prepare: fn(&Lab) -> Prepared) -
 
 /// The way that others are compared with.
 pub(crate) const LOCAL: &str = "local";
+/// A node that has all of the image: what the server and the overlay cost.
+pub(crate) const HAS_IMAGE: &str = "bootcache, has image";
 /// The way that this is about: a node that has nothing.
 pub(crate) const BOOTCACHE: &str = "bootcache";
 /// One of several nodes sends at a tenth of its link's rate.
@@ -53,7 +55,7 @@ pub(crate) const SLOW_NODE: &str = "bootcache, a slow node";
 /// All ways, the one to compare with first.
 pub(crate) const WAYS: [Way; 18] = [
     way(LOCAL, Moves::Nothing, rivals::local),
-    way("bootcache, has image", Moves::Nothing, ours::present),
+    way(HAS_IMAGE, Moves::Nothing, ours::present),
     way(BOOTCACHE, Moves::Stream, ours::nothing),
     way("bootcache, relay off", Moves::StreamEach, ours::no_relay),
     way("bootcache, two sources", Moves::Stream, ours::second_source),
