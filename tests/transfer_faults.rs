@@ -228,6 +228,34 @@ async fn a_source_that_comes_is_asked_at_once_for_what_another_has_lost() {
     engine.stop().await;
 }
 
+/// A node that has the frames and sends little was waited for with every third of them, for seconds each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_sends_little_is_left_alone_after_its_first_late_frames() {
+    let sample = Sample::with_boot(64 << 20, 43, 8192);
+    let origin = Node::origin(&sample, None).await;
+    let trickles = Arc::new(Faults::new(&[Fault::Trickle], 1, u64::MAX));
+    let mut nodes = vec![Node::empty(Some(Arc::clone(&trickles))).await];
+    for _ in 0..2 {
+        nodes.push(Node::empty(None).await);
+    }
+    // Slow enough that each asks before the others have it all.
+    let mut links = Vec::new();
+    let mut engines = Vec::new();
+    for node in &nodes {
+        links.push(SlowLink::new(origin.address, 8 << 20).await);
+        let from = [links.last().unwrap().address];
+        engines.push(node.pull(&from, |options| options.fill = false).await);
+    }
+    for engine in &engines[1..] {
+        let complete = tokio::time::timeout(Duration::from_secs(20), engine.boot_complete()).await;
+        assert!(complete.is_ok(), "it waits for a node that sends little");
+    }
+    assert!(trickles.done() > 0, "it was asked");
+    for engine in engines {
+        engine.stop().await;
+    }
+}
+
 /// Enough reads after `most`.
 fn after(most: u64) -> impl Fn() -> bool {
     let count = std::cell::Cell::new(0);

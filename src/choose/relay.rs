@@ -36,6 +36,7 @@
 //!   a burst) to one of them and points the others there.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
 use super::policy::eligible;
 use super::{Candidate, Chooser, Draw, Item, Need, PeerKey, mix};
@@ -140,11 +141,30 @@ pub fn backlog_load(backlog: u64, rate: u64) -> f32 {
 /// The least [`window`].
 const WINDOW_MIN: u64 = 2 << 20;
 
+/// The least and the longest [`patience`].
+const PATIENCE_MIN: Duration = Duration::from_millis(600);
+const PATIENCE_MAX: Duration = Duration::from_secs(5);
+/// The least [`sending_max`].
+const SENDING_MIN: Duration = Duration::from_millis(250);
+
 /// Bytes of frames that a node asks for ahead of their arrival when its link carries `rate` bytes a second: enough to
 /// cover the hops of the relay and a slow node among them, not so much that a node which begins a moment before the
 /// others has asked for everything before it knows of them.
 pub fn window(rate: u64) -> u64 {
     (rate / 28).clamp(WINDOW_MIN, 8 << 20)
+}
+
+/// For how long a node waits for a frame from one that may not have it yet, when frames took `mean` lately, 0 before one
+/// came: four times that. A relay is asked for what comes a window ahead, and may be as far from it: on a slow link that
+/// takes long, and a frame that is asked of the origin again leaves it even less for the others.
+pub fn patience(mean: Duration) -> Duration {
+    (mean * 4).clamp(PATIENCE_MIN, PATIENCE_MAX)
+}
+
+/// For how long a relay that has a frame may take to send it to a node that gets `rate` bytes a second: half a window.
+/// Where all are slow that is long; who takes longer is slow among others.
+pub fn sending_max(rate: u64) -> Duration {
+    Duration::from_secs_f64(window(rate) as f64 / rate.max(1) as f64 / 2.0).clamp(SENDING_MIN, PATIENCE_MAX)
 }
 
 /// Which source to ask for which frame.
@@ -343,15 +363,26 @@ pub enum Answer {
 ///
 /// Of those who ask for one frame only the first is served. Each other is pointed to one who asked before it, the one
 /// to which fewest were pointed of a few: the first nodes of a burst would otherwise feed all the others. Who asks for
-/// the same frame again is served: whom it was pointed to has failed it.
+/// the same frame again is served: whom it was pointed to has failed it, and is pointed to less.
 #[derive(Debug, Clone)]
 pub struct Ledger {
     sample: usize,
-    askers: HashMap<u32, Vec<PeerKey>>,
-    /// How often each was pointed to.
+    askers: HashMap<u32, Vec<Claim>>,
+    /// How often each was pointed to; who failed counts as if it had been that much more often.
     pointed: HashMap<PeerKey, u64>,
     full: HashSet<PeerKey>,
 }
+
+/// A node that asked for a frame.
+#[derive(Debug, Clone, Copy)]
+struct Claim {
+    by: PeerKey,
+    /// Whom it was pointed to and has not come back from.
+    to: Option<PeerKey>,
+}
+
+/// As how many nodes that were pointed to it one counts whom it has failed.
+const FAILURE_COST: u64 = 16;
 
 impl Ledger {
     /// Nothing sent yet.
@@ -366,19 +397,21 @@ impl Ledger {
 
     /// `peer` asks for `frame`.
     pub fn ask(&mut self, frame: u32, peer: PeerKey) -> Answer {
-        let askers = self.askers.entry(frame).or_default();
-        if askers.contains(&peer) {
+        let claims = self.askers.entry(frame).or_default();
+        if let Some(claim) = claims.iter_mut().find(|claim| claim.by == peer) {
+            if let Some(failed) = claim.to.take() {
+                *self.pointed.entry(failed).or_default() += FAILURE_COST;
+            }
             return Answer::Send;
         }
         let pointed = &self.pointed;
-        let count = askers.len() as u64;
+        let count = claims.len() as u64;
         let drawn = (0..self.sample as u64).map(|at| mix(mix(peer.0 ^ u64::from(frame)) ^ at) % count.max(1));
-        let few = drawn.filter_map(|at| askers.get(usize::try_from(at).ok()?));
+        let few = drawn.filter_map(|at| Some(claims.get(usize::try_from(at).ok()?)?.by));
         let least = few
             .filter(|other| !self.full.contains(other))
-            .min_by_key(|other| pointed.get(other).copied().unwrap_or(0))
-            .copied();
-        askers.push(peer);
+            .min_by_key(|other| pointed.get(other).copied().unwrap_or(0));
+        claims.push(Claim { by: peer, to: least });
         let Some(other) = least else { return Answer::Send };
         *self.pointed.entry(other).or_default() += 1;
         Answer::Ask(other)
@@ -395,9 +428,9 @@ impl Ledger {
 
     /// `peer` is gone: nobody is pointed to it any more.
     pub fn forget(&mut self, peer: PeerKey) {
-        self.askers.retain(|_, askers| {
-            askers.retain(|other| *other != peer);
-            !askers.is_empty()
+        self.askers.retain(|_, claims| {
+            claims.retain(|claim| claim.by != peer);
+            !claims.is_empty()
         });
         self.pointed.remove(&peer);
         self.full.remove(&peer);

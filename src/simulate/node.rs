@@ -1,16 +1,25 @@
 //! A node of the simulation: what it has, what it has asked for, and how far its guest is.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use super::profile::Profile;
+use crate::choose::relay::patience;
 use crate::choose::{Draw, PeerKey, Seen};
+
+/// For how long a source that was late is asked only when nobody else will do; as in `transfer::engine`.
+const DEMOTION_MS: u64 = 30_000;
 
 /// A request that has not been answered.
 #[derive(Debug, Clone)]
 pub(super) struct Ask {
     pub(super) frame: u32,
     pub(super) source: u32,
+    /// The one that was asked as well, because the first is late.
+    pub(super) second: Option<u32>,
     pub(super) at_ns: u64,
+    /// Since when the source is known to have it.
+    pub(super) there_ns: Option<u64>,
     /// Who was asked before, and now.
     pub(super) tried: Vec<PeerKey>,
 }
@@ -74,8 +83,12 @@ pub(super) struct Node {
     pub(super) seen: BTreeMap<u32, Seen>,
     pub(super) draw: Draw,
     pub(super) sent: u64,
+    /// Requests, and those of them that were hedges.
+    pub(super) asked: u64,
+    pub(super) hedges: u64,
     /// Mean time to an answer.
-    pub(super) latency_ns: u64,
+    latency_ns: u64,
+    pub(super) died_ns: u64,
     /// When the guest will ask for the frame at the position.
     guest_ns: u64,
     /// When the guest was up.
@@ -102,7 +115,10 @@ impl Node {
             seen: BTreeMap::new(),
             draw: Draw::new(seed),
             sent: 0,
+            asked: 0,
+            hedges: 0,
             latency_ns: 0,
+            died_ns: 0,
             guest_ns: 0,
             booted_ns: None,
         }
@@ -139,5 +155,35 @@ impl Node {
     pub(super) fn take_ask(&mut self, frame: u32) -> Option<Ask> {
         let at = self.asks.iter().position(|ask| ask.frame == frame)?;
         Some(self.asks.swap_remove(at))
+    }
+
+    /// `source` has answered after `took_ns`.
+    pub(super) fn answered(&mut self, source: u32, took_ns: u64) {
+        self.latency_ns = if self.latency_ns == 0 { took_ns } else { (self.latency_ns * 7 + took_ns) / 8 };
+        self.seen.entry(source).or_default().answered(took_ns as f32 / 1e6);
+    }
+
+    /// For how long a source is waited for.
+    pub(super) fn patience(&self) -> Duration {
+        patience(Duration::from_nanos(self.latency_ns))
+    }
+
+    /// `source` was late: it is asked when nobody else will do.
+    pub(super) fn demote(&mut self, source: u32, now_ns: u64) {
+        self.seen.entry(source).or_default().rest(now_ns / 1_000_000, DEMOTION_MS);
+    }
+
+    /// Whether `source` was late here lately.
+    pub(super) fn rests(&self, source: u32, now_ns: u64) -> bool {
+        self.seen.get(&source).is_some_and(|seen| !seen.is_ready(now_ns / 1_000_000))
+    }
+
+    /// `node` does not wait for `frame` any more, of `length`, if it is not on its way.
+    pub(super) fn cancel(&mut self, frame: u32, node: u32, length: u32) {
+        let before = self.waiting.len();
+        self.waiting.retain(|waiting| *waiting != (frame, node));
+        if self.queue.remove(&(frame, node)) || self.waiting.len() < before {
+            self.backlog -= u64::from(length);
+        }
     }
 }

@@ -64,6 +64,30 @@ fn a_thousand_nodes_take_little_longer_than_one_and_cost_the_origin_about_one_co
     assert!(report.last_ms < report.bound_ms * 1.6 && report.origin_copies < 2.0, "{report:?}");
 }
 
+/// Two others waited for a node that sends at a tenth for every third frame, each of them several times as long as it
+/// takes to get a frame elsewhere: 1.4 times the boot without it when measured, 2.1 in one of three rounds.
+#[test]
+fn a_slow_node_among_three_is_soon_left_alone() {
+    for link in [25, 100, 1000] {
+        for seed in 1..=8 {
+            let (link, origin_link) = (payload(link), payload(link));
+            let scenario = Scenario {
+                nodes: 3,
+                slow: 0.34,
+                seed,
+                link,
+                origin_link,
+                stagger_ms: 20,
+                ..Scenario::default()
+            };
+            let bytes = link / 2 * 3;
+            let report = run(&scenario, &Profile::synthetic(bytes, 5000), "least-load");
+            assert!(report.last_ms < report.bound_ms * 1.5, "seed {seed}: {report:?}");
+            assert!(report.origin_copies < 2.5, "seed {seed}: {report:?}");
+        }
+    }
+}
+
 #[test]
 fn without_relay_the_origin_sends_a_copy_to_each() {
     let report = run(&at_100_megabits(4), &debian(), "origin-only");

@@ -1,22 +1,28 @@
 //! The course of a simulation: one event after another.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use super::events::{Event, Events};
 use super::links::Links;
 use super::node::{Ask, Life, Node};
 use super::report::{Report, jain, percentile};
 use super::{Profile, Scenario};
-use crate::choose::relay::{Answer, backlog_load, is_full_load, window};
+use crate::choose::relay::{Answer, backlog_load, is_full_load, sending_max, window};
 use crate::choose::{Asker, Candidate, Chooser, Draw, Has, Item, Ledger, Load, PeerKey, Roster};
 
 const ORIGIN: u32 = 0;
 /// No boot that goes on at all takes longer.
 const END_NS: u64 = 3_600_000_000_000;
-/// A request for the frame at the position is given up after so many mean answer times, but not before
-/// [`PATIENCE_MIN_NS`].
-const PATIENCE: u64 = 4;
-const PATIENCE_MIN_NS: u64 = 600_000_000;
+/// An answer is lost when it is so many times as late as one that is late, and not before this time; this and what follows
+/// is as in `transfer::request`.
+const LOST_FACTOR: u32 = 4;
+const LOST_MIN_NS: u64 = 3_000_000_000;
+/// Hedges that are allowed beyond one to so many requests.
+const HEDGES_FREE: u64 = 4;
+const HEDGE_SHARE: u64 = 20;
+/// A node that is gone is known to be silent after this time.
+const SILENT_NS: u64 = 750_000_000;
 /// Nodes looked at, at random, when somebody is wanted who has a frame.
 const SAMPLE: usize = 8;
 
@@ -107,7 +113,7 @@ impl<'a> World<'a> {
                 Event::Start(node) => self.start(node),
                 Event::LinkFree(node) => self.send_next(node),
                 Event::Arrived { node, frame, from } => self.arrived(node, frame, from),
-                Event::Pointed { node, frame, to } => self.ask_peer(node, frame, to),
+                Event::Pointed { node, frame, to } => self.pointed(node, frame, to),
                 Event::Dies(node) => self.dies(node),
                 Event::Positions => self.tell_positions(),
                 Event::Loads => self.report_loads(),
@@ -132,6 +138,7 @@ impl<'a> World<'a> {
             self.silent += 1;
         }
         this.life = Life::Silent;
+        this.died_ns = self.events.now_ns();
         this.queue.clear();
         this.waiting.clear();
         this.backlog = 0;
@@ -151,7 +158,10 @@ impl<'a> World<'a> {
             this.next += 1;
             this.ahead += u64::from(step.length);
             let tried = vec![self.nodes[source as usize].key];
-            self.ask(node, Ask { frame, source, at_ns: self.events.now_ns(), tried });
+            self.ask(
+                node,
+                Ask { frame, source, second: None, at_ns: self.events.now_ns(), there_ns: None, tried },
+            );
         }
     }
 
@@ -159,10 +169,10 @@ impl<'a> World<'a> {
         let (frame, source) = (ask.frame, ask.source);
         self.nodes[node as usize].asks.push(ask);
         if source != ORIGIN || !self.chooser.relays() {
-            return self.ask_peer(node, frame, source);
+            return self.request(node, frame, source);
         }
         match self.ledger.ask(frame, self.nodes[node as usize].key) {
-            Answer::Send => self.ask_peer(node, frame, source),
+            Answer::Send => self.request(node, frame, source),
             Answer::Ask(peer) => {
                 let to = self.by_key[&peer];
                 let at_ns = self.events.now_ns() + self.scenario.round_trip_us * 1000;
@@ -171,16 +181,28 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The request reaches `source`, which sends the frame when it has it.
-    fn ask_peer(&mut self, node: u32, frame: u32, source: u32) {
-        let (key, origin) = (self.nodes[source as usize].key, self.nodes[ORIGIN as usize].key);
-        let asks = &mut self.nodes[node as usize].asks;
-        if let Some(ask) = asks.iter_mut().find(|ask| ask.frame == frame && ask.source != source) {
-            ask.source = source;
-            // Who points to another has not failed: when that one does, it is asked again.
-            ask.tried.retain(|tried| *tried != origin);
-            ask.tried.push(key);
+    /// The origin pointed `node` to another. If that one was late before, the origin is asked again, and sends it.
+    fn pointed(&mut self, node: u32, frame: u32, to: u32) {
+        let now_ns = self.events.now_ns();
+        let keys = (self.nodes[to as usize].key, self.nodes[ORIGIN as usize].key);
+        let this = &mut self.nodes[node as usize];
+        let insists = this.rests(to, now_ns);
+        let Some(ask) = this.asks.iter_mut().find(|ask| ask.frame == frame) else { return };
+        ask.at_ns = now_ns;
+        if insists {
+            self.ledger.ask(frame, self.nodes[node as usize].key);
+            return self.request(node, frame, ORIGIN);
         }
+        (ask.source, ask.there_ns) = (to, None);
+        // Who points to another has not failed: when that one does, it is asked again.
+        ask.tried.retain(|tried| *tried != keys.1);
+        ask.tried.push(keys.0);
+        self.request(node, frame, to);
+    }
+
+    /// The request reaches `source`, which sends the frame when it has it.
+    fn request(&mut self, node: u32, frame: u32, source: u32) {
+        self.nodes[node as usize].asked += 1;
         let peer = &mut self.nodes[source as usize];
         if peer.life != Life::Up {
             return;
@@ -218,11 +240,12 @@ impl<'a> World<'a> {
         if this.life != Life::Up {
             return;
         }
-        if let Some(ask) = this.take_ask(frame) {
-            let took_ns = now_ns - ask.at_ns;
-            this.latency_ns =
-                if this.latency_ns == 0 { took_ns } else { (this.latency_ns * 7 + took_ns) / 8 };
-            this.seen.entry(from).or_default().answered(took_ns as f32 / 1e6);
+        let ask = this.take_ask(frame);
+        if let Some(ask) = &ask {
+            this.answered(from, now_ns - ask.at_ns);
+            if ask.second == Some(from) && ask.there_ns.is_some() {
+                this.demote(ask.source, now_ns);
+            }
         }
         let was_booting = this.booted_ns.is_none();
         if !this.store(self.profile, frame, now_ns) {
@@ -241,6 +264,10 @@ impl<'a> World<'a> {
         }
         if !self.nodes[node as usize].sending {
             self.send_next(node);
+        }
+        let others = ask.iter().flat_map(|ask| [Some(ask.source), ask.second]).flatten();
+        for other in others.filter(|other| *other != from) {
+            self.cancel(node, frame, other);
         }
         self.fill_window(node);
     }
@@ -270,26 +297,105 @@ impl<'a> World<'a> {
     /// Turns to other sources for the frames whose sources are taking too long.
     fn check_deadlines(&mut self, node: u32) {
         let now_ns = self.events.now_ns();
-        let this = &self.nodes[node as usize];
-        let patience_ns = (this.latency_ns * PATIENCE).max(PATIENCE_MIN_NS);
-        let late = |ask: &&Ask| now_ns - ask.at_ns > patience_ns;
-        let late: Vec<Ask> = this.asks.iter().filter(late).cloned().collect();
-        for ask in late {
-            let this = &mut self.nodes[node as usize];
-            this.seen.entry(ask.source).or_default().failed(now_ns / 1_000_000);
-            let chosen = self.choose(node, ask.frame, &ask.tried);
-            self.nodes[node as usize].take_ask(ask.frame);
-            let Some(source) = chosen else {
-                // Nobody is left: all may be asked anew.
-                self.nodes[node as usize].asks.push(Ask { tried: Vec::new(), ..ask });
-                continue;
-            };
-            self.failovers += 1;
-            let key = self.nodes[source as usize].key;
-            let mut tried = ask.tried;
-            tried.push(key);
-            self.ask(node, Ask { frame: ask.frame, source, at_ns: now_ns, tried });
+        let patience_ns = nanos(self.nodes[node as usize].patience());
+        let lost_ns = LOST_MIN_NS.max(patience_ns * u64::from(LOST_FACTOR));
+        let asks = &self.nodes[node as usize].asks;
+        let lost = asks.iter().filter(|ask| now_ns - ask.at_ns > lost_ns).map(|ask| ask.frame);
+        for frame in lost.collect::<Vec<u32>>() {
+            self.replace(node, frame);
         }
+        let there =
+            |ask: &Ask| ask.source != ORIGIN && self.nodes[ask.source as usize].told_position > ask.frame;
+        let told: Vec<bool> = self.nodes[node as usize].asks.iter().map(there).collect();
+        let this = &mut self.nodes[node as usize];
+        for (ask, _) in this.asks.iter_mut().zip(told).filter(|(ask, told)| *told && ask.there_ns.is_none()) {
+            ask.there_ns = Some(now_ns);
+        }
+        let head = this.position;
+        if let Some(ask) = this.asks.iter().find(|ask| ask.frame == head).cloned() {
+            self.ask_beside(node, &ask, patience_ns);
+        }
+    }
+
+    /// Asks another for the frame that holds up `node` as well, if whom it asked is late.
+    fn ask_beside(&mut self, node: u32, ask: &Ask, patience_ns: u64) {
+        let now_ns = self.events.now_ns();
+        let this = &self.nodes[node as usize];
+        let sources = || [Some(ask.source), ask.second].into_iter().flatten();
+        let is_silent = sources().all(|source| self.is_silent(source));
+        let sending_max_ns = nanos(sending_max(self.scenario.link));
+        let is_slow = ask.there_ns.is_some_and(|since| now_ns - since > sending_max_ns);
+        let is_owed = is_silent || is_slow || this.rests(ask.source, now_ns);
+        let is_late = now_ns - ask.at_ns > patience_ns;
+        let may_hedge = this.hedges * HEDGE_SHARE <= this.asked + HEDGES_FREE * HEDGE_SHARE;
+        if !(is_silent || ask.second.is_none() && (is_owed || is_late && may_hedge)) {
+            return;
+        }
+        let Some(source) = self.choose(node, ask.frame, &ask.tried) else { return };
+        if is_full_load(self.nodes[source as usize].told_load) {
+            return;
+        }
+        self.failovers += 1;
+        let is_to_blame = ask.there_ns.is_some() || is_silent;
+        let key = self.nodes[source as usize].key;
+        let this = &mut self.nodes[node as usize];
+        this.hedges += u64::from(!is_owed);
+        let Some(now) = this.asks.iter_mut().find(|now| now.frame == ask.frame) else { return };
+        now.tried.push(key);
+        now.second = Some(source);
+        if is_silent {
+            this.demote(ask.source, now_ns);
+        }
+        if source == ORIGIN
+            && self.chooser.relays()
+            && let Answer::Ask(peer) = self.ledger.ask(ask.frame, self.nodes[node as usize].key)
+        {
+            // The first is not waited for any more: the answer is to ask another.
+            self.cancel(node, ask.frame, ask.source);
+            let this = &mut self.nodes[node as usize];
+            if is_to_blame {
+                this.demote(ask.source, now_ns);
+            }
+            if let Some(now) = this.asks.iter_mut().find(|now| now.frame == ask.frame) {
+                (now.source, now.second) = (ORIGIN, None);
+            }
+            let at_ns = now_ns + self.scenario.round_trip_us * 1000;
+            return self.events.at(at_ns, Event::Pointed { node, frame: ask.frame, to: self.by_key[&peer] });
+        }
+        self.request(node, ask.frame, source);
+    }
+
+    fn is_silent(&self, node: u32) -> bool {
+        let node = &self.nodes[node as usize];
+        node.life == Life::Silent && self.events.now_ns() - node.died_ns > SILENT_NS
+    }
+
+    /// `node` does not wait for `frame` from `source` any more.
+    fn cancel(&mut self, node: u32, frame: u32, source: u32) {
+        self.nodes[source as usize].cancel(frame, node, self.profile.steps[frame as usize].length);
+    }
+
+    /// The answer with `frame` is lost: another source is asked, or all may be asked anew.
+    fn replace(&mut self, node: u32, frame: u32) {
+        let now_ns = self.events.now_ns();
+        let this = &mut self.nodes[node as usize];
+        let Some(mut ask) = this.take_ask(frame) else { return };
+        for source in [Some(ask.source), ask.second].into_iter().flatten() {
+            this.seen.entry(source).or_default().failed(now_ns / 1_000_000);
+            this.demote(source, now_ns);
+        }
+        ask.at_ns = now_ns;
+        ask.there_ns = None;
+        let Some(source) = self.choose(node, frame, &ask.tried) else {
+            ask.tried.clear();
+            self.nodes[node as usize].asks.push(ask);
+            return;
+        };
+        self.failovers += 1;
+        ask.tried.push(self.nodes[source as usize].key);
+        (ask.source, ask.second) = (source, None);
+        self.nodes[node as usize].asks.push(ask);
+        self.request(node, frame, source);
     }
 
     /// Calls the code under test, with what `node` would know.
@@ -430,6 +536,10 @@ fn drawn(count: usize, share: f64, draw: &mut Draw) -> Vec<usize> {
     }
     numbers.truncate(wanted);
     numbers
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn number(index: usize) -> u32 {

@@ -126,7 +126,7 @@ pub(super) async fn fetch(shared: &Arc<Shared>, extents: &[Extent], kind: Kind) 
             let known = shared.sources.for_page(page, frame, tried);
             known.or_else(|| guesses.then(|| shared.sources.guess(tried)).flatten())
         };
-        let terms = Terms { kind, bytes: blocks * 2048, patience: Duration::ZERO };
+        let terms = Terms { kind, bytes: blocks * 2048, relayed: None };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
             if kind == Kind::Fill {
                 return;

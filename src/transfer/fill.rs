@@ -315,7 +315,7 @@ async fn ask_parts(shared: &Arc<Shared>, page: u64, groups: Vec<u32>, pages: Vec
     let (root, extents) = (shared.holding.root(), Vec::new());
     let ask = Ask::Blocks { root, extents, groups, pages, urgent: false, pack: false };
     let pick = |tried: &[_], _| shared.sources.for_page(page, None, tried);
-    let terms = Terms { kind: Kind::Tree, bytes, patience: Duration::ZERO };
+    let terms = Terms { kind: Kind::Tree, bytes, relayed: None };
     let mut tried = Vec::new();
     while let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await {
         let got = match &reply.answered.answer {

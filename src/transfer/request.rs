@@ -63,8 +63,22 @@ pub(super) struct Terms {
     pub(super) kind: Kind,
     /// Bytes that the answer is expected to have.
     pub(super) bytes: u64,
-    /// The answer may take this long beyond what its source needs: it is being waited for there.
-    pub(super) patience: Duration,
+    /// The boot frame that is asked for, when the source may have to wait for it itself.
+    pub(super) relayed: Option<u32>,
+}
+
+/// How it stands with a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    InTime,
+    /// Another may be asked as well, if not too many were.
+    Late,
+    /// A relay that was late with other frames, or has the frame and does not send it, is not waited for.
+    Owed,
+    /// Nothing at all comes from those that were asked.
+    Silent,
+    /// Those that were asked have answered later requests.
+    Lost,
 }
 
 /// A source that was asked and has not answered.
@@ -72,6 +86,9 @@ struct Asked {
     source: Arc<Source>,
     /// Which of the requests to it this was; see [`Source::note_asked`].
     number: u64,
+    at: Instant,
+    /// Since when it is known to have the frame, if it is a relay.
+    there: Option<Instant>,
 }
 
 impl Shared {
@@ -90,7 +107,7 @@ impl Shared {
         let start = |source: Arc<Source>, asked: &mut Vec<Asked>, tried: &mut Vec<PeerKey>| -> Asking<'_> {
             tried.extend(source.state().key.map(PeerKey));
             let number = source.note_asked(terms.kind);
-            asked.push(Asked { source: Arc::clone(&source), number });
+            asked.push(Asked { source: Arc::clone(&source), number, at: Instant::now(), there: None });
             let ask = ask.clone();
             Box::pin(async move {
                 let result = self.ask_one(&source, terms, number, ask).await;
@@ -106,7 +123,10 @@ impl Shared {
         loop {
             if running.is_empty() {
                 let source = pick(tried, Why::Needed)?;
-                let late_after = source.late_after(terms.bytes) + terms.patience;
+                let late_after = match terms.relayed {
+                    Some(_) => LATE_AGAIN,
+                    None => source.late_after(terms.bytes),
+                };
                 late = Instant::now() + late_after;
                 lost_after = LOST_MIN.max(late_after * LOST_FACTOR);
                 lost = Instant::now() + lost_after;
@@ -116,12 +136,11 @@ impl Shared {
             tokio::select! {
                 Some((source, number, result)) = running.next() => match result {
                     Ok(answered) => {
-                        let overtaken = asked.iter().filter(|other| !Arc::ptr_eq(&other.source, &source));
-                        for other in overtaken.filter(|other| other.source.requests.load(Ordering::Relaxed) > 0) {
-                            other.source.demote(self.options.demotion);
-                            if terms.patience.is_zero() {
-                                other.source.hang_up_if_still(terms.kind);
-                            }
+                        // Whom it overtook, not who was asked after it and had no time.
+                        let is_it = |other: &Asked| other.number == number && Arc::ptr_eq(&other.source, &source);
+                        let before = asked.iter().take_while(|other| !is_it(other));
+                        for other in before.filter(|other| !Arc::ptr_eq(&other.source, &source)) {
+                            other.overtaken(self, terms);
                         }
                         return Some(Reply { answered, source });
                     }
@@ -134,21 +153,29 @@ impl Shared {
                         }
                     }
                 },
-                () = tokio::time::sleep_until(late), if running.len() < 2 => {
+                () = tokio::time::sleep_until(late), if running.len() < AGAIN_MAX => {
                     late = Instant::now() + LATE_AGAIN;
-                    let passed = |asked: &Asked| asked.source.has_passed(terms.kind, asked.number);
-                    let is_lost = terms.patience.is_zero() && asked.iter().all(passed);
-                    let source = match is_lost {
-                        true => pick(tried, Why::Needed),
-                        false if self.may_hedge() => pick(tried, Why::Late),
-                        false => None,
+                    let standing = self.standing(terms, &mut asked);
+                    let source = match standing {
+                        Standing::Silent => pick(tried, Why::Late),
+                        _ if running.len() >= 2 => None,
+                        Standing::Lost => pick(tried, Why::Needed),
+                        Standing::Owed => pick(tried, Why::Late),
+                        Standing::Late if self.may_hedge() => pick(tried, Why::Late),
+                        Standing::Late | Standing::InTime => None,
                     };
                     if let Some(source) = source {
-                        Counters::count(if is_lost { &self.counters.failovers } else { &self.counters.hedges });
+                        let is_hedge = standing == Standing::Late;
+                        Counters::count(if is_hedge { &self.counters.hedges } else { &self.counters.failovers });
                         running.push(start(source, &mut asked, tried));
                     }
                 }
                 () = tokio::time::sleep_until(lost) => {
+                    let patience = self.stream.patience() * LOST_FACTOR;
+                    if terms.relayed.is_some() && asked.iter().any(|asked| asked.at.elapsed() < patience) {
+                        lost = Instant::now() + LATE_AGAIN;
+                        continue;
+                    }
                     lost_after = (lost_after * 2).min(LOST_MAX.max(lost_after));
                     lost = Instant::now() + lost_after;
                     for Asked { source: silent, .. } in &asked {
@@ -175,6 +202,29 @@ impl Shared {
                     }
                 }
             }
+        }
+    }
+
+    /// How it stands with a request that has been waited for until it may be late.
+    fn standing(&self, terms: Terms, asked: &mut [Asked]) -> Standing {
+        let Some(frame) = terms.relayed else {
+            let passed = |asked: &Asked| asked.source.has_passed(terms.kind, asked.number);
+            return if asked.iter().all(passed) { Standing::Lost } else { Standing::Late };
+        };
+        for asked in asked.iter_mut().filter(|asked| asked.there.is_none() && asked.source.has_relayed(frame))
+        {
+            asked.there = Some(Instant::now());
+        }
+        let sending_max = self.stream.sending_max();
+        let is_slow = |asked: &Asked| asked.there.is_some_and(|since| since.elapsed() > sending_max);
+        if asked.iter().all(|asked| asked.source.is_silent()) {
+            Standing::Silent
+        } else if asked.iter().all(|asked| is_slow(asked) || asked.source.is_in_doubt()) {
+            Standing::Owed
+        } else if asked.iter().all(|asked| asked.at.elapsed() > self.stream.patience()) {
+            Standing::Late
+        } else {
+            Standing::InTime
         }
     }
 
@@ -207,7 +257,8 @@ impl Shared {
             self.counters.origin_bytes.add(terms.kind, bytes);
         }
         match answered.answer {
-            Answer::Data | Answer::Blocks { .. } if terms.patience.is_zero() => {
+            Answer::Data if terms.relayed.is_some() => self.stream.relayed(began.elapsed()),
+            Answer::Data | Answer::Blocks { .. } => {
                 let took = began.elapsed();
                 source.note_answer(bytes, queued, took);
                 self.sources.answered(source, took);
@@ -236,6 +287,21 @@ impl Shared {
 /// Whether `source` is not among those that were `tried`.
 fn is_new(source: &Source, tried: &[PeerKey]) -> bool {
     source.state().key.is_none_or(|key| !tried.contains(&PeerKey(key)))
+}
+
+impl Asked {
+    /// Another answered that was asked later. A relay that had not got the frame itself is not to blame.
+    fn overtaken(&self, shared: &Shared, terms: Terms) {
+        if self.source.requests.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        if terms.relayed.is_none() || self.there.is_some() || self.source.is_silent() {
+            self.source.demote(shared.options.demotion);
+        }
+        if terms.relayed.is_none() {
+            self.source.hang_up_if_still(terms.kind);
+        }
+    }
 }
 
 /// Takes a request off its source's account when it ends, however it ends.

@@ -14,12 +14,14 @@ use tokio::time::Instant;
 
 use crate::choose::Has;
 use crate::peer::connection::Connection;
-use crate::peer::message::Have;
+use crate::peer::message::{HEARTBEAT, Have};
 
 use super::counters::{Kind, PerKind};
 
 /// Latency that is assumed of a source before it has answered anything.
 const LATENCY_UNKNOWN: Duration = Duration::from_millis(150);
+/// Who watches is told something at every [`HEARTBEAT`]; what is not heard for longer than that is silent.
+const SILENT: Duration = HEARTBEAT.saturating_add(Duration::from_millis(250));
 /// An answer is lost when it is late, and so many requests of its kind that were asked after it are answered.
 const LOST_BEHIND: u64 = 4;
 /// The least time after which an answer counts as late.
@@ -127,6 +129,23 @@ impl Source {
 
     pub(super) fn link(&self) -> Option<Link> {
         self.state().link.clone()
+    }
+
+    /// Whether it was late or is silent, so that it is asked only when nobody else will do.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        let state = self.state();
+        state.is_demoted() || state.is_silent()
+    }
+
+    /// Whether it is a relay, and says that it has boot frame `frame` by now.
+    pub(super) fn has_relayed(&self, frame: u32) -> bool {
+        let state = self.state();
+        !state.have.complete && state.have.frames > frame
+    }
+
+    /// Whether nothing comes from it, not even the signs of life that it gives by itself: it has stalled, or is gone.
+    pub(super) fn is_silent(&self) -> bool {
+        self.state().is_silent()
     }
 
     pub(super) fn is_configured(&self) -> bool {
@@ -246,6 +265,11 @@ impl Source {
 impl State {
     pub(super) fn is_demoted(&self) -> bool {
         self.demoted_until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// See [`Source::is_silent`].
+    pub(super) fn is_silent(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.bulk.silence() > SILENT)
     }
 
     /// What it has of `page`; who has boot frame `frame` of the boot cache that is being fetched has blocks of it.

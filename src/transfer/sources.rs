@@ -516,6 +516,11 @@ impl Sources {
         })
     }
 
+    /// Whether the source that goes by `key` was late or is silent, so that it is asked only when nobody else will do.
+    pub(super) fn is_in_doubt(&self, key: u64) -> bool {
+        self.by_key(key).is_some_and(|source| source.is_in_doubt())
+    }
+
     /// The sources that can be asked, as `has` says what each has of what is needed.
     fn candidates(
         &self,
@@ -570,10 +575,16 @@ impl Sources {
         let (mut candidates, mut sources) = self.candidates(seen, has);
         sources.retain(|_, source| !source.state().other_boot);
         candidates.retain(|key, _| sources.contains_key(key));
+        let now_ms = self.now_ms();
+        for (key, candidate) in &mut candidates {
+            if sources.get(key).is_some_and(|source| source.is_silent()) {
+                candidate.seen.rest(now_ms, 1);
+            }
+        }
         if why == Why::Late {
             candidates.retain(|_, candidate| !relay::is_full(candidate));
         }
-        let asker = Asker { me: PeerKey(self.hello.key), position, roster, now_ms: self.now_ms() };
+        let asker = Asker { me: PeerKey(self.hello.key), position, roster, now_ms };
         let chosen = if tried.is_empty() {
             let assigned = relay.assign(asker, &[frame], &mut candidates, &**chooser, draw);
             assigned.first().map(|assignment| assignment.source)

@@ -27,9 +27,6 @@ use super::request::{Terms, Why};
 const PROBE_WINDOW: u64 = 256 << 10;
 /// How long that may take to be found out.
 const PROBE_PATIENCE: Duration = Duration::from_secs(1);
-/// How long a relay may take to have a frame that it was asked for before it has it, at least and at most.
-const RELAY_PATIENCE: Duration = Duration::from_millis(600);
-const RELAY_PATIENCE_MAX: Duration = Duration::from_secs(5);
 /// How long a node that the origin points to may take to be reached, before the origin is asked again.
 const REACH_PATIENCE: Duration = Duration::from_secs(1);
 /// For how long nobody may get further with the boot cache, while there are sources with another one, before the stream is
@@ -48,6 +45,8 @@ pub(super) struct StreamState {
     last_ms: AtomicU64,
     /// Mean time between frames in ms.
     pace_ms: AtomicU64,
+    /// Mean time to an answer of those who may have had to wait for the frame themselves, in µs.
+    relayed_us: AtomicU64,
     /// Bytes of frames that came over the network.
     bytes: AtomicU64,
     /// When the first frames were asked for, and when the last came, in µs since `epoch`.
@@ -65,6 +64,7 @@ impl StreamState {
             epoch: Instant::now(),
             last_ms: AtomicU64::new(0),
             pace_ms: AtomicU64::new(0),
+            relayed_us: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             asked_us: OnceLock::new(),
             came_us: AtomicU64::new(0),
@@ -97,6 +97,23 @@ impl StreamState {
         let took_us = self.came_us.load(Ordering::Relaxed).saturating_sub(asked_us);
         let bytes = self.bytes.load(Ordering::Relaxed);
         (bytes > 0 && took_us > 0).then(|| bytes.saturating_mul(1_000_000) / took_us)
+    }
+
+    /// A relay has answered after `took`.
+    pub(super) fn relayed(&self, took: Duration) {
+        let (mean, took) = (self.relayed_us.load(Ordering::Relaxed), micros(took));
+        let mean = if mean == 0 { took } else { (mean * 7 + took) / 8 };
+        self.relayed_us.store(mean, Ordering::Relaxed);
+    }
+
+    /// For how long a relay is waited for.
+    pub(super) fn patience(&self) -> Duration {
+        relay::patience(Duration::from_micros(self.relayed_us.load(Ordering::Relaxed)))
+    }
+
+    /// For how long a relay that has a frame may take to send it.
+    pub(super) fn sending_max(&self) -> Duration {
+        relay::sending_max(self.goodput().unwrap_or(0))
     }
 
     /// Whether frames are coming: none is owed for longer than usual.
@@ -226,7 +243,7 @@ async fn fetch_heads(shared: &Arc<Shared>) {
     let ask = Ask::Heads { root: shared.holding.root() };
     let pick =
         |tried: &[_], why| shared.sources.for_frame(0, 0, tried, why).or_else(|| shared.sources.any(tried));
-    let terms = Terms { kind: Kind::Tree, bytes: boot.heads_length, patience: Duration::ZERO };
+    let terms = Terms { kind: Kind::Tree, bytes: boot.heads_length, relayed: None };
     let mut tried = Vec::new();
     while let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await {
         if reply.answered.answer != Answer::Data {
@@ -313,10 +330,9 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             shared.sources.for_frame(number, frames.passed(), &tried, why)
         };
         // Who has everything answers at once.
-        let may_wait = wait && shared.sources.any_partial();
-        let patience = if may_wait { relay_patience(shared.stream.goodput()) } else { Duration::ZERO };
+        let relayed = (wait && shared.sources.any_partial()).then_some(number);
         let ask = Ask::Frame { root: shared.holding.root(), index: number, wait };
-        let terms = Terms { kind: Kind::Stream, bytes, patience };
+        let terms = Terms { kind: Kind::Stream, bytes, relayed };
         let Some(reply) = shared.request(terms, &mut tried, &pick, &ask).await else {
             if damaged {
                 frames.skip(index);
@@ -332,8 +348,9 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             Answer::Elsewhere(peer) => {
                 pointed_by = reply.source.state().key;
                 pointed_to = Some(peer.key);
-                if !shared.sources.reach(*peer, REACH_PATIENCE).await {
-                    // Not known here, or not reachable: ask again, and it is sent.
+                let in_doubt = shared.sources.is_in_doubt(peer.key);
+                if in_doubt || !shared.sources.reach(*peer, REACH_PATIENCE).await {
+                    // Late before, not known here, or not reachable: ask again, and it is sent.
                     tried.retain(|tried| Some(tried.0) != pointed_by);
                     (pointed_to, pointed_by) = (None, None);
                 }
@@ -370,12 +387,4 @@ async fn fetch_frame(shared: &Arc<Shared>, index: usize, bytes: u64) {
             }
         }
     }
-}
-
-/// A relay is asked for what comes a window ahead, and may be as far from it: on a slow link that takes long, and a frame
-/// that is asked of the origin again leaves it even less for the others.
-fn relay_patience(goodput: Option<u64>) -> Duration {
-    let Some(goodput) = goodput.filter(|goodput| *goodput > 0) else { return RELAY_PATIENCE };
-    let window = Duration::from_secs_f64(relay::window(goodput) as f64 / goodput as f64);
-    (window * 2).clamp(RELAY_PATIENCE, RELAY_PATIENCE_MAX)
 }

@@ -239,6 +239,23 @@ fn the_origin_sends_a_frame_once_and_again_only_to_who_insists() {
     assert!((100..200).all(|n| ledger.ask(4, peer(n)) != Answer::Ask(peer(1))));
 }
 
+/// A slow node that was pointed to for every third frame held up two others, each of which came back for each of them.
+#[test]
+fn the_origin_points_less_to_who_failed_others() {
+    let mut ledger = Ledger::new(&Relay::default());
+    let (slow, good, asks) = (PeerKey(1), PeerKey(2), PeerKey(3));
+    let mut pointed = 0;
+    for frame in 0..300 {
+        ledger.ask(frame, slow);
+        ledger.ask(frame, good);
+        if ledger.ask(frame, asks) == Answer::Ask(slow) {
+            pointed += 1;
+            assert_eq!(ledger.ask(frame, asks), Answer::Send);
+        }
+    }
+    assert!((1..100).contains(&pointed), "{pointed}");
+}
+
 #[test]
 fn the_origin_points_to_everybody_about_equally_though_some_always_ask_first() {
     let mut ledger = Ledger::new(&Relay::default());
