@@ -31,6 +31,9 @@
 //! * **Load** decides among the parent and its siblings ([`Relay::alternates`]), by the [`Chooser`].
 //! * **Full.** A node whose backlog takes a quarter of a second says so in its load ([`backlog_load`]) and is passed over,
 //!   by its children and by the origin's [`Ledger`]: one slow node near the root would otherwise hold up everybody.
+//! * **Slow.** A relay that says it has a frame and does not send it within [`sending_max`] is left alone for a while by
+//!   who waits for it: on a slow link a few frames are a long time, and far from a full backlog. One that has not got
+//!   the frame itself is not to blame, and is waited for with [`patience`].
 //! * **Failover** ([`Relay::again`]) asks only those that *have* the frame, the origin last, never who was tried.
 //! * **At the origin**, [`Ledger`] sends a frame that several claim at once (their views differ in the first moments of
 //!   a burst) to one of them and points the others there.

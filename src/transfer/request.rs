@@ -3,7 +3,9 @@
 //! A request that is late by what its source was seen to need is sent to a second source as well, and the first
 //! answer wins (at most 5 % extra requests). A source that breaks is replaced at once. An answer that is late and was
 //! passed by those to later requests, or that is late beyond doubt, may be lost: the request is sent again, to another
-//! source or to the same, and what comes first counts. A source that was overtaken is not the first choice for a while,
+//! source or to the same, and what comes first counts. A relay is waited for while it may not have the frame itself; once
+//! it says that it has it and sends nothing, or is silent, others are asked for what it owes, as far as that is next in
+//! the stream, however many hedges there were. A source that was overtaken is not the first choice for a while,
 //! and if its connection then stands still, it is made anew, so that the rest is not waited for there.
 
 use std::sync::Arc;
