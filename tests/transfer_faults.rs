@@ -247,10 +247,12 @@ async fn a_relay_that_sends_little_is_left_alone_after_its_first_late_frames() {
         engines.push(node.pull(&from, |options| options.fill = false).await);
     }
     for engine in &engines[1..] {
-        let complete = tokio::time::timeout(Duration::from_secs(30), engine.boot_complete()).await;
+        let complete = tokio::time::timeout(Duration::from_secs(120), engine.boot_complete()).await;
         assert!(complete.is_ok(), "it waits for a node that sends little");
     }
-    assert!(trickles.done() > 0, "it was asked");
+    // Six, and 26 before: the time is the machine's, too.
+    let asked = trickles.done();
+    assert!((1..=13).contains(&asked), "the node that sends little sent {asked} frames");
     for engine in engines {
         engine.stop().await;
     }
