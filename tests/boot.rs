@@ -116,6 +116,22 @@ fn a_libvirt_whose_qemu_is_not_root_boots_vms_from_sockets_of_their_own() {
     assert!(!store.path().join("vms/never").exists() && !store.path().join("overlays/never").exists());
     assert!(process_of("qemu-system", "guest=never,").is_none());
 
+    // One that QEMU has stopped, as where KVM cannot go on with it: nobody waits for it until the time is over.
+    let said = {
+        let mut still = boot(&["--name", "still", "--until", "serial:NO SUCH LINE"]);
+        let mut process = Process::start(&mut still);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let stop = ["-c", host.libvirt(), "qemu-monitor-command", "still", "--hmp", "stop"];
+        while !Command::new("virsh").args(stop).output().unwrap().status.success() {
+            assert!(Instant::now() < deadline, "{}", process.said());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!(process.wait(Duration::from_secs(60)).code(), Some(1));
+        process.said()
+    };
+    assert!(said.contains("before it had booted: QEMU paused it (see its log"), "{said}");
+    assert!(!store.path().join("vms/still").exists() && process_of("qemu-system", "guest=still,").is_none());
+
     // Ended while it starts them: as if it had never been called.
     {
         let mut late = boot(&["--name", "late", "--count", "3", "--until", "serial:NO SUCH LINE"]);

@@ -335,7 +335,7 @@ fn watch_pause(running: usize) -> Duration {
 fn paused(order: &InstanceOrder) -> String {
     match order.kind {
         InstanceType::Vm => {
-            format!("it is paused, by hand or since its disk failed: `virsh resume {}`", order.name)
+            format!("it is paused, by hand or since its disk or KVM failed: `virsh resume {}`", order.name)
         }
         InstanceType::Container => format!("it is paused: `docker unpause {}`", order.name),
     }

@@ -19,6 +19,7 @@ use bootcache::hypervisor::domains::Domains;
 use bootcache::hypervisor::libvirt::Libvirt;
 use bootcache::name::HostName;
 use bootcache::network::Networks;
+use bootcache::qemu::Accelerator;
 use bootcache::store::Store;
 
 use super::remote::{SecurityArgs, default_dir, target};
@@ -49,6 +50,9 @@ pub(crate) struct Args {
     /// The Docker engine that runs containers
     #[arg(long, value_name = "SOCKET", default_value = "/var/run/docker.sock")]
     docker: PathBuf,
+    /// What runs VMs, kvm or tcg [default: kvm where it works]
+    #[arg(long)]
+    accel: Option<Accelerator>,
     /// Run no VMs
     #[arg(long)]
     no_vms: bool,
@@ -99,7 +103,13 @@ pub(crate) fn run(globals: &super::Globals, args: Args) -> anyhow::Result<ExitCo
         // One that is away now is not left out: its instances may run, and it may come back.
         let mut hypervisors: Vec<Arc<dyn Hypervisor>> = Vec::new();
         let libvirt = (!args.no_vms).then(|| Libvirt::new(&args.connect));
-        let domains = libvirt.clone().map(|libvirt| Arc::new(Domains::new(libvirt, &name, store.dir())));
+        let domains = libvirt.clone().map(|libvirt| {
+            let domains = Domains::new(libvirt, &name, store.dir());
+            Arc::new(match args.accel {
+                Some(accelerator) => domains.with_accelerator(accelerator),
+                None => domains,
+            })
+        });
         if let Some(domains) = domains.clone() {
             // What is wrong with libvirt, the first VM says.
             tokio::spawn(async move { domains.prepare().await });

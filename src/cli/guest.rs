@@ -173,7 +173,7 @@ impl Guest {
         let error = tokio::select! {
             at = met => return Ok(at.into_std().duration_since(started)),
             result = tail => anyhow!("cannot read its serial log: {result:?}"),
-            reason = died => anyhow!("it ended before it had booted: {reason}"),
+            reason = died => anyhow!("it ended, or stands still, before it had booted: {reason}"),
             error = watch_reads => error,
             () = tokio::time::sleep(limit) => anyhow!(
                 "it had not booted after {} s (waiting for {until}): give more with --time-limit, or look at it with \
@@ -220,14 +220,20 @@ impl Guest {
     }
 }
 
-/// The last lines of a guest's console, to follow an error; nothing when it is empty.
-fn console(serial: &Path) -> String {
+/// The last bytes of a log, which may be of any length; none where it cannot be read.
+fn end_of(log: &Path) -> Vec<u8> {
     let mut bytes = vec![0; 64 << 10];
-    let read = std::fs::File::open(serial).and_then(|file| {
+    let read = std::fs::File::open(log).and_then(|file| {
         let from = file.metadata()?.len().saturating_sub(bytes.len() as u64);
         file.read_at(&mut bytes, from)
     });
     bytes.truncate(read.unwrap_or(0));
+    bytes
+}
+
+/// The last lines of a guest's console, to follow an error; nothing when it is empty.
+fn console(serial: &Path) -> String {
+    let bytes = end_of(serial);
     // It may hold anything, terminal codes too.
     let text = String::from_utf8_lossy(&bytes);
     let clean = |line: &str| line.chars().filter(|letter| !letter.is_control()).take(200).collect::<String>();
@@ -503,7 +509,7 @@ async fn start_qemu(
 /// Resolves when the guest has ended, with the reason.
 async fn died(child: &mut Option<tokio::process::Child>, plan: &Plan, name: &HostName, dir: &Path) -> String {
     if let Some(child) = child {
-        let said = || std::fs::read(qemu_log_path(dir)).unwrap_or_default();
+        let said = || end_of(&qemu_log_path(dir));
         let status = loop {
             match tokio::time::timeout(Duration::from_secs(1), child.wait()).await {
                 Ok(status) => break status,
@@ -525,11 +531,23 @@ async fn died(child: &mut Option<tokio::process::Child>, plan: &Plan, name: &Hos
     }
     let Some((libvirt, _)) = &plan.libvirt else { return std::future::pending().await };
     let uuid = Domain::uuid(plan.store.dir(), name);
+    let mut stood = false;
     loop {
         tokio::time::sleep(Duration::from_secs(2)).await;
-        match libvirt.is_running(&uuid).await {
-            Ok(true) => {}
+        let seen = match libvirt.is_running(&uuid).await {
+            Ok(true) => libvirt.stands_still(&uuid).await,
             Ok(false) => return "the domain is off (see its log in /var/log/libvirt/qemu)".to_owned(),
+            Err(error) => Err(error),
+        };
+        match seen {
+            // Some of what libvirt does stops a guest for a moment.
+            Ok(Some(why)) if stood => {
+                return format!(
+                    "{why} (see its log in /var/log/libvirt/qemu; where that says KVM internal error, --accel tcg runs \
+                     it without KVM)"
+                );
+            }
+            Ok(still) => stood = still.is_some(),
             Err(error) => return error.to_string(),
         }
     }

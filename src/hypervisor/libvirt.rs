@@ -122,6 +122,20 @@ impl Libvirt {
         Ok(active.unwrap_or(false))
     }
 
+    /// Why the guest stands still, if it does and nobody asked for that, as a sentence about it.
+    pub async fn stands_still(&self, uuid: &str) -> Result<Option<&'static str>, LibvirtError> {
+        let state = self.with_domain(uuid, |domain| domain.state().map_err(refused)).await?;
+        Ok(state.and_then(|(_, reason)| match reason {
+            Enum::Known(DomainStateReason::Paused(reason)) => match reason.to_raw() {
+                sys::VIR_DOMAIN_PAUSED_IOERROR => Some("its disk failed, and QEMU paused it"),
+                // What libvirt makes of a stop of QEMU's own; KVM's errors are among them.
+                sys::VIR_DOMAIN_PAUSED_UNKNOWN => Some("QEMU paused it"),
+                _ => None,
+            },
+            _ => None,
+        }))
+    }
+
     /// Ends the guest at once and forgets it. What is not there is no error.
     pub async fn delete(&self, uuid: &str) -> Result<(), LibvirtError> {
         self.with_domain(uuid, |domain| {

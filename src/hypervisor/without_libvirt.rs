@@ -47,6 +47,11 @@ impl Libvirt {
     }
 
     /// Not built.
+    pub async fn stands_still(&self, _uuid: &str) -> Result<Option<&'static str>, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Not built.
     pub async fn delete(&self, _uuid: &str) -> Result<(), LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
