@@ -60,6 +60,7 @@ impl Boot {
 
 /// Runs it on nodes `1..=nodes`, all at once.
 pub(crate) fn run(lab: &Lab, prepared: &Prepared, setting: &Setting) -> Boot {
+    lab.warm().expect("a golden store that can be read");
     let nodes: Vec<usize> = (1..=lab.nodes).collect();
     let wire = || nodes.iter().map(|node| lab.net.traffic(*node)).map(|(sent, got)| sent + got).sum::<u64>();
     let before = (wire(), lab.net.traffic(0).0, servers_cpu(prepared), Machine::now());

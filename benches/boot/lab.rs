@@ -3,7 +3,10 @@
 //!
 //! Every command goes through here, so that it is written down for the results and cannot run for ever.
 
+use std::fs::File;
+use std::io;
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -41,6 +44,7 @@ pub(crate) struct Lab {
     /// The golden disk, as the origin's store has it.
     pub(crate) golden: PathBuf,
     pub(crate) heads: Heads,
+    boot_cache: PathBuf,
     /// The recorded boot that is replayed.
     pub(crate) recording: Recording,
     pub(crate) recording_path: PathBuf,
@@ -74,6 +78,7 @@ impl Lab {
             raw: entry.disk_path(),
             golden,
             heads: cache.heads().clone(),
+            boot_cache: entry.boot_path(),
             recording,
             recording_path,
             goodput: bytes_a_second(goodput),
@@ -82,6 +87,23 @@ impl Lab {
             rate,
             said: Mutex::default(),
         }
+    }
+
+    /// Has what the boot reads in the page cache, on the local disk and at the origin, which serves it all day: the kernel
+    /// may have taken it out, and whichever way comes first would be the only one that waits for a disk.
+    pub(crate) fn warm(&self) -> io::Result<()> {
+        let disk = File::open(&self.raw)?;
+        let mut piece = vec![0; 1 << 20];
+        for read in &self.recording.reads {
+            let (mut at, end) = (read.offset, read.offset + read.length);
+            while at < end {
+                let length = (end - at).min(piece.len() as u64);
+                disk.read_exact_at(&mut piece[..usize::try_from(length).expect("a piece")], at)?;
+                at += length;
+            }
+        }
+        io::copy(&mut File::open(&self.boot_cache)?, &mut io::sink())?;
+        Ok(())
     }
 
     /// A path of its own for each call.

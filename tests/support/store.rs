@@ -86,6 +86,22 @@ impl Store {
     }
 }
 
+/// A daemon that `boot` or `pull` started outlives that command, and would outlive a test that fails.
+impl Drop for Store {
+    fn drop(&mut self) {
+        let wanted = format!("--store\0{}\0serve\0", self.path().display());
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        for process in processes {
+            let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let pid = process.file_name().to_str().and_then(|name| name.parse().ok());
+            let pid = pid.and_then(rustix::process::Pid::from_raw);
+            if let Some(pid) = pid.filter(|_| String::from_utf8_lossy(&line).contains(&wanted)) {
+                let _it_has_ended = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
 /// The NBD URI of an export on a Unix socket.
 pub fn uri(socket: &Path, export: &str) -> String {
     format!("nbd+unix:///{export}?socket={}", socket.display())
