@@ -47,6 +47,9 @@ pub(crate) struct Boot {
     pub(crate) memory_bytes: u64,
     /// Share of all the machine's processor time that was in use, by anybody: near 1, the processors were the limit.
     pub(crate) busy: f64,
+    /// Of that, what the host of this machine gave to others (`steal`): times beside much of it are the host's.
+    #[serde(default)]
+    pub(crate) stolen: f64,
     /// Read by the replayer and not as in the image; must be 0.
     pub(crate) wrong_bytes: u64,
 }
@@ -71,7 +74,7 @@ pub(crate) fn run(lab: &Lab, prepared: &Prepared, setting: &Setting) -> Boot {
         let ended: Vec<_> = running.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
         ended.into_iter().map(|node| node.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     });
-    let busy = Machine::now().busy_since(&before.3);
+    let (busy, stolen) = Machine::now().shares_since(&before.3);
     let at_node = prepared.servers.iter().filter(|server| server.host > 0);
     let fetching = if nodes.len() == 1 { booted[0].fetch_cpu } else { Duration::ZERO };
     let wire_bytes = wire() - before.0;
@@ -88,6 +91,7 @@ pub(crate) fn run(lab: &Lab, prepared: &Prepared, setting: &Setting) -> Boot {
         cpu_seconds: (servers_cpu(prepared) - before.2 + fetching).as_secs_f64(),
         memory_bytes: at_node.map(|server| server.process.memory("VmHWM")).max().unwrap_or(0),
         busy,
+        stolen,
         wrong_bytes: booted.iter().map(|one| one.wrong_bytes).sum(),
     }
 }
@@ -162,6 +166,7 @@ fn children_cpu() -> Duration {
 /// The machine's processor time so far, in ticks.
 struct Machine {
     busy: u64,
+    stolen: u64,
     all: u64,
 }
 
@@ -173,11 +178,13 @@ impl Machine {
         let ticks: Vec<u64> =
             first.split_whitespace().skip(1).take(8).filter_map(|ticks| ticks.parse().ok()).collect();
         let all = ticks.iter().sum();
-        Self { busy: all - ticks[3] - ticks[4], all }
+        Self { busy: all - ticks[3] - ticks[4], stolen: ticks[7], all }
     }
 
-    fn busy_since(&self, before: &Self) -> f64 {
-        (self.busy - before.busy) as f64 / (self.all - before.all).max(1) as f64
+    /// Of all the time since: what was in use, and what of that was stolen.
+    fn shares_since(&self, before: &Self) -> (f64, f64) {
+        let all = (self.all - before.all).max(1) as f64;
+        ((self.busy - before.busy) as f64 / all, (self.stolen - before.stolen) as f64 / all)
     }
 }
 

@@ -3,6 +3,7 @@
 //! Made on first use and kept below the cache folder, because recording takes a boot.
 
 use std::ffi::OsStr;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -45,6 +46,19 @@ pub(crate) fn golden(guest: &str) -> PathBuf {
     dir.join("store")
 }
 
+/// Held for as long as boots are measured; none while another bench measures, which would be slower by this one and has
+/// the same golden stores open.
+pub(crate) fn lock() -> Option<File> {
+    let folder = stores(&support::guest::disk("tiny"));
+    let lock = std::fs::create_dir_all(&folder).and_then(|()| File::create(folder.join("lock")));
+    let lock = lock.expect("the cache folder is writable");
+    match lock.try_lock() {
+        Ok(()) => Some(lock),
+        Err(TryLockError::WouldBlock) => None,
+        Err(TryLockError::Error(error)) => panic!("the cache folder cannot be locked: {error}"),
+    }
+}
+
 /// Where the golden stores are, beside the folder that `disk` is in.
 fn stores(disk: &Path) -> PathBuf {
     disk.parent().and_then(Path::parent).expect("it is in the cache folder").join("bench")
@@ -52,7 +66,10 @@ fn stores(disk: &Path) -> PathBuf {
 
 /// Removes all golden stores: boots are recorded anew.
 pub(crate) fn forget() {
-    let _there_are_none = std::fs::remove_dir_all(stores(&support::guest::disk("tiny")));
+    let stores = std::fs::read_dir(stores(&support::guest::disk("tiny"))).into_iter().flatten().flatten();
+    for store in stores.filter(|entry| entry.path().is_dir()) {
+        std::fs::remove_dir_all(store.path()).expect("the cache folder is writable");
+    }
 }
 
 /// The synthetic disk, in the same folder as the guests'.

@@ -146,6 +146,12 @@ fn main() {
     if !support::require(&programs) || !support::require_root() {
         return;
     }
+    let Some(_alone) = golden::lock() else {
+        eprintln!(
+            "another bench of boots runs on this machine, and both would be slower: try again when it has ended"
+        );
+        std::process::exit(1);
+    };
     if options.what == What::OneBoot {
         return one_boot();
     }

@@ -49,7 +49,13 @@ pub(crate) fn complete(
         let all_seconds = began.elapsed().as_secs_f64();
         let said = boot.as_ref().map_or_else(
             || format!("FAILED: {}", error.as_deref().unwrap_or_default()),
-            |boot| format!("{:.2} s, processors {:.0} % busy", boot.last(), boot.busy * 100.0),
+            |boot| {
+                let stolen = match boot.stolen * 100.0 {
+                    stolen if stolen >= 1.0 => format!(", {stolen:.0} % by other machines of its host"),
+                    _ => String::new(),
+                };
+                format!("{:.2} s, processors {:.0} % busy{stolen}", boot.last(), boot.busy * 100.0)
+            },
         );
         eprintln!("  round {round}, {}: {said} ({all_seconds:.0} s with its setting up)", way.name);
         results.add(Record {
