@@ -115,6 +115,7 @@ pub(crate) fn all() -> Vec<Step> {
         guests(3, 2, &at_once),
         several(1, 1000, 2, &at_once),
         several(3, 1000, 2, &at_once),
+        several(4, 1000, 1, &at_once),
         several(16, 1000, 1, &at_once),
         several(32, 1000, 1, &at_once),
         one("stock", 100, Play::Guest, 1, &MAIN),
